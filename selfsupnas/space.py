@@ -43,7 +43,9 @@ class Decoder(nn.Module):
             raised = put(self.up[scale - 1](take(features, present), sizes[scale - 1]), present)
             beside = [signals[scale - 1]] if scale - 1 in signals else []
             fused.insert(0, merge([Signal(raised, present)] + beside))
-        return [self.last(fused[0].features)] + [signal.features for signal in fused[1:]]
+        absent = [fused[0].features.new_zeros(len(fused[0].features), up.project[0].in_channels, *size)
+                  for up, size in zip(self.up[coarsest:], sizes[coarsest + 1:])]
+        return [self.last(fused[0].features)] + [signal.features for signal in fused[1:]] + absent
 
 # %% ../nbs/23_space.ipynb #cell-09
 class RoutingNetwork(nn.Module):
@@ -70,7 +72,7 @@ class RoutingNetwork(nn.Module):
         return here
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
-        "Fused features at strides 4, 8, ... up to the coarsest that the images' routes reach."
+        "Fused features at strides 4, 8, ... of the network; zeros at scales that no image's route reaches."
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < STRIDES[-1]:
             raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not {tuple(images.shape)}")
         return self.decoder(self.walk(images), feature_sizes(images.shape[-2:]))
