@@ -1,0 +1,80 @@
+# What a developer runs; `make` alone lists it. Needs GNU make 4, bash, git, and Python 3.10 or newer with venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= streetscenes
+ARGS ?=
+WORKERS ?= 2
+TESTS ?= tests
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help env demo test drift notebook-tests pytest notebooks hooks clean
+
+help: ## this list
+	@echo "make TARGET, where TARGET is:"
+	sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+env: $(VENV)/.installed ## the environment .venv, with all that is needed; again when settings.ini changes
+
+$(VENV)/.installed: settings.ini setup.py
+	@echo "== env: installing selfsupnas[dev,bluemarble] into $(VENV) with $(PYTHON) (minutes, the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --editable '.[dev,bluemarble]'
+	$(BIN)/python -c 'import torch, torchvision' || {
+	  echo "torch and torchvision do not match by minor version: remove $(VENV) and run make env again" >&2; exit 1; }
+	touch $@
+	echo "== env: ready; 'source $(BIN)/activate' to use it"
+
+demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble or camvid; ARGS='-p steps 100'
+	@echo "== demo: selfsupnas demo --data $(DATA) $(ARGS)"
+	selfsupnas demo --data $(DATA) $(ARGS)
+
+test: env drift notebook-tests pytest ## all that must pass before a change goes in
+
+# The state is compared before and after, so that uncommitted work is no obstacle.
+drift: env ## are modules and notebooks in step? exports and cleans
+	@echo "== drift: exporting and cleaning the notebooks; nothing may change"
+	state() { find nbs selfsupnas -name .ipynb_checkpoints -prune -o -type f \( -name '*.ipynb' -o -name '*.py' \) \
+	  -exec cksum {} + | sort -k 3; }
+	before=$$(state)
+	nbdev_export
+	nbdev_clean
+	changed=$$({ diff <(echo "$$before") <(state) || true; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u)
+	if [ -n "$$changed" ]; then
+	  printf '%s\n' "These files were out of step. They have just been exported and cleaned:" "$$changed" \
+	    "See what changed with git diff, commit it with your work, and run again." >&2
+	  exit 1
+	fi
+
+# A thread a worker: two workers with a thread for each core would wait for one another.
+notebook-tests: env ## every notebook runs from top to bottom
+	@echo "== notebooks: running each from top to bottom, $(WORKERS) at a time"
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
+
+pytest: env ## what guards rather than teaches: tests/
+	@echo "== pytest: tests/"
+	MPLBACKEND=Agg python -m pytest -q $(TESTS)
+
+notebooks: env ## execute the notebooks in place, so that their outputs are new; NB='nbs/21_gate.ipynb' for one
+	@for nb in $(or $(NB),nbs/*.ipynb nbs/experiments/*.ipynb); do
+	  test -e "$$nb" || continue
+	  echo "== notebooks: executing $$nb"
+	  jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 \
+	    --ExecutePreprocessor.timeout=600 --log-level=ERROR "$$nb"
+	done
+	nbdev_clean
+
+hooks: ## merge notebooks cell by cell in this checkout (git config, local)
+	@echo "== hooks: including .gitconfig into this checkout's git configuration"
+	git config --local include.path ../.gitconfig
+
+clean: ## remove caches and build residue; .venv and runs/ stay
+	@echo "== clean: removing caches and build residue"
+	rm -rf build dist _docs _proc .pytest_cache
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

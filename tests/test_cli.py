@@ -1,0 +1,119 @@
+"The command: what a mistake is answered with, and what a failed run leaves behind."
+import dataclasses, io, json, sys
+
+import nbformat
+import pytest
+
+from selfsupnas.cli import STAGES, main, parse_parameters, run_notebook, stage_config
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    "refused(*words) expects exit status 2, one line on stderr (returned) and not one file."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SELFSUPNAS_DATA", raising=False)
+    def check(*words):
+        assert main(list(words)) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"selfsupnas {words[0]}: ") and err.count("\n") == 1 and "running" not in out
+        assert list(tmp_path.iterdir()) == []
+        return err
+    return check
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "demo"])
+def test_an_unknown_parameter_is_refused_with_the_known_ones(refused, stage):
+    message = refused(stage, "-p", "seed", "1", "-p", "sede", "2")
+    assert "sede" in message
+    fields = {f.name for f in dataclasses.fields(stage_config("search" if stage == "demo" else stage))}
+    for name in fields - ({"folder", "data"} if stage == "demo" else set()): assert name in message
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "demo"])
+def test_a_value_of_the_wrong_type_is_refused(refused, stage):
+    assert "seed must be int, not 'one'" in refused(stage, "-p", "seed", "one")
+    assert "seed must be int, not 1.5" in refused(stage, "-p", "seed", "1.5")
+
+
+@pytest.mark.parametrize("words", [("search", "-p", "data"), ("demo", "--data")])
+def test_camvid_needs_a_place(refused, words):
+    assert "SELFSUPNAS_DATA" in refused(*words, "camvid")
+    assert "nowhere" in refused(*words, "camvid", "-p", "root", "nowhere")
+
+
+def test_an_unknown_dataset_is_refused(refused):
+    assert "streetscenes" in refused("search", "-p", "data", "street")
+
+
+def test_what_the_stage_before_makes_must_be_there(refused):
+    assert "'no/architecture.json'" in refused("retrain", "-p", "architecture", "no/architecture.json")
+    assert "'no/network'" in refused("evaluate", "-p", "network", "no/network")
+
+
+def test_the_demo_keeps_its_wiring(refused):
+    for name in ("architecture", "network", "folder"): assert name in refused("demo", "-p", name, "elsewhere")
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path/"file").write_text("")
+    assert main(["search", "--folder", str(tmp_path/"file"), "-p", "steps", "1"]) == 2
+    assert str(tmp_path/"file") in capsys.readouterr().err
+
+
+def test_words_that_are_no_command_are_refused(command, tmp_path):
+    for words in ((), ("serch",), ("search", "-p", "steps"), ("search", "--steps", "3"), ("demo", "--data", "x")):
+        done = command(*words, cwd=tmp_path)
+        assert done.returncode == 2 and "usage: selfsupnas" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_default_can_be_said_on_the_command_line(stage):
+    cls = stage_config(stage)
+    for f in dataclasses.fields(cls):
+        assert parse_parameters(cls, [(f.name, str(f.default))]) == {f.name: f.default}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_are_listed_with_defaults(stage, capsys):
+    assert main([stage, "--parameters"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    fields = dataclasses.fields(stage_config(stage))
+    assert list(lines) == [f.name for f in fields]
+    for f in fields: assert repr(f.default) in lines[f.name]
+
+
+def test_a_failed_run_keeps_its_notebook(command, tmp_path):
+    (tmp_path/"architecture.json").write_text(json.dumps({"no": "architecture"}))
+    done = command("retrain", "--folder", "out", "-p", "architecture", "architecture.json", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    notebook = nbformat.read(tmp_path/"out"/"retrain.ipynb", 4)
+    errors = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert len(errors) == 1
+    assert f"{errors[0].ename}: {errors[0].evalue.splitlines()[-1]}" in done.stderr
+    assert "out/retrain.ipynb" in done.stderr
+
+
+def test_a_kernel_that_dies_is_reported(tmp_path, capsys):
+    from selfsupnas.cli import run_stage
+    cells = [nbformat.v4.new_code_cell("folder = ''", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("import os; os._exit(9)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"dies.ipynb")
+    assert run_stage("search", {}, tmp_path/"out", source=tmp_path/"dies.ipynb") == 1
+    assert "Kernel died" in capsys.readouterr().err
+
+
+def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
+    "Also where Jupyter knows another kernel by the name python3, and where pictures are switched off."
+    kernel = tmp_path/"jupyter"/"kernels"/"python3"
+    kernel.mkdir(parents=True)
+    (kernel/"kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "no", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = [nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("import sys; print(seed, sys.executable)"),
+             nbformat.v4.new_code_cell("import matplotlib.pyplot as plt; fig, ax = plt.subplots(); plt.close(); fig")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"in.ipynb")
+    out = io.StringIO()
+    run_notebook(tmp_path/"in.ipynb", tmp_path/"out.ipynb", {"seed": 5}, out=out, err=out)
+    assert out.getvalue() == f"5 {sys.executable}\n"
+    assert "image/png" in nbformat.read(tmp_path/"out.ipynb", 4).cells[-1].outputs[0].data

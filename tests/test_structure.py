@@ -1,0 +1,104 @@
+"The house rules that a machine can check: import direction, run notebooks, sizes, outputs, import time."
+import ast, base64, dataclasses, json, re, subprocess, sys
+
+import pytest
+from conftest import ROOT
+
+from selfsupnas.cli import STAGES, stage_config
+from selfsupnas.core import from_parameters
+
+NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"\d\d_", p.name)]
+HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill")
+
+
+def cells(path, kind="code"):
+    "The cells of a notebook as (source, cell)."
+    return [("".join(c["source"]), c) for c in json.loads(path.read_text("utf8"))["cells"] if c["cell_type"] == kind]
+
+
+def is_exported(source): return re.match(r"#\s*\|\s*exporti?s?\b", source) is not None
+
+
+def module_of(path):
+    "The module that a notebook exports to, None if it exports nothing."
+    return next((m[1] for source, _ in cells(path) if (m := re.search(r"#\s*\|\s*default_exp\s+(\w+)", source))), None)
+
+
+NUMBER = {module_of(p): int(p.name[:2]) for p in CHAPTERS if module_of(p)}
+def name(path): return str(path.relative_to(ROOT/"nbs"))
+
+
+def package_imports(source):
+    "The names of the modules of this package that a piece of code imports."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "a notebook says `from selfsupnas.x import`, without dots"
+            if node.module == "selfsupnas": yield from (a.name for a in node.names)
+            elif (node.module or "").startswith("selfsupnas."): yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("selfsupnas."))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
+def test_a_module_imports_only_from_lower_numbers(path):
+    for source, _ in cells(path):
+        assert not re.search(r"^\s*from\s+\S+\s+import\s+\*", source, re.M), "a star import"
+        if not is_exported(source): continue
+        for module in package_imports(source):
+            assert module in NUMBER, f"{path.name} imports {module}, which no notebook exports"
+            assert NUMBER[module] < int(path.name[:2]), f"{path.name} imports {module} ({NUMBER[module]:02d})"
+
+
+def test_every_module_comes_from_one_notebook():
+    modules = {p.stem for p in (ROOT/"selfsupnas").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(NUMBER)
+    assert len(NUMBER) == len([p for p in CHAPTERS if module_of(p)]), "two notebooks export to one module"
+    assert not [p.name for p in CHAPTERS if p.name[:2] != "00" and module_of(p) is None]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
+def test_export_cells_are_short(path):
+    for source, _ in cells(path):
+        if is_exported(source): assert len(source.splitlines()) <= 60, source.splitlines()[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_parameters_cell_mirrors_the_dataclass(stage):
+    path, cls = ROOT/"nbs"/"runs"/f"{stage}.ipynb", stage_config(stage)
+    tagged = [source for source, cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    values = {}
+    exec(tagged[0], values)
+    del values["__builtins__"]
+    assert values == {f.name: f.default for f in dataclasses.fields(cls)}
+    assert from_parameters(cls, values) == cls()
+
+
+def test_every_run_notebook_has_a_stage():
+    assert {p.stem for p in NOTEBOOKS if p.parent.name == "runs"} == set(STAGES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_committed_notebook_is_whole_and_small(path):
+    outputs = [o for _, cell in cells(path) for o in cell["outputs"]]
+    assert not [o["ename"] for o in outputs if o["output_type"] == "error"]
+    if path.parent.name != "runs": assert outputs, "no outputs: readers see no pictures"
+    assert path.stat().st_size <= 500_000
+    for data in (o.get("data", {}).get("image/png") for o in outputs):
+        if data: assert len(base64.b64decode("".join(data))) <= 100_000
+
+
+def test_the_package_is_quick_to_import():
+    code = "import time; t = time.perf_counter(); import selfsupnas; print(time.perf_counter() - t)"
+    def seconds(): return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert min(seconds() for _ in range(2)) < 3
+
+
+def test_heavy_libraries_load_when_used():
+    "One process imports every module of the package, and none of them has drawn in a heavy library."
+    modules = "; ".join(f"import selfsupnas.{module}" for module in NUMBER)
+    code = f"{modules}\nimport sys; print(*[m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
