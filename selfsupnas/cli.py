@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['STAGES', 'WORDS', 'stage_config', 'stage_notebook', 'class_docs', 'field_docs', 'kind_name', 'describe',
            'parse_value', 'parse_parameters', 'check_inputs', 'own_kernel', 'run_notebook', 'run_stage', 'plan_demo',
-           'figure_lines', 'demo', 'make_parser', 'run_command', 'main']
+           'figure_lines', 'align_table', 'demo', 'make_parser', 'run_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #cell-02
 import argparse, ast, dataclasses, importlib, inspect, io, os, sys, tokenize, types, typing
 from pathlib import Path
 
 import selfsupnas
-from .core import from_parameters
+from .architecture import load_architecture
+from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
-from .report import read_records
 
 # %% ../nbs/90_cli.ipynb #cell-12
 STAGES = {"search": "selfsupnas.search.SearchConfig", "retrain": "selfsupnas.retrain.RetrainConfig",
@@ -97,15 +97,12 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
     "Raise FileNotFoundError or ValueError, with the cure, when what a stage reads is not there."
-    if config.data != "streetscenes": load_dataset(config.data, "train", config.root)
-    if stage == "retrain" and not later and not Path(config.architecture).is_file():
-        raise FileNotFoundError(
-            f"there is no architecture at {config.architecture!r}: give the file that a search "
-            "wrote, with -p architecture FOLDER/architecture.json")
-    if stage == "evaluate" and not later and not Path(config.network).is_dir():
-        raise FileNotFoundError(
-            f"there is no retrained network at {config.network!r}: give the folder of a retrain "
-            "run, with -p network FOLDER")
+    if config.data not in (None, "streetscenes"): load_dataset(config.data, "train", config.root)
+    if stage == "retrain" and not later: load_architecture(config.architecture)
+    if later or stage != "evaluate": return
+    if not (Path(config.network)/"retrain-record.json").is_file():
+        raise FileNotFoundError(f"no retrained network in {config.network}; `selfsupnas retrain` "
+                                "leaves one in its folder: say which with -p network FOLDER")
 
 # %% ../nbs/90_cli.ipynb #cell-30
 def own_kernel() -> type: # a kernel manager class
@@ -177,27 +174,39 @@ def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
     return plan
 
 # %% ../nbs/90_cli.ipynb #cell-43
-def figure_lines(records:list) -> list: # of text, a line a figure
+def figure_lines(records:list, # of RunRecord
+                ) -> list: # of text, a line a figure
     "Stage, figure and value of every single number in run records, in columns."
-    rows = [(r["stage"], name, f"{value:.4g}" if isinstance(value, float) else str(value))
-            for r in records for name, value in r["figures"].items()
+    rows = [(r.stage, name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            for r in records for name, value in r.figures.items()
             if isinstance(value, (int, float, str)) or value is None]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
 
+def align_table(table:str) -> str: # columns apart by two blanks
+    "A Markdown table as plain text for the terminal."
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    widths = [max(map(len, column)) for column in zip(*rows[:1], *rows[2:])]
+    rows[1] = ["-" * width for width in widths]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
 # %% ../nbs/90_cli.ipynb #cell-44
 def demo(data:str, folder, pairs) -> int: # exit status
     "Search, retrain and evaluate in FOLDER/search, FOLDER/retrain and FOLDER/evaluate."
+    from selfsupnas.benchmark import benchmark_table
     plan, folder = plan_demo(data, folder, pairs), Path(folder)
     for number, (stage, parameters) in enumerate(plan.items(), 1):
         print(f"\n[{number}/{len(plan)}] {stage} on {data}", flush=True)
         status = run_stage(stage, parameters, parameters["folder"])
         if status: return status
-    records = [r for stage in plan for r in read_records(folder/stage/f"{stage}-record.json")]
+    records = {stage: RunRecord.load(folder/stage/f"{stage}-record.json") for stage in plan}
     print(f"\nAll is in {folder}: a notebook to read, a record and the artifacts of each stage.")
     for path in sorted(p for stage in plan for p in (folder/stage).iterdir() if p.is_file()):
         print(f"  {path}")
-    print("\nFigures, from the records:", *figure_lines(records), sep="\n")
+    print("\nFigures of the search and of the retraining, on validation images:",
+          *figure_lines([records["search"], records["retrain"]]), sep="\n")
+    print("\nOn the test images, beside what one would take instead:",
+          align_table(benchmark_table(records["evaluate"])), sep="\n")
     return 0
 
 # %% ../nbs/90_cli.ipynb #cell-48

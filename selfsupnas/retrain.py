@@ -65,7 +65,7 @@ def retrain(config: RetrainConfig) -> Retrained:
         figures = {"gflops": cost.gflops, "parameters": cost.parameters, "val_miou": metrics.miou, "val_pixel_accuracy": metrics.pixel_accuracy,
                    "labelled_images": len(data.split.labelled), "unlabelled_images": len(data.split.unlabelled)}
         if trained.head is not None:
-            figures["jigsaw_val_accuracy"] = jigsaw_score(trained.model, trained.head, data.val, config.jigsaw_n, config.jigsaw_stride, config.seed)
+            figures["jigsaw_val_accuracy"] = jigsaw_score(trained.model, trained.head, data.val, config)
             figures["jigsaw_chance"] = 1 / len(permutation_set(config.jigsaw_n))
     save_architecture(trained.model.architecture, folder/"architecture.json")
     save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, folder/"network.safetensors")

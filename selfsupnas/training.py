@@ -166,7 +166,7 @@ def objective(trainee: nn.Module, teacher, # the EMATeacher
         terms["semi"], seen = CONSISTENCY[config.consistency](logits[len(images[0]):], goal, mix(unlabelled["valid"]), config.threshold,
                                                               mix(unlabelled["diagnosis_label"]))
         figures.update(kept=seen["share_kept"], pseudo_accuracy=seen["pseudo_label_accuracy"])
-    if weights["cost"]:
+    if cost: # before its weight rises, too: the log should show gates from the start
         terms["cost"], charged = cost({name: g[:segment] for name, g in gates.items()})
         figures.update(charged)
     return terms, figures

@@ -4,7 +4,9 @@ import dataclasses, io, json, sys
 import nbformat
 import pytest
 
-from selfsupnas.cli import STAGES, main, parse_parameters, run_notebook, stage_config
+from selfsupnas.architecture import Architecture, save_architecture
+from selfsupnas.cli import STAGES, main, parse_parameters, run_notebook, run_stage, stage_config
+from selfsupnas.grid import SearchSpace
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def test_an_unknown_dataset_is_refused(refused):
 
 
 def test_what_the_stage_before_makes_must_be_there(refused):
-    assert "'no/architecture.json'" in refused("retrain", "-p", "architecture", "no/architecture.json")
-    assert "'no/network'" in refused("evaluate", "-p", "network", "no/network")
+    assert "no/architecture.json" in refused("retrain", "-p", "architecture", "no/architecture.json")
+    assert "no/network" in refused("evaluate", "-p", "network", "no/network")
 
 
 def test_the_demo_keeps_its_wiring(refused):
@@ -82,8 +84,16 @@ def test_parameters_are_listed_with_defaults(stage, capsys):
     for f in fields: assert repr(f.default) in lines[f.name]
 
 
-def test_a_failed_run_keeps_its_notebook(command, tmp_path):
+def test_a_file_that_is_no_architecture_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path/"architecture.json").write_text(json.dumps({"no": "architecture"}))
+    assert main(["retrain", "-p", "architecture", "architecture.json"]) == 2
+    assert "architecture.json is not an architecture" in capsys.readouterr().err
+
+
+def test_a_failed_run_keeps_its_notebook(command, tmp_path):
+    space = SearchSpace(3, layers=1, channels=2) # of three classes: too few for street scenes
+    save_architecture(Architecture(space, dict.fromkeys(space.paths(), 1.)), tmp_path/"architecture.json")
     done = command("retrain", "--folder", "out", "-p", "architecture", "architecture.json", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     notebook = nbformat.read(tmp_path/"out"/"retrain.ipynb", 4)
@@ -94,7 +104,6 @@ def test_a_failed_run_keeps_its_notebook(command, tmp_path):
 
 
 def test_a_kernel_that_dies_is_reported(tmp_path, capsys):
-    from selfsupnas.cli import run_stage
     cells = [nbformat.v4.new_code_cell("folder = ''", metadata={"tags": ["parameters"]}),
              nbformat.v4.new_code_cell("import os; os._exit(9)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"dies.ipynb")

@@ -1,0 +1,90 @@
+"The demo from end to end, through the installed command, in miniature: 4 steps, 64 x 80 pixels."
+import json, re
+
+import nbformat
+import pytest
+
+from selfsupnas.architecture import load_architecture
+from selfsupnas.report import read_records
+from selfsupnas.retrain import load_network
+
+SMALL = {"steps": 4, "logs": 2, "size": (64, 80), "layers": 3, "channels": 8, "batch_labelled": 2, "batch_unlabelled": 2,
+         "batch_jigsaw": 2, "baselines": ("lraspp_mobilenet_v3_large",), "latency_repeats": 2, "seed": 3}
+WORDS = [word for name, value in SMALL.items() for word in ("-p", name, value)]
+STAGES = ("search", "retrain", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def run(command, tmp_path_factory):
+    "The folder that the demo wrote, what it printed, and the place it was called in."
+    place = tmp_path_factory.mktemp("demo")
+    done = command("demo", "--folder", "tiny", *WORDS, cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place/"tiny", done, place
+
+
+def test_every_stage_leaves_its_files(run):
+    folder, _, place = run
+    wanted = {"search": {"architecture.json", "supernet.safetensors", "history.json"},
+              "retrain": {"architecture.json", "network.safetensors", "history.json"}, "evaluate": set()}
+    for stage in STAGES:
+        names = {p.name for p in (folder/stage).iterdir()}
+        assert wanted[stage] | {f"{stage}-record.json", f"{stage}.ipynb"} <= names
+    assert [p.name for p in place.iterdir()] == ["tiny"], "something was written outside of the folder"
+
+
+def test_the_records_hold_what_was_asked_for(run):
+    folder, _, _ = run
+    records = {r["stage"]: r for r in read_records(folder)}
+    assert set(records) == set(STAGES)
+    for stage, record in records.items():
+        for name in SMALL.keys() & record["parameters"].keys():
+            value = record["parameters"][name]
+            assert (tuple(value) if isinstance(value, list) else value) == SMALL[name]
+        assert record["seed"] == SMALL["seed"] and record["parameters"]["folder"] == f"tiny/{stage}"
+        assert record["versions"]["torch"] and record["timings"]
+    assert records["retrain"]["parameters"]["architecture"] == "tiny/search/architecture.json"
+    assert records["evaluate"]["parameters"]["network"] == "tiny/retrain"
+    rows = records["evaluate"]["figures"]["rows"]
+    assert 0 <= rows["searched"]["miou"] <= 1 and rows["searched"]["gflops"] > 0
+    assert rows["lraspp_mobilenet_v3_large"]["miou"] is None
+
+
+def test_retraining_built_what_the_search_found(run):
+    folder, _, _ = run
+    found, built = (load_architecture(folder/stage/"architecture.json") for stage in ("search", "retrain"))
+    assert set(found.paths) == set(built.paths) and found.space == built.space
+    assert set(load_network(folder/"retrain").architecture.paths) == set(found.paths)
+    split = [(folder/stage/"split"/"labeled.txt").read_text() for stage in ("search", "retrain")]
+    assert split[0] == split[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_executed_notebook_can_be_read(run, stage):
+    notebook = nbformat.read(run[0]/stage/f"{stage}.ipynb", 4)
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert [o for o in outputs if "image/png" in o.get("data", {})], "not one picture"
+    injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert len(injected) == 1 and "seed = 3" in injected[0].source
+
+
+def test_the_demo_says_what_it_does_and_where_things_are(run):
+    folder, done, _ = run
+    for number, stage in enumerate(STAGES, 1): assert f"[{number}/3] {stage}" in done.stdout
+    assert len(re.findall(r"^step\b|\bstep +\d", done.stdout, re.M)) >= 2 * SMALL["logs"], "no line a log step"
+    for stage in STAGES: assert f"tiny/{stage}/{stage}-record.json" in done.stdout
+    figures = json.loads((folder/"retrain"/"retrain-record.json").read_text())["figures"]
+    assert re.search(rf"retrain +val_miou +{figures['val_miou']:.4g}$", done.stdout, re.M)
+    assert "searched" in done.stdout.split("On the test images")[1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_run_overwrites_and_repeats(run, command):
+    folder, _, place = run
+    def figures(): return json.loads((folder/"search"/"search-record.json").read_text())["figures"]
+    before, files = figures(), sorted(p.name for p in (folder/"search").iterdir())
+    words = [w for name, value in SMALL.items() if name not in ("baselines", "latency_repeats") for w in ("-p", name, value)]
+    done = command("search", "--folder", "tiny/search", *words, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert figures() == before and sorted(p.name for p in (folder/"search").iterdir()) == files
