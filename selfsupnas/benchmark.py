@@ -47,7 +47,7 @@ def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
 def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     "The hand-crafted network `name`, trained on the labelled images with the retraining's split, views, steps and schedule."
     fields = {f.name: retrained[f.name] for f in dataclasses.fields(TrainingConfig)}
-    for key in ("size", "crop", "zoom", "ramp"): fields[key] = fields[key] and tuple(fields[key])
+    for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"): fields[key] = fields[key] and tuple(fields[key])
     fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split", w_jig=0., w_semi=0., seed=config.seed, resume=False)
     training = TrainingConfig(**fields)
     data = load_training_data(training)

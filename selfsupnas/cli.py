@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'WORDS', 'stage_config', 'stage_notebook', 'class_docs', 'f
            'figure_lines', 'align_table', 'demo', 'make_parser', 'run_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #cell-02
-import argparse, ast, dataclasses, importlib, inspect, io, os, sys, tokenize, types, typing
+import argparse, ast, dataclasses, importlib, inspect, io, logging, os, sys, tokenize, types, typing
 from pathlib import Path
 
 import selfsupnas
@@ -16,7 +16,7 @@ from .architecture import load_architecture
 from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
 
-# %% ../nbs/90_cli.ipynb #cell-12
+# %% ../nbs/90_cli.ipynb #cell-13
 STAGES = {"search": "selfsupnas.search.SearchConfig", "retrain": "selfsupnas.retrain.RetrainConfig",
           "evaluate": "selfsupnas.benchmark.EvaluateConfig"}
 
@@ -25,7 +25,7 @@ def stage_config(stage:str) -> type: # the dataclass of its parameters
     module, name = STAGES[stage].rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
 
-# %% ../nbs/90_cli.ipynb #cell-14
+# %% ../nbs/90_cli.ipynb #cell-15
 def stage_notebook(stage:str) -> Path: # the run notebook, to be read only
     "Where the run notebook of a stage is; FileNotFoundError when the installation has lost it."
     package = Path(selfsupnas.__file__).parent
@@ -36,7 +36,7 @@ def stage_notebook(stage:str) -> Path: # the run notebook, to be read only
                                 f"{places[1]}: install selfsupnas again")
     return found
 
-# %% ../nbs/90_cli.ipynb #cell-18
+# %% ../nbs/90_cli.ipynb #cell-19
 def class_docs(cls) -> dict: # field name -> what its comment says
     "The comments behind the fields that one dataclass adds itself, read from its source."
     source = inspect.cleandoc("\n" + inspect.getsource(cls))
@@ -60,7 +60,7 @@ def field_docs(cls) -> dict: # field name -> what its comment says; the nearest 
             docs.update({k: v for k, v in class_docs(base).items() if v or k not in docs})
     return docs
 
-# %% ../nbs/90_cli.ipynb #cell-19
+# %% ../nbs/90_cli.ipynb #cell-20
 def kind_name(kind) -> str: # as one would write it
     "The name of an annotation: int, tuple | None and so on."
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
@@ -74,7 +74,7 @@ def describe(cls) -> str: # a line a field
     return "\n".join(f"  {name:<{a}}  {kind:<{b}}  {default:<{c}}  {doc}".rstrip()
                      for name, kind, default, doc in rows)
 
-# %% ../nbs/90_cli.ipynb #cell-23
+# %% ../nbs/90_cli.ipynb #cell-24
 WORDS = {"true": True, "false": False, "null": None}
 
 def parse_value(text:str, kind): # the value
@@ -92,7 +92,7 @@ def parse_parameters(cls, pairs) -> dict: # name -> value, of the types that `cl
     config = from_parameters(cls, values)
     return {name: getattr(config, name) for name in values}
 
-# %% ../nbs/90_cli.ipynb #cell-27
+# %% ../nbs/90_cli.ipynb #cell-28
 def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
@@ -104,7 +104,7 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
         raise FileNotFoundError(f"no retrained network in {config.network}; `selfsupnas retrain` "
                                 "leaves one in its folder: say which with -p network FOLDER")
 
-# %% ../nbs/90_cli.ipynb #cell-30
+# %% ../nbs/90_cli.ipynb #cell-31
 def own_kernel() -> type: # a kernel manager class
     "Starts kernels with the interpreter that is running now, whatever kernels Jupyter knows."
     import zmq
@@ -122,18 +122,19 @@ def own_kernel() -> type: # a kernel manager class
             return KernelSpec(**get_kernel_dict(), env=inline) # its first word is sys.executable
     return OwnKernel
 
-# %% ../nbs/90_cli.ipynb #cell-31
+# %% ../nbs/90_cli.ipynb #cell-32
 def run_notebook(source, output, # .ipynb files: which to run, and where to save it after each cell
                  parameters:dict, out=None, err=None, # streams for what it prints
                 ) -> None:
     "Run a notebook where one stands; raises papermill's error, with `output` saved."
     from papermill import execute_notebook
+    logging.getLogger("papermill").setLevel(logging.ERROR) # it doubts comments that hold a "="
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items()}
     execute_notebook(str(source), str(output), values, kernel_name="python3", language="python",
                      cwd=os.getcwd(), progress_bar=False, kernel_manager_class=own_kernel(),
                      stdout_file=out or sys.stdout, stderr_file=err or sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #cell-35
+# %% ../nbs/90_cli.ipynb #cell-36
 def run_stage(stage:str, parameters:dict, folder, # checked parameters; where the notebook goes
               source=None, # another notebook in the place of the stage's own
              ) -> int: # exit status: 0, or 1 for a failed run
@@ -154,7 +155,7 @@ def run_stage(stage:str, parameters:dict, folder, # checked parameters; where th
           file=sys.stderr, flush=True)
     return 1
 
-# %% ../nbs/90_cli.ipynb #cell-39
+# %% ../nbs/90_cli.ipynb #cell-40
 def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
     "The parameters of the three stages; raises ValueError, TypeError or FileNotFoundError."
     configs, folder = {stage: stage_config(stage) for stage in STAGES}, Path(folder)
@@ -173,7 +174,7 @@ def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
         check_inputs(stage, from_parameters(cls, plan[stage]), later=True)
     return plan
 
-# %% ../nbs/90_cli.ipynb #cell-43
+# %% ../nbs/90_cli.ipynb #cell-44
 def figure_lines(records:list, # of RunRecord
                 ) -> list: # of text, a line a figure
     "Stage, figure and value of every single number in run records, in columns."
@@ -190,7 +191,7 @@ def align_table(table:str) -> str: # columns apart by two blanks
     rows[1] = ["-" * width for width in widths]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-# %% ../nbs/90_cli.ipynb #cell-44
+# %% ../nbs/90_cli.ipynb #cell-45
 def demo(data:str, folder, pairs) -> int: # exit status
     "Search, retrain and evaluate in FOLDER/search, FOLDER/retrain and FOLDER/evaluate."
     from selfsupnas.benchmark import benchmark_table
@@ -209,7 +210,7 @@ def demo(data:str, folder, pairs) -> int: # exit status
           align_table(benchmark_table(records["evaluate"])), sep="\n")
     return 0
 
-# %% ../nbs/90_cli.ipynb #cell-48
+# %% ../nbs/90_cli.ipynb #cell-49
 def make_parser() -> argparse.ArgumentParser:
     "The words that the command knows."
     parser = argparse.ArgumentParser(prog="selfsupnas", allow_abbrev=False, description=
@@ -228,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--parameters", action="store_true", help="list them and stop")
     return parser
 
-# %% ../nbs/90_cli.ipynb #cell-49
+# %% ../nbs/90_cli.ipynb #cell-50
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
     if words.stage == "demo":

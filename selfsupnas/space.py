@@ -95,6 +95,8 @@ def gate_name(layer: int, scale: int) -> str: return f"cells.{layer}_{scale}.gat
 def gates_by_path(space: SearchSpace, gates: dict # from watch_gates: name -> (B,paths)
                  ) -> dict: # Path -> (B,) gates; a cell that was not reached has no gate: 0 for every image
     "Gates of each path of the grid, by image."
+    known = {gate_name(*cell) for cell in space.cells()}
+    if not gates or set(gates) - known: raise ValueError(f"these are not gates of {space}: {sorted(set(gates) - known)[:2]}; watch the network itself, not a module around it")
     some = next(iter(gates.values()))
     by_path = {}
     for path in space.paths():

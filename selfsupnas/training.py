@@ -54,6 +54,7 @@ class TrainingConfig:
     w_semi: float = 1.0 # weight of the consistency term; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # shares of the steps at which w_semi begins to rise and is whole
     jigsaw_n: int = 2 # tiles a side
+    jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # least and greatest random zoom of a view that becomes a jigsaw
     jigsaw_stride: int = 8 # of the fused feature that the head reads: 8 or 16
     consistency: str = "fixmatch" # or mean_teacher
     threshold: float = 0.95 # confidence from which a pseudo-label counts
@@ -107,18 +108,19 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
     save_split(split, Path(config.folder)/"split")
     return TrainingData(train, val, split)
 
-# %% ../nbs/50_training.ipynb #cell-11
+# %% ../nbs/50_training.ipynb #cell-12
 def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0):
-    "Yields (labelled, unlabelled or None) for each step from `start`; unlabelled views are made only where a term wants them."
-    left, view = config.steps - start, WeakView(config.crop, config.zoom)
-    def stream(ids, batch, **kind):
-        return make_loader(Stream(data.train, ids, left * batch, view, config.seed, start=start * batch, **kind), batch, config.workers)
-    labelled = stream(data.split.labelled, config.batch_labelled)
-    if not (config.w_jig or config.w_semi): return ((batch, None) for batch in labelled)
-    views = int(config.w_semi > 0) # the jigsaw alone needs no strong view
-    return zip(labelled, stream(data.unlabelled, config.batch_unlabelled, kind="unlabelled", strong_views=views))
+    "Yields {labelled, unlabelled, jigsaw: batch} for each step from `start`; a removed term's batch is absent."
+    left = config.steps - start
+    def loader(ids, batch, zoom, seed, **kind):
+        view = WeakView(config.crop, zoom)
+        return make_loader(Stream(data.train, ids, left * batch, view, seed, start=start * batch, **kind), batch, config.workers)
+    loaders = {"labelled": loader(data.split.labelled, config.batch_labelled, config.zoom, config.seed)}
+    if config.w_semi: loaders["unlabelled"] = loader(data.unlabelled, config.batch_unlabelled, config.zoom, config.seed, kind="unlabelled")
+    if config.w_jig: loaders["jigsaw"] = loader(data.train.ids, config.batch_jigsaw, config.jigsaw_zoom, config.seed + 1)
+    return (dict(zip(loaders, batches)) for batches in zip(*loaders.values()))
 
-# %% ../nbs/50_training.ipynb #cell-13
+# %% ../nbs/50_training.ipynb #cell-14
 class Trainee(nn.Module):
     "The network and, where there is a pretext task, its head."
     def __init__(self, model: nn.Module, head: nn.Module | None = None, level: int = 1): # level: index of the fused feature
@@ -139,13 +141,15 @@ def make_trainee(model: nn.Module, config: TrainingConfig) -> Trainee:
     level = min(STRIDES.index(config.jigsaw_stride), model.coarsest)
     return Trainee(model, JigsawHead(model.space.channels_at(level), config.jigsaw_n, len(permutation_set(config.jigsaw_n))), level)
 
-# %% ../nbs/50_training.ipynb #cell-15
-def objective(trainee: nn.Module, teacher, # the EMATeacher
-              labelled: dict, unlabelled: dict | None, # from make_batches
+# %% ../nbs/50_training.ipynb #cell-16
+def objective(network: nn.Module, trainee: Trainee, # what is called (perhaps wrapped for several processes), and what is in it
+              teacher: EMATeacher,
+              batches: dict, # from make_batches
               weights: dict, # sup, jig, semi, cost -> weight at this step
               config: TrainingConfig, permutations, generator: torch.Generator, # of boxes and jigsaws
               cost: Callable | None = None): # gates by name, (B,paths) of segmented images -> term, figures
     "The weighted terms (scalars) and the figures of one step."
+    labelled, unlabelled = batches["labelled"], batches.get("unlabelled")
     terms, figures, images = {}, {}, [labelled["image"]]
     if weights["semi"]:
         box = cutmix_boxes(len(unlabelled["weak"]), unlabelled["weak"].shape[-2:], generator, p=config.cutmix_p).to(labelled["image"].device)
@@ -154,11 +158,9 @@ def objective(trainee: nn.Module, teacher, # the EMATeacher
         images.append(mix(unlabelled["strong"]))
     segment = sum(map(len, images))
     if weights["jig"]:
-        pool = torch.cat([unlabelled["weak"], labelled["image"]])
-        chosen = torch.randperm(len(pool), generator=generator)[:config.batch_jigsaw]
-        shuffled, truth = cut_and_shuffle(pool[chosen.to(pool.device)], permutations, generator)
+        shuffled, truth = cut_and_shuffle(batches["jigsaw"]["image"], permutations, generator)
         images.append(shuffled)
-    with watch_gates(trainee) as gates: logits, guess = trainee(torch.cat(images), segment)
+    with watch_gates(trainee.model) as gates: logits, guess = network(torch.cat(images), segment)
     terms["sup"] = pixel_cross_entropy(logits[:len(images[0])], labelled["label"])
     if weights["jig"]:
         terms["jig"], figures["jig_accuracy"] = jigsaw_loss(guess, truth), jigsaw_accuracy(guess, truth)
@@ -171,7 +173,7 @@ def objective(trainee: nn.Module, teacher, # the EMATeacher
         figures.update(charged)
     return terms, figures
 
-# %% ../nbs/50_training.ipynb #cell-17
+# %% ../nbs/50_training.ipynb #cell-18
 def save_checkpoint(path, state: dict) -> Path:
     "Write tensors and plain values, atomically."
     path = Path(path)
@@ -189,7 +191,7 @@ def load_checkpoint(path, config: TrainingConfig) -> dict:
     if differ: raise ValueError(f"{path} was written with other parameters: " + ", ".join(f"{k}={state['parameters'][k]!r}" for k in differ))
     return state
 
-# %% ../nbs/50_training.ipynb #cell-19
+# %% ../nbs/50_training.ipynb #cell-20
 def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     "AdamW or SGD with momentum 0.9; no weight decay on tensors of one dimension."
     groups = [{"params": [p for p in trainee.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -197,7 +199,7 @@ def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Op
     if config.optimiser == "sgd": return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=config.lr)
 
-# %% ../nbs/50_training.ipynb #cell-21
+# %% ../nbs/50_training.ipynb #cell-22
 class RunLog:
     "Means of terms and figures over windows of steps; `rows` is what plots and records read."
     def __init__(self, config: TrainingConfig):
@@ -231,7 +233,7 @@ class RunLog:
         print(f"step {row['step']:5}  {line}", flush=True)
         return line
 
-# %% ../nbs/50_training.ipynb #cell-23
+# %% ../nbs/50_training.ipynb #cell-24
 class Trained(dict):
     "Result of `train`: model and head (averaged weights, evaluation mode), history (log rows), seconds, step_ms, cuda."
     __getattr__ = dict.__getitem__
@@ -258,14 +260,14 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     permutations = permutation_set(config.jigsaw_n) if config.w_jig else None
     network.train()
     bar = tqdm(make_batches(config, data, first), total=config.steps, initial=first, desc=Path(config.folder).name, leave=False)
-    for step, batch in enumerate(bar, first):
+    for step, batches in enumerate(bar, first):
         start, share = time.perf_counter(), step / config.steps
         weights = {"sup": 1., "jig": config.w_jig, "semi": config.w_semi * ramp_up(share, *config.ramp), "cost": cost_weight(share) if cost else 0.}
         for group in optimiser.param_groups: group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
         draws = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-        labelled, unlabelled = (part and {k: v.to(accelerator.device) for k, v in part.items()} for part in batch)
+        batches = {name: {k: v.to(accelerator.device) for k, v in batch.items()} for name, batch in batches.items()}
         with accelerator.autocast():
-            terms, figures = objective(network, teacher, labelled, unlabelled, weights, config, permutations, draws, cost)
+            terms, figures = objective(network, trainee, teacher, batches, weights, config, permutations, draws, cost)
         loss = sum(weights[name] * term for name, term in terms.items())
         log.check(loss, terms, step, checkpoint)
         accelerator.backward(loss)

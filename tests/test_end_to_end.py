@@ -8,7 +8,7 @@ from selfsupnas.architecture import load_architecture
 from selfsupnas.report import read_records
 from selfsupnas.retrain import load_network
 
-SMALL = {"steps": 4, "logs": 2, "size": (64, 80), "layers": 3, "channels": 8, "batch_labelled": 2, "batch_unlabelled": 2,
+SMALL = {"steps": 4, "logs": 2, "size": (64, 80), "layers": 3, "channels": 8, "budget": 0.8, "batch_labelled": 2, "batch_unlabelled": 2,
          "batch_jigsaw": 2, "baselines": ("lraspp_mobilenet_v3_large",), "latency_repeats": 2, "seed": 3}
 WORDS = [word for name, value in SMALL.items() for word in ("-p", name, value)]
 STAGES = ("search", "retrain", "evaluate")
