@@ -107,19 +107,14 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
 # %% ../nbs/90_cli.ipynb #cell-31
 def own_kernel() -> type: # a kernel manager class
     "Starts kernels with the interpreter that is running now, whatever kernels Jupyter knows."
-    import zmq
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    spec = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"]) # argv[0] is sys.executable
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"} # figures are kept
     class OwnKernel(AsyncKernelManager):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            if self.has_trait("transport_encryption") and zmq.has("curve"): # else a warning a run
-                self.transport_encryption = "auto"
         @property
-        def kernel_spec(self):
-            inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"} # figures are kept
-            return KernelSpec(**get_kernel_dict(), env=inline) # its first word is sys.executable
+        def kernel_spec(self): return KernelSpec(**spec, env=inline)
     return OwnKernel
 
 # %% ../nbs/90_cli.ipynb #cell-32

@@ -126,11 +126,12 @@ def frame_grid(ax, # matplotlib Axes that a grid was drawn into
     end, box = space.layers + 1, dict(fc="0.94", ec="0.3", lw=.8, zorder=2)
     text = dict(fontsize=8, rotation=90, ha="center", va="center", zorder=3)
     ax.plot([-.6, 0], [0, 0], color="0.3", lw=1, zorder=0)
-    for x, height, name in ((-1.05, .8, "stem"), (end, scales - .2, "decoder")):
-        ax.add_patch(Rectangle((x, -.4), .45, height, **box))
-        if names: ax.text(x + .225, -.4 + height / 2, name, **text)
+    wide = max(.35, .024 * space.layers) # in layers; room for a line of text in a long grid
+    for x, height, name in ((-.6 - wide, .8, "stem"), (end, scales - .2, "decoder")):
+        ax.add_patch(Rectangle((x, -.4), wide, height, **box))
+        if names: ax.text(x + wide / 2, -.4 + height / 2, name, **text)
     every = 1 if space.layers <= 12 else 4
-    ax.set(xlim=(-1.15, end + .55), ylim=(scales - .5, -.5), yticks=range(scales),
+    ax.set(xlim=(-.7 - wide, end + wide + .1), ylim=(scales - .5, -.5), yticks=range(scales),
            xticks=range(0, end, every))
     ax.set_yticklabels([f"stride {s}" if names else s for s in STRIDES[:scales]])
     ax.set_xticklabels(range(0, end, every))
@@ -163,7 +164,7 @@ def draw_gates(ax, # matplotlib Axes
         ax.plot([path.layer, path.layer + 1], [path.scale, path.scale + STEP[path.kind]],
                 solid_capstyle="round", zorder=1, label=" ".join(map(str, path)), **style)
     x, y = zip(*space.cells())
-    ax.plot(x, y, "o", ms=4 + widest / 2, mec="0.3", mfc="w", mew=.8, zorder=2, label="cells")
+    ax.plot(x, y, "o", ms=2 + .9 * widest, mec="0.3", mfc="w", mew=.8, zorder=2, label="cells")
     frame_grid(ax, space, names)
 
 # %% ../nbs/60_plots.ipynb #cell-27
@@ -178,7 +179,7 @@ def draw_route(ax, # matplotlib Axes
     computing = sum(1 for kinds in live.values() if kinds)
     counts = computing, len(live) - computing, len(space.cells()) - len(live)
     ax.set_title(f"derived route: {len(architecture.paths)} of {len(space.paths())} paths kept; "
-                 "{} cells compute, {} pass on, {} absent".format(*counts), fontsize=9)
+                 "cells: {} compute, {} pass on, {} absent".format(*counts), fontsize=9)
     dot = dict(marker="o", ls="", ms=8, mec="0.3")
     keys = [Line2D([], [], mfc=COLOURS[0], label="computes", **dot),
             Line2D([], [], mfc="w", label="passes its input on", **dot),
@@ -209,7 +210,7 @@ def plot_route(space:SearchSpace,
     if architecture is not None and architecture.space != space:
         raise ValueError(f"the gates belong to {space}, the architecture to {architecture.space}")
     panels = 1 if architecture is None else 2
-    width = min(10, 4 + .7 * space.layers)
+    width = min(10, max(8 if panels == 2 else 5, 4 + .7 * space.layers)) # the key needs 8
     fig, axes = new_figure(panels, 1, figsize=(width, 2.3 if panels == 1 else 4.9))
     draw_gates(axes[0, 0], space, importance)
     axes[0, 0].set_title("mean gate of every path (dotted: 0 for every image)", fontsize=9)
@@ -242,11 +243,13 @@ def plot_gate_history(space:SearchSpace,
     if not snapshots: raise ValueError("no snapshot of the gates was given: `snapshots` is empty")
     snapshots = sorted(snapshots, key=lambda snapshot: snapshot[0])
     chosen = sorted({round(i) for i in np.linspace(0, len(snapshots) - 1, 6)})
-    ncols = min(3 if space.layers <= 10 else 2, len(chosen))
+    long = space.layers > 10
+    ncols = min(2 if long else 3, len(chosen))
     nrows = math.ceil(len(chosen) / ncols)
-    fig, axes = new_figure(nrows + 1, ncols, figsize=(max(5, 2.5 * ncols), 1.5 * nrows + 1.8))
+    width = max(5, (4.2 if long else 2.5) * ncols)
+    fig, axes = new_figure(nrows + 1, ncols, figsize=(width, 1.5 * nrows + 1.8))
     for ax, i in zip(axes[:-1].flat, chosen):
-        draw_gates(ax, space, snapshots[i][1], widest=3, names=False)
+        draw_gates(ax, space, snapshots[i][1], widest=2 if long else 3, names=False)
         ax.set_title(f"step {snapshots[i][0]}", fontsize=9)
     for ax in axes[:-1].flat[len(chosen):]: ax.remove()
     for ax in axes[:-1, 0]: ax.set_ylabel("stride", fontsize=8)
