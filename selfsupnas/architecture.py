@@ -104,7 +104,7 @@ def derive(space: SearchSpace,
     if missing: raise ValueError(f"importance lacks {len(missing)} paths, {min(missing)} among them")
     least = cost(frozenset())
     if not budget >= least:
-        raise ValueError(f"budget {budget:,.0f} is under {least:,.0f}, the cost of stem, decoder and classifier alone")
+        raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and classifier alone")
     kept = reached(space, {path for path in space.paths() if importance[path] > 0})
     while cost(kept) > budget: kept = cheapest_drop(space, kept, importance, cost)
     def fitting(): # dropped paths that would be reached and still fit

@@ -94,7 +94,7 @@ def benchmark_table(record: RunRecord) -> str: # markdown
     rows, latency = record.figures["rows"], record.timings["latency"]
     own = rows["searched"]
     def show(value, form): return "-" if value is None else format(value, form)
-    lines = ["| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | x searched | parameters (million) | latency (ms) | x searched |",
+    lines = ["| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | GFLOPs / searched | parameters (million) | latency (ms) | latency / searched |",
              "|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ms, flops, params = latency.get(name, {}).get("latency_ms"), row.get("gflops"), row.get("parameters")

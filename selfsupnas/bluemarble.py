@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['BLUEMARBLE_CLASSES', 'BLUEMARBLE_PALETTE', 'ZONES', 'package_file', 'large_images', 'sample_grid', 'zone_classes',
-           'bluemarble_world', 'kept_tiles', 'tile_split', 'cache_folder', 'cached_arrays', 'cut_tiles',
-           'bluemarble_tiles']
+           'bluemarble_world', 'kept_tiles', 'tile_split', 'cut_tiles', 'bluemarble_tiles']
 
 # %% ../nbs/06_bluemarble.ipynb #cell-02
-import gzip, os, tempfile, warnings, zipfile, zlib
+import gzip
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .core import cache_folder, cached_arrays
 
 # %% ../nbs/06_bluemarble.ipynb #cell-05
 def package_file(package:str, # name of the distribution, as pip knows it
@@ -95,36 +96,6 @@ def tile_split(column:int) -> str: # 'train', 'val' or 'test'
     return ("test", "val", "test", "train", "train", "train", "train")[column//3 % 7]
 
 # %% ../nbs/06_bluemarble.ipynb #cell-43
-def cache_folder() -> Path:
-    "Where computed data is kept: the folder named by SELFSUPNAS_CACHE, else ~/.cache/selfsupnas."
-    return Path(os.environ.get("SELFSUPNAS_CACHE") or "~/.cache/selfsupnas").expanduser()
-
-# %% ../nbs/06_bluemarble.ipynb #cell-44
-def cached_arrays(path,  # the .npz file
-                  build, # function without arguments that returns a dict of arrays
-                 ) -> dict:
-    "The arrays kept at `path`; built and written atomically when it is missing or damaged."
-    path = Path(path)
-    try:
-        with open(path, "rb") as f: # opened here: np.load leaves a damaged file open
-            kept = np.load(f, allow_pickle=False)
-            return {name: kept[name] for name in kept.files}
-    except FileNotFoundError: pass
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
-        warnings.warn(f"the cached file {path} is damaged; it is made again")
-    arrays, part = build(), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f:
-            part = f.name
-            np.savez_compressed(f, **arrays)
-        os.replace(part, path)
-    except OSError as e:
-        if part: Path(part).unlink(missing_ok=True)
-        warnings.warn(f"cannot write the cache {path} ({e}): set SELFSUPNAS_CACHE elsewhere")
-    return arrays
-
-# %% ../nbs/06_bluemarble.ipynb #cell-48
 def cut_tiles(image:np.ndarray,  # (H, W, 3) uint8
               labels:np.ndarray, # (H, W) uint8
               tile:int=128,      # side in pixels
@@ -135,7 +106,7 @@ def cut_tiles(image:np.ndarray,  # (H, W, 3) uint8
     return dict(tiles=np.array(tiles), images=np.stack([image[b] for b in boxes]),
                 labels=np.stack([labels[b] for b in boxes]))
 
-# %% ../nbs/06_bluemarble.ipynb #cell-49
+# %% ../nbs/06_bluemarble.ipynb #cell-44
 def bluemarble_tiles(split:str, # 'train', 'val' or 'test'
                     ) -> dict: # tiles (N, 2); images (N, 128, 128, 3), labels (N, 128, 128) uint8
     "The Blue Marble tiles of one split, cached. Raises FileNotFoundError, ValueError."

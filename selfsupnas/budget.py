@@ -95,26 +95,31 @@ def expected_cost(table: CostTable, gates: dict # Path -> (B,), from selfsupnas.
     return _weighed(table, gates) + (table.full - static_cost(table, table.space.paths()) + static_cost(table, []) + sum(table.raise_from))
 
 # %% ../nbs/31_budget.ipynb #cell-17
+def _fixed(table: CostTable, open_paths) -> int:
+    "What a route costs beside its cells and paths: stem, gates of the cells reached, decoder, classifier."
+    live = trace_route(table.space, open_paths)
+    coarsest = max(scale for layer, scale in live if layer == table.space.layers)
+    gates = sum(table.gates[scale][len(table.space.kinds_at(layer, scale))] for layer, scale in live)
+    return table.stem + table.head + sum(table.raise_from[:coarsest + 1]) + gates
+
 def realised_cost(table: CostTable, gates: dict # Path -> (B,); for an image that never reached a cell its gates are 0
                  ) -> torch.Tensor: # (B,) multiply-adds
     "Executed cost of each image in the supernet: gates thresholded at CLOSED."
-    opened = {path: g.detach() > CLOSED for path, g in gates.items()}
-    total = _weighed(table, {path: o.double() for path, o in opened.items()})
-    for i in range(len(total)):
-        live = trace_route(table.space, [path for path, o in opened.items() if o[i]])
-        coarsest = max(scale for layer, scale in live if layer == table.space.layers)
-        total[i] += (table.stem + table.head + sum(table.raise_from[:coarsest + 1])
-                     + sum(table.gates[scale][len(table.space.kinds_at(layer, scale))] for layer, scale in live))
-    return total
+    paths = list(gates)
+    opened = torch.stack([gates[path].detach() > CLOSED for path in paths], 1) # (B, paths)
+    routes = [tuple(row) for row in opened.tolist()]
+    fixed = {route: _fixed(table, [path for path, is_open in zip(paths, route) if is_open]) for route in set(routes)}
+    total = _weighed(table, dict(zip(paths, opened.double().unbind(1))))
+    return total + total.new_tensor([fixed[route] for route in routes])
 
 # %% ../nbs/31_budget.ipynb #cell-24
-def budget_loss(table: CostTable, gates: dict, # Path -> (B,)
+def budget_loss(table: CostTable,
+                expected: torch.Tensor, realised: torch.Tensor, # (B,) multiply-adds, from the two functions above
                 mu: float, # the budget, a share of the full grid's cost, in (0, 1]
                 of: str = "realised", # or "expected"
                ) -> torch.Tensor: # scalar
     "(mean cost / full - mu)^2. Source: Li et al., CVPR 2020 (expected); the straight-through form is ours."
     if not 0 < mu <= 1: raise ValueError(f"mu must be in (0, 1], a share of the full grid's cost, not {mu}")
     if of not in ("expected", "realised"): raise ValueError(f"the budget is of the expected or the realised cost, not {of!r}")
-    cost = expected_cost(table, gates)
-    if of == "realised": cost = cost + (realised_cost(table, gates).to(cost.dtype) - cost).detach()
+    cost = expected if of == "expected" else expected + (realised.to(expected.dtype) - expected).detach()
     return (cost.mean() / table.full - mu) ** 2

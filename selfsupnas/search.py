@@ -36,8 +36,8 @@ class SearchConfig(TrainingConfig):
     channels: int = 16 # C0 at stride 4 (published: 64)
     operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # candidates of a cell, see selfsupnas.operations
     budget: float = 0.5 # mu: share of the full grid's multiply-adds, for the search and for the derived network
-    w_cost: float = 4.0 # weight of the budget term; 0 removes it (published: 0.5 to 0.8 with long schedules)
-    cost_ramp: tuple[float, float] = (0.3, 0.6) # shares of the steps at which w_cost begins to rise and is whole
+    w_cost: float = 3.0 # weight of the budget term; 0 removes it (published: 0.5 to 0.8 with long schedules)
+    cost_ramp: tuple[float, float] = (0.15, 0.4) # shares of the steps at which w_cost begins to rise and is whole
     budget_of: str = "realised" # or expected (published)
     leak: float = 0.1 # slope of a shut gate, see selfsupnas.gate; 0 = published
 
@@ -84,10 +84,10 @@ def make_cost(table: CostTable, config: SearchConfig):
     "The budget term for `train`: gates by name -> term, figures."
     def cost(gates):
         by_path = gates_by_path(table.space, gates)
-        figures = {"expected": expected_cost(table, by_path).detach().mean() / table.full,
-                   "realised": realised_cost(table, by_path).mean() / table.full,
-                   "gates": torch.stack([g.detach().mean() for g in by_path.values()])}
-        return budget_loss(table, by_path, config.budget, config.budget_of), figures
+        expected, realised = expected_cost(table, by_path), realised_cost(table, by_path)
+        return budget_loss(table, expected, realised, config.budget, config.budget_of), {
+            "expected": expected.detach().mean() / table.full, "realised": realised.mean() / table.full,
+            "gates": torch.stack([g.detach().mean() for g in by_path.values()])}
     return cost
 
 # %% ../nbs/51_search.ipynb #cell-10

@@ -40,26 +40,26 @@ class TrainingConfig:
     zoom: tuple[float, float] = (0.75, 2.0) # least and greatest random zoom of a view (published: 0.5 to 2)
     label_fraction: float = 1 / 16 # of the training set whose labels are used
     split_folder: str | None = None # labeled.txt and unlabeled.txt of an earlier run; None: drawn from label_fraction and seed
-    seed: int = 0 # of everything random
-    steps: int = 600 # optimiser steps (published: 190,000 of batch 8)
-    batch_labelled: int = 8
-    batch_unlabelled: int = 8
-    batch_jigsaw: int = 8 # of both kinds of image; they lend no label
+    seed: int = 0 # of everything that is random
+    steps: int = 500 # optimiser steps (published: 190,000 of batch 8)
+    batch_labelled: int = 8 # images of a step, with labels
+    batch_unlabelled: int = 8 # images of a step, without
+    batch_jigsaw: int = 12 # of both kinds of image; they lend no label
     optimiser: str = "adamw" # or sgd (published: sgd with lr 0.05)
-    lr: float = 3e-3
-    weight_decay: float = 1e-4
+    lr: float = 3e-3 # peak learning rate
+    weight_decay: float = 1e-4 # not on batch norm and biases
     warmup: float = 0.05 # share of the steps over which the learning rate rises; then polynomial decay of power 0.9
     clip: float = 5.0 # largest gradient norm
-    w_jig: float = 0.2 # weight of the jigsaw term; 0 removes it
+    w_jig: float = 0.5 # weight of the jigsaw term; 0 removes it
     w_semi: float = 1.0 # weight of the consistency term; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # shares of the steps at which w_semi begins to rise and is whole
     jigsaw_n: int = 2 # tiles a side
     jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # least and greatest random zoom of a view that becomes a jigsaw
     jigsaw_stride: int = 8 # of the fused feature that the head reads: 8 or 16
     consistency: str = "fixmatch" # or mean_teacher
-    threshold: float = 0.95 # confidence from which a pseudo-label counts
+    threshold: float = 0.9 # confidence from which a pseudo-label counts
     cutmix_p: float = 0.5 # share of strong views that get a box from another image
-    ema_decay: float = 0.99 # of the teacher, which is also the network that is kept (published, long runs: 0.996)
+    ema_decay: float = 0.98 # of the teacher, which is also the network that is kept (published, long runs: 0.996)
     precision: str = "no" # fp16 or bf16 where a GPU has them
     workers: int = 0 # processes that make views
     logs: int = 20 # log lines in a run
@@ -112,12 +112,12 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
 def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0):
     "Yields {labelled, unlabelled, jigsaw: batch} for each step from `start`; a removed term's batch is absent."
     left = config.steps - start
-    def loader(ids, batch, zoom, seed, **kind):
-        view = WeakView(config.crop, zoom)
+    def loader(ids, batch, zoom, seed, flip=0.5, **kind):
+        view = WeakView(config.crop, zoom, flip)
         return make_loader(Stream(data.train, ids, left * batch, view, seed, start=start * batch, **kind), batch, config.workers)
     loaders = {"labelled": loader(data.split.labelled, config.batch_labelled, config.zoom, config.seed)}
     if config.w_semi: loaders["unlabelled"] = loader(data.unlabelled, config.batch_unlabelled, config.zoom, config.seed, kind="unlabelled")
-    if config.w_jig: loaders["jigsaw"] = loader(data.train.ids, config.batch_jigsaw, config.jigsaw_zoom, config.seed + 1)
+    if config.w_jig: loaders["jigsaw"] = loader(data.train.ids, config.batch_jigsaw, config.jigsaw_zoom, config.seed + 1, flip=0.)
     return (dict(zip(loaders, batches)) for batches in zip(*loaders.values()))
 
 # %% ../nbs/50_training.ipynb #cell-14
