@@ -11,9 +11,13 @@ DATA ?= streetscenes
 ARGS ?=
 WORKERS ?= 2
 TESTS ?= tests
+SEEDS ?= 0 1 2
+ARMS ?= labels both jigsaw consistency
+FOUND ?= nbs/experiments/records/demo-streetscenes
+COMPARE ?= runs/compare
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help env demo test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare terms test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -34,6 +38,30 @@ $(VENV)/.installed: settings.ini setup.py
 demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble or camvid; ARGS='-p steps 100'
 	@echo "== demo: selfsupnas demo --data $(DATA) $(ARGS)"
 	selfsupnas demo --data $(DATA) $(ARGS)
+
+# A process a core, one thread each; what has a record is not run again. The architecture and the split are those of the committed demo.
+compare: env ## labels alone against the whole objective, 3 seeds, on the committed architecture: nbs/experiments/records
+	@echo "== compare: $(ARMS) with seeds $(SEEDS), $(WORKERS) at a time, into $(COMPARE)"
+	run_arm() {
+	  case $$1 in labels) off="-p w_jig 0 -p w_semi 0";; jigsaw) off="-p w_semi 0";; consistency) off="-p w_jig 0";; both) off="";; esac
+	  to=$(COMPARE)/$$1-$$2
+	  test -e $$to/evaluate/evaluate-record.json && return
+	  echo "== compare: $$to"
+	  { selfsupnas retrain --folder $$to/retrain -p architecture $(FOUND)/search/architecture.json -p split_folder $(FOUND)/search/split -p seed $$2 $$off
+	    selfsupnas evaluate --folder $$to/evaluate -p network $$to/retrain -p baselines '()'; } >$$to.log 2>&1 || { tail -5 $$to.log; exit 255; }
+	}
+	export -f run_arm
+	mkdir -p $(COMPARE)
+	for seed in $(SEEDS); do for arm in $(ARMS); do echo $$arm $$seed; done; done \
+	  | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -L 1 bash -c 'run_arm "$$0" "$$1"'
+
+terms: env ## time of a search step with all terms, and with each term's weight at 0
+	@common="-p steps 24 -p logs 2 -p ramp (0.,0.) -p cost_ramp (0.,0.)"
+	for term in none w_jig w_semi w_cost all; do
+	  case $$term in none) off="";; all) off="-p w_jig 0 -p w_semi 0 -p w_cost 0";; *) off="-p $$term 0";; esac
+	  echo "== terms: removed: $$term"
+	  selfsupnas search --folder runs/terms/without-$$term $$common $$off >runs/terms-$$term.log 2>&1 || { tail -5 runs/terms-$$term.log; exit 1; }
+	done
 
 test: env drift notebook-tests pytest ## all that must pass before a change goes in
 

@@ -7,7 +7,7 @@ __all__ = ['seed_everything', 'from_parameters', 'write_json', 'cache_folder', '
            'RunRecord', 'Timer']
 
 # %% ../nbs/01_core.ipynb #cell-02
-import dataclasses, json, os, platform, random, subprocess, tempfile, time, typing, warnings, zipfile, zlib
+import dataclasses, json, os, platform, random, subprocess, tempfile, time, types, typing, warnings, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone

@@ -30,6 +30,7 @@ class RetrainConfig(TrainingConfig):
     architecture: str = "runs/search/architecture.json" # what to train
     initialise: str = "scratch" # or inherit: the weights of the supernet beside the architecture
     steps: int = 1000 # optimiser steps
+    w_jig: float = 0.1 # less than in the search: a small network has little to spare; 0 removes the term
 
     def __post_init__(self):
         super().__post_init__()

@@ -36,7 +36,7 @@ class SearchConfig(TrainingConfig):
     channels: int = 16 # C0 at stride 4 (published: 64)
     operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # candidates of a cell, see selfsupnas.operations
     budget: float = 0.5 # mu: share of the full grid's multiply-adds, for the search and for the derived network
-    w_cost: float = 3.0 # weight of the budget term; 0 removes it (published: 0.5 to 0.8 with long schedules)
+    w_cost: float = 6.0 # weight of the budget term; 0 removes it (published: 0.5 to 0.8 with long schedules)
     cost_ramp: tuple[float, float] = (0.15, 0.4) # shares of the steps at which w_cost begins to rise and is whole
     budget_of: str = "realised" # or expected (published)
     leak: float = 0.1 # slope of a shut gate, see selfsupnas.gate; 0 = published

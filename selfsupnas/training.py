@@ -38,7 +38,7 @@ class TrainingConfig:
     size: tuple[int, int] | None = None # (height, width) that images are resized to; None: as they are
     crop: tuple[int, int] | None = None # (height, width) of a training view; None: the image's
     zoom: tuple[float, float] = (0.75, 2.0) # least and greatest random zoom of a view (published: 0.5 to 2)
-    label_fraction: float = 1 / 16 # of the training set whose labels are used
+    label_fraction: float = 1 / 40 # of the training set whose labels are used
     split_folder: str | None = None # labeled.txt and unlabeled.txt of an earlier run; None: drawn from label_fraction and seed
     seed: int = 0 # of everything that is random
     steps: int = 500 # optimiser steps (published: 190,000 of batch 8)
@@ -57,7 +57,7 @@ class TrainingConfig:
     jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # least and greatest random zoom of a view that becomes a jigsaw
     jigsaw_stride: int = 8 # of the fused feature that the head reads: 8 or 16
     consistency: str = "fixmatch" # or mean_teacher
-    threshold: float = 0.9 # confidence from which a pseudo-label counts
+    threshold: float = 0.8 # confidence from which a pseudo-label counts
     cutmix_p: float = 0.5 # share of strong views that get a box from another image
     ema_decay: float = 0.98 # of the teacher, which is also the network that is kept (published, long runs: 0.996)
     precision: str = "no" # fp16 or bf16 where a GPU has them
