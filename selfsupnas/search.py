@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'gate_statistics', 'solve_jigsaws', 'jigsaw_score', 'make_cost', 'Searched', 'search', 'check_budget',
-           'search_figures']
+           'search_figures', 'time_terms']
 
 # %% ../nbs/51_search.ipynb #cell-02
 import dataclasses
@@ -143,3 +143,22 @@ def search_figures(config, data, trained: Trained, table, architecture: Architec
         figures["jigsaw_val_accuracy"] = jigsaw_score(trained.model, trained.head, data.val, config)
         figures["jigsaw_chance"] = 1 / len(permutation_set(config.jigsaw_n))
     return figures
+
+# %% ../nbs/51_search.ipynb #cell-19
+def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
+    "Median step time (ms) of the search with no term removed and with each removed, interleaved; leaves terms-record.json in `config.folder`."
+    config = dataclasses.replace(config, ramp=(0., 0.), logs=1, w_cost=1e-9)
+    data = load_training_data(config)
+    size = tuple(data.train[0][0].shape[-2:])
+    space = SearchSpace(data.train.spec.num_classes, config.layers, config.channels, config.operations)
+    table = measure_costs(space, size)
+    removed = {"none": (), "w_jig": ("w_jig",), "w_semi": ("w_semi",), "w_cost": ("w_cost",), "all": ("w_jig", "w_semi", "w_cost")}
+    times = {name: [] for name in removed}
+    for _ in range(rounds):
+        for name, weights in removed.items():
+            variant = dataclasses.replace(config, **dict.fromkeys(weights, 0.))
+            cost = make_cost(table, variant) if variant.w_cost else None
+            times[name].append(train(supernet(space), variant, data, cost, lambda share: variant.w_cost).step_ms)
+    record = RunRecord("terms", FilePath(config.folder).name, dataclasses.asdict(config), config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
+    record.save(config.folder)
+    return record
