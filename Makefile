@@ -17,7 +17,7 @@ FOUND ?= nbs/experiments/records/demo-streetscenes
 COMPARE ?= runs/compare
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help env demo compare terms test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare terms loader test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -58,6 +58,15 @@ compare: env ## labels alone against the whole objective, 3 seeds, on the commit
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
 	python -c "from selfsupnas.search import SearchConfig, time_terms; print(time_terms(SearchConfig(folder='runs/terms', steps=10)).timings)"
+
+loader: env ## time of a search step beside that of the loader alone, two workers; with CamVid, where SELFSUPNAS_DATA has it
+	@echo "== loader: into runs/loader"
+	rate() { python -c "from selfsupnas.search import SearchConfig, time_loader; print('$$1', time_loader(SearchConfig(folder='runs/loader/$$1', workers=2, steps=20, $$2)).timings)"; }
+	rate streetscenes ""
+	if [ -d "$${SELFSUPNAS_DATA:-}/camvid" ]; then
+	  rate camvid "data='camvid', size=(120, 160), label_fraction=1/8"
+	  rate camvid-decoded "data='camvid', size=(120, 160), label_fraction=1/8, cache_gb=0."
+	fi
 
 test: env drift notebook-tests pytest ## all that must pass before a change goes in
 

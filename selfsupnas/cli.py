@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['STAGES', 'WORDS', 'DEMO', 'stage_config', 'stage_notebook', 'class_docs', 'field_docs', 'kind_name', 'describe',
            'parse_value', 'parse_parameters', 'check_inputs', 'own_kernel', 'run_notebook', 'run_stage', 'plan_demo',
-           'figure_lines', 'align_table', 'demo', 'make_parser', 'run_command', 'main']
+           'figure_lines', 'align_table', 'demo', 'open_splits', 'look_at_data', 'make_parser', 'run_command', 'main']
 
-# %% ../nbs/90_cli.ipynb #cell-02
-import argparse, ast, dataclasses, importlib, inspect, io, logging, os, sys, tokenize, types, typing
+# %% ../nbs/90_cli.ipynb #0158665b
+import argparse, ast, dataclasses, importlib, inspect, io, logging, os, re, sys, tokenize, types, typing
+from fractions import Fraction
 from pathlib import Path
 
 import selfsupnas
 from .architecture import load_architecture
 from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
+from .pairs import SPLITS
+from .splits import label_count, load_split
 
 # %% ../nbs/90_cli.ipynb #cell-13
 STAGES = {"search": "selfsupnas.search.SearchConfig", "retrain": "selfsupnas.retrain.RetrainConfig",
@@ -74,15 +77,16 @@ def describe(cls) -> str: # a line a field
     return "\n".join(f"  {name:<{a}}  {kind:<{b}}  {default:<{c}}  {doc}".rstrip()
                      for name, kind, default, doc in rows)
 
-# %% ../nbs/90_cli.ipynb #cell-24
+# %% ../nbs/90_cli.ipynb #bd054960
 WORDS = {"true": True, "false": False, "null": None}
 
 def parse_value(text:str, kind): # the value
     "A word as the type wanted; what does not fit is left for `from_parameters` to refuse."
-    try: value = WORDS[text] if text in WORDS else ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     options = typing.get_args(kind) if union else (kind,)
+    if float in options and re.fullmatch(r"\d+ */ *[1-9]\d*", text): return float(Fraction(text.replace(" ", "")))
+    try: value = WORDS[text] if text in WORDS else ast.literal_eval(text)
+    except (ValueError, SyntaxError): return text
     return text if str in options and type(value) not in options else value
 
 def parse_parameters(cls, pairs) -> dict: # name -> value, of the types that `cls` has
@@ -92,17 +96,29 @@ def parse_parameters(cls, pairs) -> dict: # name -> value, of the types that `cl
     config = from_parameters(cls, values)
     return {name: getattr(config, name) for name in values}
 
-# %% ../nbs/90_cli.ipynb #cell-28
+# %% ../nbs/90_cli.ipynb #d59f6178
 def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
     "Raise FileNotFoundError or ValueError, with the cure, when what a stage reads is not there."
-    if config.data not in (None, "streetscenes"): load_dataset(config.data, "train", config.root)
+    if stage == "evaluate":
+        from selfsupnas.benchmark import check_labels
+        data, root, made = config.data, config.root, Path(config.network)/"retrain-record.json"
+        if not later:
+            if not made.is_file(): raise FileNotFoundError(
+                f"no retrained network in {config.network}; `selfsupnas retrain` leaves one in its "
+                "folder: say which with -p network FOLDER")
+            retrained = RunRecord.load(made).parameters
+            data, root = data or retrained["data"], root or retrained["root"]
+        if data != "streetscenes": check_labels(load_dataset(data, config.split, root), config.split)
+        return
     if stage == "retrain" and not later: load_architecture(config.architecture)
-    if later or stage != "evaluate": return
-    if not (Path(config.network)/"retrain-record.json").is_file():
-        raise FileNotFoundError(f"no retrained network in {config.network}; `selfsupnas retrain` "
-                                "leaves one in its folder: say which with -p network FOLDER")
+    if config.data == "streetscenes": return # drawn by the run, with its progress
+    from selfsupnas.training import image_size
+    train, _ = (load_dataset(config.data, split, config.root, config.size) for split in ("train", "val"))
+    image_size(train, config.crop)
+    if config.split_folder and not later: load_split(config.split_folder, train)
+    else: label_count(config.label_fraction, len(train.labelled_ids))
 
 # %% ../nbs/90_cli.ipynb #cell-31
 def own_kernel() -> type: # a kernel manager class
@@ -150,8 +166,10 @@ def run_stage(stage:str, parameters:dict, folder, # checked parameters; where th
           file=sys.stderr, flush=True)
     return 1
 
-# %% ../nbs/90_cli.ipynb #cell-40
+# %% ../nbs/90_cli.ipynb #d9d9b793
 DEMO = {"camvid": {"label_fraction": 1 / 8, "size": (120, 160)}, "bluemarble": {"label_fraction": 1 / 8}} # -p has its way
+DEMO |= {name: {"label_fraction": 1 / 16, "size": (96, 192), "split": "val"} for name in ("cityscapes", "cityscapes_extra", "cityscapes_coarse")}
+DEMO |= {name: {"label_fraction": 1 / 16, "size": (128, 160), "split": "val"} for name in ("voc", "voc_aug")} # test has no labels
 
 def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
     "The parameters of the three stages; raises ValueError, TypeError or FileNotFoundError."
@@ -189,7 +207,7 @@ def align_table(table:str) -> str: # columns apart by two blanks
     rows[1] = ["-" * width for width in widths]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-# %% ../nbs/90_cli.ipynb #cell-45
+# %% ../nbs/90_cli.ipynb #ea46457c
 def demo(data:str, folder, pairs) -> int: # exit status
     "Search, retrain and evaluate in FOLDER/search, FOLDER/retrain and FOLDER/evaluate."
     from selfsupnas.benchmark import benchmark_table
@@ -204,11 +222,39 @@ def demo(data:str, folder, pairs) -> int: # exit status
         print(f"  {path}")
     print("\nFigures of the search and of the retraining, on validation images:",
           *figure_lines([records["search"], records["retrain"]]), sep="\n")
-    print("\nOn the test images, beside what one would take instead:",
+    print(f"\nOn the {records['evaluate'].figures['split']} images, beside what one would take instead:",
           align_table(benchmark_table(records["evaluate"])), sep="\n")
     return 0
 
-# %% ../nbs/90_cli.ipynb #cell-49
+# %% ../nbs/90_cli.ipynb #e5b08398
+def open_splits(name:str, root, splits=None, # None: those that are there
+               ) -> dict: # split -> dataset
+    "The datasets of the splits; says which are not there, and raises when none is."
+    found, missing = {}, []
+    for split in splits or SPLITS:
+        try: found[split] = load_dataset(name, split, root)
+        except FileNotFoundError as e: missing.append((split, e))
+    if missing and (splits or not found): raise missing[0][1]
+    for split, why in missing: print(f"[{split}] not there: {why}")
+    return found
+
+def look_at_data(name:str, root, splits, folder, # where the sheets go
+                 samples:int=6,                  # images of a sheet
+                ) -> int: # exit status: 1 when a file is faulty, else 0
+    "Print the survey of each split and save its sheet; raises ValueError or FileNotFoundError."
+    from selfsupnas.show import save_figure
+    from selfsupnas.survey import sample_sheet, survey, survey_text
+    if samples < 1: raise ValueError(f"samples must be 1 or more, not {samples}")
+    faulty = 0
+    for split, dataset in open_splits(name, root, splits).items():
+        found = survey(dataset)
+        print(f"\n[{split}] {survey_text(found)}")
+        if len(found.faulty) < len(dataset):
+            print(f"samples: {save_figure(sample_sheet(found, samples), Path(folder)/f'{split}.png', 120)}", flush=True)
+        faulty += len(found.faulty)
+    return int(faulty > 0)
+
+# %% ../nbs/90_cli.ipynb #07e887a3
 def make_parser() -> argparse.ArgumentParser:
     "The words that the command knows."
     parser = argparse.ArgumentParser(prog="selfsupnas", allow_abbrev=False, description=
@@ -225,11 +271,21 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--data", default="streetscenes", choices=sorted(DATASETS))
         else:
             command.add_argument("--parameters", action="store_true", help="list them and stop")
+    text = "counts, sizes, classes, faulty files and a sheet of samples of a data set"
+    look = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
+    look.add_argument("name", metavar="NAME", choices=sorted(DATASETS), help=", ".join(DATASETS))
+    look.add_argument("root", metavar="ROOT", nargs="?", help="its folder; default: SELFSUPNAS_DATA")
+    look.add_argument("--split", nargs="+", choices=SPLITS, metavar="SPLIT",
+                      help="train, val, test; default: those that are there")
+    look.add_argument("--samples", type=int, default=6, help="images of a sheet")
+    look.add_argument("--folder", help="where the sheets go; default: runs/data-NAME")
     return parser
 
-# %% ../nbs/90_cli.ipynb #cell-50
+# %% ../nbs/90_cli.ipynb #41dbe599
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
+    if words.stage == "data":
+        return look_at_data(words.name, words.root, words.split, words.folder or f"runs/data-{words.name}", words.samples)
     if words.stage == "demo":
         return demo(words.data, words.folder or f"runs/demo-{words.data}", words.pairs)
     cls = stage_config(words.stage)

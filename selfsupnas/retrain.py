@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RetrainConfig', 'initial_network', 'Retrained', 'retrain', 'load_network']
 
-# %% ../nbs/54_retrain.ipynb #cell-02
+# %% ../nbs/54_retrain.ipynb #b83271e2
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -20,7 +20,7 @@ from .evaluation import evaluate
 from .jigsaw import permutation_set
 from .network import StaticNetwork, inherit
 from .search import jigsaw_score
-from .training import TrainingConfig, TrainingData, load_training_data, train
+from .training import TrainingConfig, TrainingData, image_size, load_training_data, train
 
 # %% ../nbs/54_retrain.ipynb #cell-04
 @dataclass
@@ -45,7 +45,7 @@ def initial_network(architecture: Architecture, config: RetrainConfig) -> Static
     if not weights.exists(): raise FileNotFoundError(f"initialise='inherit' needs the supernet's weights at {weights}")
     return inherit(StaticNetwork(architecture), load_file(weights))
 
-# %% ../nbs/54_retrain.ipynb #cell-07
+# %% ../nbs/54_retrain.ipynb #0099d9cd
 class Retrained(dict):
     "Result of `retrain`: trained, architecture, record, data."
     __getattr__ = dict.__getitem__
@@ -61,10 +61,9 @@ def retrain(config: RetrainConfig) -> Retrained:
     network = initial_network(architecture, config)
     with timer("training"): trained = train(network, config, data)
     with timer("validation"):
-        size = tuple(data.train[0][0].shape[-2:])
-        cost, metrics = count_cost(trained.model, size), evaluate(trained.model, data.val, progress=False)
+        cost, metrics = count_cost(trained.model, image_size(data.train, config.crop)), evaluate(trained.model, data.val, progress=False)
         figures = {"gflops": cost.gflops, "parameters": cost.parameters, "val_miou": metrics.miou, "val_pixel_accuracy": metrics.pixel_accuracy,
-                   "labelled_images": len(data.split.labelled), "unlabelled_images": len(data.split.unlabelled)}
+                   "labelled_images": len(data.split.labelled), "unlabelled_images": len(data.split.unlabelled), "unreadable_files": data.unreadable}
         if trained.head is not None:
             figures["jigsaw_val_accuracy"] = jigsaw_score(trained.model, trained.head, data.val, config)
             figures["jigsaw_chance"] = 1 / len(permutation_set(config.jigsaw_n))

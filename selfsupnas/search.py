@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'gate_statistics', 'solve_jigsaws', 'jigsaw_score', 'make_cost', 'Searched', 'search', 'check_budget',
-           'search_figures', 'time_terms']
+           'search_figures', 'time_terms', 'time_loader']
 
-# %% ../nbs/51_search.ipynb #cell-02
-import dataclasses
+# %% ../nbs/51_search.ipynb #eb0f3c9e
+import dataclasses, time
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -25,7 +25,8 @@ from .grid import STRIDES, SearchSpace
 from .jigsaw import cut_and_shuffle, permutation_set, unshuffle
 from .network import StaticNetwork, inherit
 from .space import gates_by_path, supernet
-from .training import Trained, TrainingConfig, TrainingData, load_training_data, ramp_up, train
+from .training import (Trained, TrainingConfig, TrainingData, image_size, load_training_data, make_batches, ramp_up,
+                                 train)
 
 # %% ../nbs/51_search.ipynb #cell-04
 @dataclass
@@ -90,7 +91,7 @@ def make_cost(table: CostTable, config: SearchConfig):
             "gates": torch.stack([g.detach().mean() for g in by_path.values()])}
     return cost
 
-# %% ../nbs/51_search.ipynb #cell-10
+# %% ../nbs/51_search.ipynb #b552b5d2
 class Searched(dict):
     "Result of `search`: trained, table, importance, architecture, record, data."
     __getattr__ = dict.__getitem__
@@ -99,7 +100,7 @@ def search(config: SearchConfig) -> Searched:
     "Run the search; leaves architecture.json, supernet.safetensors, history.json, split/ and search-record.json in `config.folder`."
     timer, folder = Timer(), FilePath(config.folder)
     data = load_training_data(config)
-    size = tuple(data.train[0][0].shape[-2:])
+    size = image_size(data.train, config.crop)
     space = SearchSpace(data.train.spec.num_classes, config.layers, config.channels, config.operations)
     with timer("cost table"): table = measure_costs(space, size)
     check_budget(table, config.budget)
@@ -121,7 +122,7 @@ def search(config: SearchConfig) -> Searched:
     record.save(folder)
     return Searched(trained=trained, table=table, importance=importance, architecture=architecture, record=record, data=data)
 
-# %% ../nbs/51_search.ipynb #cell-11
+# %% ../nbs/51_search.ipynb #539a39b5
 def check_budget(table: CostTable, budget: float):
     "Raise ValueError for a budget that not even the empty route meets: before the search, not after it."
     least = static_cost(table, []) / table.full
@@ -135,7 +136,7 @@ def search_figures(config, data, trained: Trained, table, architecture: Architec
     figures = {"full_gflops": table.full / 1e9, "budget_gflops": config.budget * table.full / 1e9,
                "derived_gflops": cost.gflops, "derived_parameters": cost.parameters,
                "expected_share": expected.mean().item() / table.full, "realised_share": realised.mean().item() / table.full,
-               "paths_kept": len(architecture.paths), "paths": len(table.space.paths()),
+               "paths_kept": len(architecture.paths), "paths": len(table.space.paths()), "unreadable_files": data.unreadable,
                "supernet_val_miou": evaluate(trained.model, data.val, progress=False).miou,
                "derived_inherited_val_miou": evaluate(derived, data.val, progress=False).miou}
     if cost.flops > config.budget * table.full: raise RuntimeError(f"derived network: {cost.flops:,} multiply-adds by fvcore, over the budget")
@@ -144,12 +145,12 @@ def search_figures(config, data, trained: Trained, table, architecture: Architec
         figures["jigsaw_chance"] = 1 / len(permutation_set(config.jigsaw_n))
     return figures
 
-# %% ../nbs/51_search.ipynb #cell-19
+# %% ../nbs/51_search.ipynb #64143e3a
 def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
     "Median step time (ms) of the search with no term removed and with each removed, interleaved; leaves terms-record.json in `config.folder`."
     config = dataclasses.replace(config, ramp=(0., 0.), logs=1, w_cost=1e-9)
     data = load_training_data(config)
-    size = tuple(data.train[0][0].shape[-2:])
+    size = image_size(data.train, config.crop)
     space = SearchSpace(data.train.spec.num_classes, config.layers, config.channels, config.operations)
     table = measure_costs(space, size)
     removed = {"none": (), "w_jig": ("w_jig",), "w_semi": ("w_semi",), "w_cost": ("w_cost",), "all": ("w_jig", "w_semi", "w_cost")}
@@ -160,5 +161,28 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
             cost = make_cost(table, variant) if variant.w_cost else None
             times[name].append(train(supernet(space), variant, data, cost, lambda share: variant.w_cost).step_ms)
     record = RunRecord("terms", FilePath(config.folder).name, dataclasses.asdict(config), config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
+    record.save(config.folder)
+    return record
+
+# %% ../nbs/51_search.ipynb #7834e42e
+def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
+    "Median ms of a search step with all terms, and of the loader alone making a step's batches; leaves loader-record.json in `config.folder`."
+    config = dataclasses.replace(config, ramp=(0., 0.), logs=1)
+    data = load_training_data(config)
+    space = SearchSpace(data.train.spec.num_classes, config.layers, config.channels, config.operations)
+    table = measure_costs(space, image_size(data.train, config.crop))
+    alone = dataclasses.replace(config, workers=0) # no worker competes with the step that is timed
+    def step(): return train(supernet(space), alone, data, make_cost(table, config), lambda share: config.w_cost).step_ms
+    def batches():
+        many, begun = dataclasses.replace(config, steps=20 + 10 * config.steps), 20 # the first fill the workers' queues
+        drawn = make_batches(many, data)
+        for _ in range(begun): next(drawn)
+        start = time.perf_counter()
+        for _ in drawn: pass
+        return 1e3 * (time.perf_counter() - start) / (many.steps - begun)
+    times = [(step(), batches()) for _ in range(rounds)]
+    step_ms, loader_ms = (sorted(column)[rounds // 2] for column in zip(*times))
+    record = RunRecord("loader", FilePath(config.folder).name, dataclasses.asdict(config), config.seed, {},
+                       {"step_ms": step_ms, "loader_ms": loader_ms, "loader_times_faster": step_ms / loader_ms})
     record.save(config.folder)
     return record

@@ -89,6 +89,13 @@ def test_a_committed_notebook_is_whole_and_small(path):
         if data: assert len(base64.b64decode("".join(data))) <= 100_000
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_outputs_name_no_place_of_a_machine(path):
+    "Neither a temporary folder nor the checkout in which the notebook was run, as warnings print it."
+    texts = ["".join(o.get("text", []) or o.get("data", {}).get("text/plain", [])) for _, cell in cells(path) for o in cell["outputs"]]
+    for text in texts: assert not re.search(r"/(tmp|home|root|Users)/\w|/[\w.-]+/selfsupnas/\w+\.py", text), text[:300]
+
+
 def test_the_package_is_quick_to_import():
     code = "import time; t = time.perf_counter(); import selfsupnas; print(time.perf_counter() - t)"
     def seconds(): return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)

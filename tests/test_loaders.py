@@ -1,0 +1,83 @@
+"Batches of a run on the official layouts: the same for any number of workers, and blind to the labels of unlabelled images."
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.core import RunRecord
+from selfsupnas.training import TrainingConfig, load_training_data, make_batches
+from selfsupnas.voc import draw_voc
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    draw_cityscapes(root/"cityscapes", dict(train=9, val=2, train_extra=6))
+    return draw_voc(root, dict(train=6, val=4, extra=6))
+
+
+def config_of(root, folder, data="cityscapes_extra", **parameters):
+    return TrainingConfig(**{"folder": str(folder), "data": data, "root": str(root), "crop": (48, 56), "zoom": (0.5, 2.0), "category_ratio": 0.75,
+                             "label_fraction": 0.3, "steps": 6, "batch_labelled": 3, "batch_unlabelled": 4, "batch_jigsaw": 5, **parameters})
+
+
+def batches(config): return list(make_batches(config, load_training_data(config)))
+
+
+def same(a, b, but=()):
+    assert len(a) == len(b) and [list(x) for x in a] == [list(x) for x in b]
+    return all(torch.equal(x[name][key], y[name][key]) for x, y in zip(a, b) for name in x for key in x[name] if key not in but)
+
+
+@pytest.mark.parametrize("data", ["cityscapes_extra", "voc_aug"])
+def test_batches_do_not_depend_on_the_number_of_workers(root, tmp_path, data):
+    alone, one, two = (batches(config_of(root, tmp_path, data, workers=n)) for n in (0, 1, 2))
+    assert set(alone[0]) == {"labelled", "unlabelled", "jigsaw"} and alone[0]["labelled"]["image"].shape == (3, 3, 48, 56)
+    assert same(alone, one) and same(alone, two)
+    assert not same(alone, batches(config_of(root, tmp_path, data, seed=1)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_the_cache(root, tmp_path, workers):
+    assert same(batches(config_of(root, tmp_path, workers=workers)), batches(config_of(root, tmp_path, workers=workers, cache_gb=0.)))
+
+
+def test_a_run_goes_on_at_its_step(root, tmp_path):
+    config = config_of(root, tmp_path)
+    assert same(batches(config)[4:], list(make_batches(config, load_training_data(config), start=4)))
+
+
+def test_labels_of_unlabelled_images_reach_no_view(root, tmp_path):
+    "Their masks are overwritten; nothing but the diagnosis changes, although the category ratio chooses windows by labels."
+    config = config_of(root, tmp_path, "cityscapes")
+    data = load_training_data(config)
+    before = list(make_batches(config, data))
+    for name, (_, mask) in zip(data.train.ids, data.train.pairs):
+        if name in data.split.unlabelled: Image.fromarray(np.random.default_rng(1).integers(0, 34, np.asarray(Image.open(mask)).shape, dtype=np.uint8)).save(mask)
+    kept = dataclasses.replace(config, split_folder=str(tmp_path/"split"))
+    after = list(make_batches(kept, load_training_data(kept)))
+    jigsaws = [{k: v for k, v in x.items() if k != "jigsaw"} for x in before], [{k: v for k, v in x.items() if k != "jigsaw"} for x in after]
+    assert same(*jigsaws, but=("diagnosis_label",))
+    assert not same(*jigsaws)
+    assert all(torch.equal(a["jigsaw"]["image"], b["jigsaw"]["image"]) for a, b in zip(before, after)) # its labels are not read
+
+
+def test_a_split_is_written_beside_the_run_and_read_again(root, tmp_path):
+    first = load_training_data(config_of(root, tmp_path/"one", "voc_aug", label_fraction=1/4, seed=7))
+    again = load_training_data(config_of(root, tmp_path/"two", "voc_aug", label_fraction=1., seed=0, split_folder=str(tmp_path/"one"/"split")))
+    assert again.split == first.split and len(first.split.labelled) == 3
+    assert (tmp_path/"two"/"split"/"labeled.txt").read_text() == (tmp_path/"one"/"split"/"labeled.txt").read_text()
+
+
+def test_images_of_many_sizes_go_through_all_three_stages(root, tmp_path, command):
+    "VOC as it is, cropped for training and whole for evaluation; two workers."
+    small = {"root": root, "size": None, "crop": (64, 64), "label_fraction": "1/4", "steps": 4, "logs": 2, "layers": 3, "channels": 8, "budget": 0.8,
+             "batch_labelled": 2, "batch_unlabelled": 2, "batch_jigsaw": 2, "baselines": "()", "latency_repeats": 2, "workers": 2, "category_ratio": 0.9}
+    done = command("demo", "--data", "voc_aug", "--folder", "voc", *(w for pair in small.items() for w in ("-p", *pair)), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = RunRecord.load(tmp_path/"voc"/"evaluate"/"evaluate-record.json")
+    assert record.figures["split"] == "val" and record.figures["images"] == 4 and record.figures["size"] == [64, 64]
+    assert 0 <= record.figures["rows"]["searched"]["miou"] <= 1 and "On the val images" in done.stdout
