@@ -96,7 +96,7 @@ def parse_parameters(cls, pairs) -> dict: # name -> value, of the types that `cl
     config = from_parameters(cls, values)
     return {name: getattr(config, name) for name in values}
 
-# %% ../nbs/90_cli.ipynb #d59f6178
+# %% ../nbs/90_cli.ipynb #5d19ee41
 def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
@@ -117,7 +117,7 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
     from selfsupnas.training import image_size
     train, _ = (load_dataset(config.data, split, config.root, config.size) for split in ("train", "val"))
     image_size(train, config.crop)
-    if config.split_folder and not later: load_split(config.split_folder, train)
+    if config.split_folder: load_split(config.split_folder, train)
     else: label_count(config.label_fraction, len(train.labelled_ids))
 
 # %% ../nbs/90_cli.ipynb #cell-31

@@ -96,7 +96,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     rise = max(1, round(warmup * steps))
     return peak * ((step + 1) / rise if step < rise else (1 - (step - rise) / max(1, steps - rise)) ** 0.9)
 
-# %% ../nbs/50_training.ipynb #30775f5d
+# %% ../nbs/50_training.ipynb #3b2aadb8
 @dataclass
 class TrainingData:
     "The data of a run: training set, validation set, and which labels may be used."
@@ -107,6 +107,11 @@ class TrainingData:
     @property
     def unlabelled(self) -> list: # with every label in use there is still an image without its label to learn from
         return self.split.unlabelled or self.split.labelled
+
+    @property
+    def both(self) -> list: # ids of the split, in the order of the set: a split file may name a part of it
+        named = {*self.split.labelled, *self.split.unlabelled}
+        return [name for name in self.train.ids if name in named]
 
     @property
     def unreadable(self) -> int: # damaged files met so far
@@ -135,14 +140,14 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
     if config.workers: preload(train) # once, for all workers
     return TrainingData(train, val, split)
 
-# %% ../nbs/50_training.ipynb #9aa21bea
+# %% ../nbs/50_training.ipynb #5ea593d7
 def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0):
     "Yields {labelled, unlabelled, jigsaw: uint8 batch} for each step from `start`; a removed term's batch is absent."
     def stream(ids, zoom, seed=config.seed, flip=0.5, category_ratio=1.0, **kind):
         return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio), seed, **kind)
     streams = {"labelled": (stream(data.split.labelled, config.zoom, category_ratio=config.category_ratio), config.batch_labelled)}
     if config.w_semi: streams["unlabelled"] = stream(data.unlabelled, config.zoom, kind="unlabelled"), config.batch_unlabelled
-    if config.w_jig: streams["jigsaw"] = stream(data.train.ids, config.jigsaw_zoom, config.seed + 1, flip=0.), config.batch_jigsaw
+    if config.w_jig: streams["jigsaw"] = stream(data.both, config.jigsaw_zoom, config.seed + 1, flip=0.), config.batch_jigsaw
     return draw_batches(streams, range(start, config.steps), config.workers)
 
 # %% ../nbs/50_training.ipynb #cell-14

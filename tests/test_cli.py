@@ -5,7 +5,8 @@ import nbformat
 import pytest
 
 from selfsupnas.architecture import Architecture, save_architecture
-from selfsupnas.cli import STAGES, main, parse_parameters, run_notebook, run_stage, stage_config
+from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.cli import STAGES, main, parse_parameters, plan_demo, run_notebook, run_stage, stage_config
 from selfsupnas.grid import SearchSpace
 
 
@@ -54,6 +55,19 @@ def test_what_the_stage_before_makes_must_be_there(refused):
 
 def test_the_demo_keeps_its_wiring(refused):
     for name in ("architecture", "network", "folder"): assert name in refused("demo", "-p", name, "elsewhere")
+
+
+def test_the_demo_takes_a_split_in_place_of_a_fraction(tmp_path):
+    "A fraction that would label no image is no mistake when the split is given; an unknown image in it is one."
+    tree = draw_cityscapes(tmp_path/"cityscapes", dict(train=5, val=2))
+    (tmp_path/"split").mkdir()
+    (tmp_path/"split"/"labeled.txt").write_text("aachen_000000_000019"), (tmp_path/"split"/"unlabeled.txt").write_text("")
+    pairs = [("root", str(tree)), ("label_fraction", "1/100")]
+    with pytest.raises(ValueError, match="less than one image"): plan_demo("cityscapes", tmp_path/"run", pairs)
+    given = [*pairs, ("split_folder", str(tmp_path/"split"))]
+    assert plan_demo("cityscapes", tmp_path/"run", given)["retrain"]["split_folder"] == str(tmp_path/"split")
+    (tmp_path/"split"/"unlabeled.txt").write_text("nowhere_000000_000019")
+    with pytest.raises(ValueError, match="unlabeled.txt, line 1"): plan_demo("cityscapes", tmp_path/"run", given)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path, capsys):

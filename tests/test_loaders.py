@@ -72,6 +72,19 @@ def test_a_split_is_written_beside_the_run_and_read_again(root, tmp_path):
     assert (tmp_path/"two"/"split"/"labeled.txt").read_text() == (tmp_path/"one"/"split"/"labeled.txt").read_text()
 
 
+def test_a_split_file_that_names_a_part_keeps_every_stream_to_it(root, tmp_path):
+    "Each image is painted in the grey of its number: what the batches show are the images of the two lists, and no other."
+    config = config_of(root, tmp_path, "cityscapes", zoom=(1., 1.), jigsaw_zoom=(1., 1.), crop=None, category_ratio=1., steps=12)
+    data = load_training_data(config)
+    (tmp_path/"part").mkdir()
+    (tmp_path/"part"/"labeled.txt").write_text("\n".join(data.train.ids[2:4])), (tmp_path/"part"/"unlabeled.txt").write_text("\n".join(data.train.ids[5:8]))
+    part = load_training_data(dataclasses.replace(config, split_folder=str(tmp_path/"part")))
+    read = part.train.read
+    part.train.read = lambda i: (np.full_like(read(i)[0], 10 * i), read(i)[1])
+    shown = {name: {int(x) // 10 for b in make_batches(config, part) for x in b[name][key][:, 0, 0, 0]} for name, key in (("labelled", "image"), ("unlabelled", "weak"), ("jigsaw", "image"))}
+    assert shown == {"labelled": {2, 3}, "unlabelled": {5, 6, 7}, "jigsaw": {2, 3, 5, 6, 7}}
+
+
 def test_images_of_many_sizes_go_through_all_three_stages(root, tmp_path, command):
     "VOC as it is, cropped for training and whole for evaluation; two workers."
     small = {"root": root, "size": None, "crop": (64, 64), "label_fraction": "1/4", "steps": 4, "logs": 2, "layers": 3, "channels": 8, "budget": 0.8,
