@@ -17,8 +17,8 @@ from .architecture import Architecture, load_architecture, save_architecture
 from .core import RunRecord, Timer, write_json
 from .cost import count_cost
 from .evaluation import evaluate
-from .jigsaw import permutation_set
 from .network import StaticNetwork, inherit
+from .permutations import permutation_set
 from .search import jigsaw_score
 from .training import TrainingConfig, TrainingData, image_size, load_training_data, train
 

@@ -22,8 +22,9 @@ from .cost import count_cost
 from .evaluation import evaluate, same_size_batches
 from .gate import watch_gates
 from .grid import STRIDES, SearchSpace
-from .jigsaw import cut_and_shuffle, permutation_set, unshuffle
+from .jigsaw import cut_and_shuffle, unshuffle
 from .network import StaticNetwork, inherit
+from .permutations import permutation_set
 from .space import gates_by_path, supernet
 from .training import (Trained, TrainingConfig, TrainingData, image_size, load_training_data, make_batches, ramp_up,
                                  train)

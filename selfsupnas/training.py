@@ -24,10 +24,11 @@ from .data import load_dataset
 from .evaluation import eval_mode, evaluate, readable_pairs
 from .gate import watch_gates
 from .grid import STRIDES
-from .jigsaw import JigsawHead, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss, permutation_set
+from .jigsaw import JigsawHead, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss
 from .loaders import Stream, draw_batches, to_device
 from .losses import pixel_cross_entropy
 from .pairs import PairDataset, common_size, preload, resize_pair
+from .permutations import permutation_set
 from .splits import LabelSplit, load_split, make_split, save_split
 
 # %% ../nbs/50_training.ipynb #b18406b9
@@ -193,7 +194,7 @@ def objective(network: nn.Module, trainee: Trainee, # what is called (perhaps wr
     with watch_gates(trainee.model) as gates: logits, guess = network(torch.cat(images), segment)
     terms["sup"] = pixel_cross_entropy(logits[:len(images[0])], labelled["label"])
     if weights["jig"]:
-        terms["jig"], figures["jig_accuracy"] = jigsaw_loss(guess, truth), jigsaw_accuracy(guess, truth)
+        terms["jig"], figures["jig_accuracy"] = jigsaw_loss(guess, truth, permutations), jigsaw_accuracy(guess, truth, permutations)[0]
     if weights["semi"]:
         terms["semi"], seen = CONSISTENCY[config.consistency](logits[len(images[0]):], goal, mix(unlabelled["valid"]), config.threshold,
                                                               mix(unlabelled["diagnosis_label"]))
