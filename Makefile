@@ -17,7 +17,7 @@ FOUND ?= nbs/experiments/records/demo-streetscenes
 COMPARE ?= runs/compare
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help env demo compare terms loader test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -67,6 +67,13 @@ loader: env ## time of a search step beside that of the loader alone, two worker
 	  rate camvid "data='camvid', size=(120, 160), label_fraction=1/8"
 	  rate camvid-decoded "data='camvid', size=(120, 160), label_fraction=1/8, cache_gb=0."
 	fi
+
+# What has a record is not run again; a cell may take as long as it needs.
+shortcuts: env ## what a jigsaw network learns without gaps and normalised tiles, 3 seeds: nbs/experiments/shortcuts.ipynb
+	@echo "== shortcuts: records into nbs/experiments/records/shortcuts"
+	jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 \
+	  --ExecutePreprocessor.timeout=-1 --log-level=ERROR nbs/experiments/shortcuts.ipynb
+	nbdev_clean
 
 test: env drift notebook-tests pytest ## all that must pass before a change goes in
 
