@@ -17,7 +17,9 @@ FOUND ?= nbs/experiments/records/demo-streetscenes
 COMPARE ?= runs/compare
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help env demo compare terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
+FRONT ?= runs/demo-streetscenes/search
+
+.PHONY: help env demo compare budgets rivals terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -55,13 +57,23 @@ compare: env ## labels alone against the whole objective, 3 seeds, on the commit
 	for seed in $(SEEDS); do for arm in $(ARMS); do echo $$arm $$seed; done; done \
 	  | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -L 1 bash -c 'run_arm "$$0" "$$1"'
 
+# What has a record is not run again.
+budgets: env ## does a search end at the budget that it was asked for? mu 0.2, 0.4, 0.6, short searches of 12 layers
+	@echo "== budgets: into runs/budgets"
+	for mu in 0.2 0.4 0.6; do echo $$mu; done | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I MU bash -c \
+	  'test -e runs/budgets/MU/search-record.json || selfsupnas search --folder runs/budgets/MU -p layers 12 -p steps 300 -p budget MU'
+
+rivals: env ## the derived architecture against 10 random ones of its cost, all from scratch; after make demo
+	@echo "== rivals: of $(FRONT), into runs/rivals"
+	selfsupnas front --folder runs/rivals -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 400 -p random 10 -p split test
+
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
-	python -c "from selfsupnas.search import SearchConfig, time_terms; print(time_terms(SearchConfig(folder='runs/terms', steps=10)).timings)"
+	python -c "from selfsupnas.search import SearchConfig; from selfsupnas.timing import time_terms; print(time_terms(SearchConfig(folder='runs/terms', steps=10)).timings)"
 
 loader: env ## time of a search step beside that of the loader alone, two workers; with CamVid, where SELFSUPNAS_DATA has it
 	@echo "== loader: into runs/loader"
-	rate() { python -c "from selfsupnas.search import SearchConfig, time_loader; print('$$1', time_loader(SearchConfig(folder='runs/loader/$$1', workers=2, steps=20, $$2)).timings)"; }
+	rate() { python -c "from selfsupnas.search import SearchConfig; from selfsupnas.timing import time_loader; print('$$1', time_loader(SearchConfig(folder='runs/loader/$$1', workers=2, steps=20, $$2)).timings)"; }
 	rate streetscenes ""
 	if [ -d "$${SELFSUPNAS_DATA:-}/camvid" ]; then
 	  rate camvid "data='camvid', size=(120, 160), label_fraction=1/8"

@@ -45,12 +45,12 @@ def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
     return ({"name": name, "gflops": cost.gflops, "parameters": cost.parameters, "uncounted": cost.uncounted},
             {"latency_ms": measure_latency(model, size, repeats=repeats)})
 
-# %% ../nbs/55_benchmark.ipynb #941d7501
+# %% ../nbs/55_benchmark.ipynb #3f16013d
 def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     "The hand-crafted network `name`, trained on the labelled images with the retraining's split, views, steps and schedule."
     fields = {f.name: retrained.get(f.name, f.default) for f in dataclasses.fields(TrainingConfig)} # records of older versions have fewer
     for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"): fields[key] = fields[key] and tuple(fields[key])
-    fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split", w_jig=0., w_semi=0., seed=config.seed, resume=False)
+    fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split", w_sup=1., w_jig=0., w_semi=0., drop_path=0., seed=config.seed, resume=False)
     training = TrainingConfig(**fields)
     data = load_training_data(training)
     torch.manual_seed(config.seed)

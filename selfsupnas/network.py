@@ -10,14 +10,14 @@ from .architecture import Architecture
 from .cell import Cell
 from .space import RoutingNetwork
 
-# %% ../nbs/25_network.ipynb #cell-04
+# %% ../nbs/25_network.ipynb #93c2da68
 class StaticNetwork(RoutingNetwork):
     "The network of one architecture: images (B,3,H,W) -> logits (B,K,H,W). Weights are fresh; see `inherit`."
     def __init__(self, architecture: Architecture):
         space = architecture.space
         def cell(layer, scale, kinds):
-            weights = tuple(architecture.paths[layer, scale, kind] for kind in kinds)
-            return Cell(space.channels_at(scale), space.operations, kinds, weights)
+            weights = {path.kind: weight for path, weight in architecture.kept.items() if path[:2] == (layer, scale)}
+            return Cell(space.channels_at(scale), architecture.operations_at(layer, scale), kinds, weights)
         super().__init__(space, {(layer, scale): cell(layer, scale, kinds) for (layer, scale), kinds in architecture.live.items() if kinds},
                          architecture.coarsest)
         self.architecture = architecture

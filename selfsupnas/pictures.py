@@ -31,11 +31,11 @@ def mark_verdict(ax, # matplotlib Axes that shows a jigsaw
         spine.set(visible=True, color=colour, linewidth=3, linestyle="-" if right else (0, (2, 1)))
     ax.set_xlabel("✓ right" if right else "✗ wrong", fontsize=9, color=colour, labelpad=3)
 
-# %% ../nbs/63_pictures.ipynb #cell-10
+# %% ../nbs/63_pictures.ipynb #f915ad99
 def plot_jigsaw(images, # (B,3,H,W) uint8
                 shuffled, # (B,3,H,W) float, from `cut_and_shuffle`
                 restored=None, # (B,3,H,W) float: put back by the guess
-                truth=None, guess=None, # (B,) int, which permutation: both, or no verdict
+                truth=None, guess=None, # (B,) or (B,n*n) int, the permutation: both, or no verdict
                 n:int=2, # tiles a side
                ): # matplotlib Figure
     "Images, the jigsaws that the network gets, and what it makes of them; a column an image."
@@ -57,9 +57,9 @@ def plot_jigsaw(images, # (B,3,H,W) uint8
                 ax.axvline(i * (width // n) - .5, color="w", lw=1)
                 ax.axhline(i * (height // n) - .5, color="w", lw=1)
     if truth is not None and guess is not None:
-        verdict = as_array(truth) == as_array(guess)
+        verdict = (as_array(truth) == as_array(guess)).reshape(count, -1).all(1)
         for ax, right in zip(axes[-1], verdict): mark_verdict(ax, bool(right))
-        fig.suptitle(f"{int(verdict.sum())} of {count} permutations named rightly", fontsize=9)
+        fig.suptitle(f"{int(verdict.sum())} of {count} pictures put back rightly", fontsize=9)
     return fig
 
 # %% ../nbs/63_pictures.ipynb #cell-16

@@ -30,8 +30,9 @@ def known_points(rows:list, # log lines, dicts with "step"
     found = [(step, scale * value) for step, value in found if math.isfinite(value)]
     return [step for step, _ in found], [value for _, value in found]
 
-# %% ../nbs/60_plots.ipynb #cell-12
-_TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost"}
+# %% ../nbs/60_plots.ipynb #c06da40c
+_TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost",
+          "harden": "undecided gates"}
 # title, {key: name}, factor, logarithmic
 HISTORY_PANELS = (
     ("loss terms, unweighted", _TERMS, 1, True),
@@ -40,6 +41,7 @@ HISTORY_PANELS = (
     ("jigsaw accuracy, train batches (%)", {"jig_accuracy": "accuracy"}, 100, False),
     ("unlabelled pixels (%)", {"kept": "kept: over the threshold",
                                "pseudo_accuracy": "right pseudo-labels"}, 100, False),
+    ("closing threshold of the gates", {"closing": "threshold"}, 1, False),
     ("cost (% of the full grid)", {"expected": "expected", "realised": "realised"}, 100, False),
     ("validation mIoU (%)", {"val_miou": "mIoU"}, 100, False),
 )
@@ -59,7 +61,7 @@ def log_axis(ax, # matplotlib Axes
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
-# %% ../nbs/60_plots.ipynb #cell-14
+# %% ../nbs/60_plots.ipynb #e4d32170
 def draw_panel(ax, # matplotlib Axes
                rows:list, # log lines
                panel:tuple, # an entry of HISTORY_PANELS
@@ -72,7 +74,7 @@ def draw_panel(ax, # matplotlib Axes
         steps, values = known_points(rows, key, scale)
         if not steps or (key.startswith("w_") and not any(values)): continue
         few = dict(marker="o", ms=4) if len(steps) < 12 else {}
-        ax.plot(steps, values, color=COLOURS[i], ls=DASHES[i], lw=1.6, label=name, **few)
+        ax.plot(steps, values, color=COLOURS[i], ls=DASHES[i % 4], lw=1.6, label=name, **few)
         drawn += values
     if level:
         name = f"{level[0]} {scale * level[1]:.3g} %"

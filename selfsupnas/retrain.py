@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RetrainConfig', 'initial_network', 'Retrained', 'retrain', 'load_network']
 
-# %% ../nbs/54_retrain.ipynb #b83271e2
+# %% ../nbs/54_retrain.ipynb #6c9c9d77
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -18,34 +18,35 @@ from .core import RunRecord, Timer, write_json
 from .cost import count_cost
 from .evaluation import evaluate
 from .network import StaticNetwork, inherit
-from .permutations import permutation_set
-from .search import jigsaw_score
+from .search import jigsaw_figures
 from .training import TrainingConfig, TrainingData, image_size, load_training_data, train
 
-# %% ../nbs/54_retrain.ipynb #cell-04
+# %% ../nbs/54_retrain.ipynb #76752228
 @dataclass
 class RetrainConfig(TrainingConfig):
     "Parameters of the retraining stage; those that it shares with the search are in TrainingConfig."
     folder: str = "runs/retrain"
     architecture: str = "runs/search/architecture.json" # what to train
-    initialise: str = "scratch" # or inherit: the weights of the supernet beside the architecture
+    initialise: str = "scratch" # or inherit: the weights of the supernet that was searched
+    supernet: str | None = None # its weights (.safetensors), for inherit; None: those beside the architecture
     steps: int = 1000 # optimiser steps
     w_jig: float = 0.1 # less than in the search: a small network has little to spare; 0 removes the term
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.w_sup: raise ValueError("retraining needs labels: w_sup must be over 0")
         if self.initialise not in ("scratch", "inherit"): raise ValueError(f"initialise must be scratch or inherit, not {self.initialise!r}")
 
-# %% ../nbs/54_retrain.ipynb #cell-05
+# %% ../nbs/54_retrain.ipynb #2b21e533
 def initial_network(architecture: Architecture, config: RetrainConfig) -> StaticNetwork:
-    "Fresh weights from the seed and path weights of 1, or the supernet's weights and its mean gates as path weights."
+    "Fresh weights from the seed and all factors 1, or the supernet's weights and its gates as factors."
     torch.manual_seed(config.seed)
     if config.initialise == "scratch": return StaticNetwork(architecture.unweighted())
-    weights = FilePath(config.architecture).with_name("supernet.safetensors")
+    weights = FilePath(config.supernet or FilePath(config.architecture).with_name("supernet.safetensors"))
     if not weights.exists(): raise FileNotFoundError(f"initialise='inherit' needs the supernet's weights at {weights}")
     return inherit(StaticNetwork(architecture), load_file(weights))
 
-# %% ../nbs/54_retrain.ipynb #0099d9cd
+# %% ../nbs/54_retrain.ipynb #4b08b672
 class Retrained(dict):
     "Result of `retrain`: trained, architecture, record, data."
     __getattr__ = dict.__getitem__
@@ -64,9 +65,7 @@ def retrain(config: RetrainConfig) -> Retrained:
         cost, metrics = count_cost(trained.model, image_size(data.train, config.crop)), evaluate(trained.model, data.val, progress=False)
         figures = {"gflops": cost.gflops, "parameters": cost.parameters, "val_miou": metrics.miou, "val_pixel_accuracy": metrics.pixel_accuracy,
                    "labelled_images": len(data.split.labelled), "unlabelled_images": len(data.split.unlabelled), "unreadable_files": data.unreadable}
-        if trained.head is not None:
-            figures["jigsaw_val_accuracy"] = jigsaw_score(trained.model, trained.head, data.val, config)
-            figures["jigsaw_chance"] = 1 / len(permutation_set(config.jigsaw_n))
+        figures.update(jigsaw_figures(trained, data.val, config))
     save_architecture(trained.model.architecture, folder/"architecture.json")
     save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, folder/"network.safetensors")
     write_json(folder/"history.json", trained.history)

@@ -47,7 +47,7 @@ class Decoder(nn.Module):
                   for up, size in zip(self.up[coarsest:], sizes[coarsest + 1:])]
         return [self.last(fused[0].features)] + [signal.features for signal in fused[1:]] + absent
 
-# %% ../nbs/23_space.ipynb #cell-09
+# %% ../nbs/23_space.ipynb #2fbdc993
 class RoutingNetwork(nn.Module):
     "Stem, cells on the grid, decoder, classifier: images (B,3,H,W) -> logits (B,K,H,W), any H, W of 32 or more."
     def __init__(self, space: SearchSpace, cells: dict, # (layer, scale) -> module: Signal, finer size -> {kind: Signal}
@@ -60,6 +60,8 @@ class RoutingNetwork(nn.Module):
         self.classifier = nn.Conv2d(space.channels, space.num_classes, 3, padding=1)
 
     def walk(self, images: torch.Tensor) -> dict[int, Signal]: # scale -> what leaves the last layer
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < STRIDES[-1]:
+            raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not {tuple(images.shape)}")
         sizes = feature_sizes(images.shape[-2:])
         here = {0: Signal(self.stem(images))}
         for layer in range(self.space.layers + 1):
@@ -73,40 +75,45 @@ class RoutingNetwork(nn.Module):
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
         "Fused features at strides 4, 8, ... of the network; zeros at scales that no image's route reaches."
-        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < STRIDES[-1]:
-            raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not {tuple(images.shape)}")
-        return self.decoder(self.walk(images), feature_sizes(images.shape[-2:]))
+        return self.decode(self.walk(images), images.shape[-2:])
+
+    def decode(self, signals: dict[int, Signal], size) -> list[torch.Tensor]: # from walk, (H,W) of the images -> fused features
+        return self.decoder(signals, feature_sizes(size))
 
     def classify(self, finest: torch.Tensor, size) -> torch.Tensor: # fused features at stride 4, (H,W) -> logits (B,K,H,W)
         return F.interpolate(self.classifier(finest), size=size, mode="bilinear", align_corners=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor: return self.classify(self.encode(images)[0], images.shape[-2:])
 
-# %% ../nbs/23_space.ipynb #cell-11
-def supernet(space: SearchSpace, **gate_options) -> RoutingNetwork: # gate_options: shrink, bias, leak of selfsupnas.gate.Gate
+    def drop_path(self, p: float): # in [0, 1)
+        "Let training drop operations with a probability that grows with the layer to `p`. Source: Li et al., CVPR 2020."
+        for name, cell in self.cells.items(): cell.drop_path = p * int(name.split("_")[0]) / self.space.layers
+
+# %% ../nbs/23_space.ipynb #411e801d
+def supernet(space: SearchSpace, **gate_options) -> RoutingNetwork: # gate, shrink, bias, leak of selfsupnas.gate
     "A gated cell at every crossing of the grid."
     return RoutingNetwork(space, {
-        (layer, scale): GatedCell(space.channels_at(scale), space.operations, space.kinds_at(layer, scale), **gate_options)
+        (layer, scale): GatedCell(space.channels_at(scale), space.operations, space.kinds_at(layer, scale), space.search_operations, **gate_options)
         for layer, scale in space.cells()})
 
-# %% ../nbs/23_space.ipynb #cell-15
+# %% ../nbs/23_space.ipynb #518e88ad
 def gate_name(layer: int, scale: int) -> str: return f"cells.{layer}_{scale}.gate"
 
 def gates_by_path(space: SearchSpace, gates: dict # from watch_gates: name -> (B,paths)
                  ) -> dict: # Path -> (B,) gates; a cell that was not reached has no gate: 0 for every image
-    "Gates of each path of the grid, by image."
+    "Gates of each path of the grid, and of each searched candidate, by image."
     known = {gate_name(*cell) for cell in space.cells()}
     if not gates or set(gates) - known: raise ValueError(f"these are not gates of {space}: {sorted(set(gates) - known)[:2]}; watch the network itself, not a module around it")
     some = next(iter(gates.values()))
     by_path = {}
-    for path in space.paths():
+    for path in space.gated():
         cell = gates.get(gate_name(path.layer, path.scale))
-        column = space.kinds_at(path.layer, path.scale).index(path.kind)
+        column = space.gated_at(path.layer, path.scale).index(path.kind)
         by_path[path] = some.new_zeros(len(some)) if cell is None else cell[:, column]
     return by_path
 
-def gates_from_paths(space: SearchSpace, values: dict # Path -> number; paths that are missing are shut
+def gates_from_paths(space: SearchSpace, values: dict # Path -> number; what is missing is shut
                     ) -> dict: # for hold_gates: name -> (paths,)
     "The gates to hold for a given route."
-    return {gate_name(layer, scale): torch.tensor([float(values.get(Path(layer, scale, kind), 0)) for kind in space.kinds_at(layer, scale)])
+    return {gate_name(layer, scale): torch.tensor([float(values.get(Path(layer, scale, kind), 0)) for kind in space.gated_at(layer, scale)])
             for layer, scale in space.cells()}

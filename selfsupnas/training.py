@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'ramp_up', 'learning_rate', 'TrainingData', 'image_size', 'load_training_data', 'make_batches',
-           'Trainee', 'make_trainee', 'objective', 'save_checkpoint', 'load_checkpoint', 'make_optimiser', 'RunLog',
-           'Trained', 'train']
+           'Trainee', 'perturbed_too', 'make_trainee', 'UnlabelledViews', 'objective', 'save_checkpoint',
+           'load_checkpoint', 'make_optimiser', 'RunLog', 'Trained', 'train']
 
-# %% ../nbs/50_training.ipynb #5b65b175
-import dataclasses, itertools, json, math, os, time
+# %% ../nbs/50_training.ipynb #54575671
+import copy, dataclasses, functools, itertools, json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -18,20 +18,22 @@ import torch
 from torch import nn
 
 from .augment import WeakView, cutmix, cutmix_boxes
-from .consistency import CONSISTENCY, EMATeacher
+from .cell import Signal
+from .consistency import CONSISTENCY, consistency_loss, perturb_features
 from .core import RunRecord, seed_everything, write_json
 from .data import load_dataset
 from .evaluation import eval_mode, evaluate, readable_pairs
 from .gate import watch_gates
 from .grid import STRIDES
-from .jigsaw import JigsawHead, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss
+from .jigsaw import JIGSAW_HEADS, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss, make_jigsaw_head
 from .loaders import Stream, draw_batches, to_device
 from .losses import pixel_cross_entropy
 from .pairs import PairDataset, common_size, preload, resize_pair
 from .permutations import permutation_set
 from .splits import LabelSplit, load_split, make_split, save_split
+from .teacher import AdaptiveThreshold, EMATeacher
 
-# %% ../nbs/50_training.ipynb #b18406b9
+# %% ../nbs/50_training.ipynb #f761021c
 @dataclass
 class TrainingConfig:
     "Parameters of a training stage."
@@ -56,16 +58,21 @@ class TrainingConfig:
     weight_decay: float = 1e-4 # not on batch norm and biases
     warmup: float = 0.05 # share of the steps over which the learning rate rises; then polynomial decay of power 0.9
     clip: float = 5.0 # largest gradient norm
+    w_sup: float = 1.0 # weight of the supervised term; 0 removes it: with w_semi 0, too, no label is read
     w_jig: float = 0.5 # weight of the jigsaw term; 0 removes it
     w_semi: float = 1.0 # weight of the consistency term; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # shares of the steps at which w_semi begins to rise and is whole
     jigsaw_n: int = 2 # tiles a side
+    jigsaw_head: str = "permutation" # or position: which tile each place shows
+    jigsaw_permutations: int | None = None # size of the permutation set; None: 24, 72, 240 for n = 2, 3, 4
     jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # least and greatest random zoom of a view that becomes a jigsaw
     jigsaw_stride: int = 8 # of the fused feature that the head reads: 8 or 16
-    consistency: str = "fixmatch" # or mean_teacher
+    consistency: str = "fixmatch" # or mean_teacher, unimatch, cps
     threshold: float = 0.8 # confidence from which a pseudo-label counts
+    adaptive_threshold: bool = False # let the threshold follow the teacher's confidence, from that value on, with the memory of ema_decay
     cutmix_p: float = 0.5 # share of strong views that get a box from another image
     ema_decay: float = 0.98 # of the teacher, which is also the network that is kept (published, long runs: 0.996)
+    drop_path: float = 0.0 # probability, at the last layer and step, that an operation is left out for an image (published, long runs: 0.3)
     precision: str = "no" # fp16 or bf16 where a GPU has them
     workers: int = 0 # processes that make views
     logs: int = 20 # log lines in a run
@@ -74,13 +81,17 @@ class TrainingConfig:
     def __post_init__(self):
         for name, least in (("steps", 1), ("batch_labelled", 1), ("batch_unlabelled", 1), ("batch_jigsaw", 1), ("logs", 1), ("workers", 0)):
             if getattr(self, name) < least: raise ValueError(f"{name} must be {least} or more, not {getattr(self, name)}")
-        for name in ("w_jig", "w_semi", "lr", "cache_gb"):
+        for name in ("w_sup", "w_jig", "w_semi", "lr", "cache_gb"):
             if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("category_ratio", "cutmix_p"):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if self.consistency not in CONSISTENCY: raise ValueError(f"consistency must be one of {', '.join(CONSISTENCY)}, not {self.consistency!r}")
         if self.optimiser not in ("adamw", "sgd"): raise ValueError(f"optimiser must be adamw or sgd, not {self.optimiser!r}")
+        if self.jigsaw_head not in JIGSAW_HEADS: raise ValueError(f"jigsaw_head must be one of {', '.join(JIGSAW_HEADS)}, not {self.jigsaw_head!r}")
         if self.jigsaw_stride not in STRIDES: raise ValueError(f"jigsaw_stride must be one of {STRIDES}, not {self.jigsaw_stride}")
+        if not 0 <= self.drop_path < 1: raise ValueError(f"drop_path must be in [0, 1), not {self.drop_path}")
+        if not self.w_sup and not self.w_jig: raise ValueError("w_sup and w_jig are both 0: nothing would be learned")
+        if not self.w_sup and self.w_semi: raise ValueError("w_sup=0 needs w_semi=0: a teacher that no label taught has no labels to give")
 
 # %% ../nbs/50_training.ipynb #cell-06
 def ramp_up(share: float, # of the steps done, 0 to 1
@@ -97,7 +108,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     rise = max(1, round(warmup * steps))
     return peak * ((step + 1) / rise if step < rise else (1 - (step - rise) / max(1, steps - rise)) ** 0.9)
 
-# %% ../nbs/50_training.ipynb #3b2aadb8
+# %% ../nbs/50_training.ipynb #c1829a98
 @dataclass
 class TrainingData:
     "The data of a run: training set, validation set, and which labels may be used."
@@ -136,72 +147,126 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
     train, val = (load_dataset(config.data, name, config.root, config.size) for name in ("train", "val"))
     for dataset in (train, val): dataset.cache_gb, dataset.skip_unreadable = config.cache_gb, config.skip_unreadable
     image_size(train, config.crop)
-    split = load_split(config.split_folder, train) if config.split_folder else make_split(train, config.label_fraction, config.seed)
+    if config.split_folder: split = load_split(config.split_folder, train)
+    elif config.w_sup: split = make_split(train, config.label_fraction, config.seed)
+    else: split = LabelSplit([], list(train.ids), dataset=train.spec.name)
     save_split(split, Path(config.folder)/"split")
     if config.workers: preload(train) # once, for all workers
     return TrainingData(train, val, split)
 
-# %% ../nbs/50_training.ipynb #5ea593d7
-def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0):
-    "Yields {labelled, unlabelled, jigsaw: uint8 batch} for each step from `start`; a removed term's batch is absent."
+# %% ../nbs/50_training.ipynb #ed79a330
+def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0, every: int = 1):
+    "Yields {labelled or plain, unlabelled, jigsaw: uint8 batch} for each `every`th step from `start`; a removed term's batch is absent."
     def stream(ids, zoom, seed=config.seed, flip=0.5, category_ratio=1.0, **kind):
         return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio), seed, **kind)
-    streams = {"labelled": (stream(data.split.labelled, config.zoom, category_ratio=config.category_ratio), config.batch_labelled)}
-    if config.w_semi: streams["unlabelled"] = stream(data.unlabelled, config.zoom, kind="unlabelled"), config.batch_unlabelled
+    if config.w_sup: streams = {"labelled": (stream(data.split.labelled, config.zoom, category_ratio=config.category_ratio), config.batch_labelled)}
+    else: streams = {"plain": (stream(data.both, config.zoom, kind="unlabelled", strong_views=0), config.batch_labelled)}
+    strong_views = CONSISTENCY[config.consistency].strong_views
+    if config.w_semi: streams["unlabelled"] = stream(data.unlabelled, config.zoom, kind="unlabelled", strong_views=strong_views), config.batch_unlabelled
     if config.w_jig: streams["jigsaw"] = stream(data.both, config.jigsaw_zoom, config.seed + 1, flip=0.), config.batch_jigsaw
-    return draw_batches(streams, range(start, config.steps), config.workers)
+    return draw_batches(streams, range(start, config.steps, every), config.workers)
 
-# %% ../nbs/50_training.ipynb #cell-14
+# %% ../nbs/50_training.ipynb #c290d7cc
 class Trainee(nn.Module):
-    "The network and, where there is a pretext task, its head."
-    def __init__(self, model: nn.Module, head: nn.Module | None = None, level: int = 1): # level: index of the fused feature
+    "The network and, where the run has them, the head of the pretext task and a second network."
+    def __init__(self, model: nn.Module, head: nn.Module | None = None, level: int = 1, # level: index of the fused feature
+                 peer: nn.Module | None = None):
         super().__init__()
-        self.model, self.head, self.level = model, head, level
+        self.model, self.head, self.level, self.peer = model, head, level, peer
 
     def forward(self, images: torch.Tensor, # (B,3,H,W): first those to segment, then jigsaws
-                segment: int): # how many to segment
-        "Logits (segment,K,H,W), and the head's logits (B-segment,P) or None."
-        if self.head is None: return self.model(images), None
-        fused = self.model.encode(images)
-        guess = self.head(fused[self.level][segment:]) if segment < len(images) else None
-        return self.model.classify(fused[0][:segment], images.shape[-2:]), guess
+                segment: int, # how many to segment
+                perturb: int = 0): # how many of them, the last, to decode once more from perturbed features
+        "{logits: (segment,K,H,W), and where wanted perturbed: (perturb,K,H,W), jigsaw: the head's logits, peer: (segment,K,H,W)}."
+        if self.head is None and not perturb: out = {"logits": self.model(images)}
+        else:
+            size, signals = images.shape[-2:], self.model.walk(images)
+            if perturb: signals = {scale: perturbed_too(signal, slice(segment - perturb, segment)) for scale, signal in signals.items()}
+            fused = self.model.decode(signals, size)
+            out = {"logits": self.model.classify(fused[0][:segment], size)}
+            if perturb: out["perturbed"] = self.model.classify(fused[0][len(images):], size)
+            if segment < len(images): out["jigsaw"] = self.head(fused[self.level][segment:len(images)])
+        if self.peer is not None: out["peer"] = self.peer(images[:segment])
+        return out
+
+def perturbed_too(signal: Signal, rows: slice) -> Signal:
+    "The signal with `rows` of its batch appended, their features perturbed."
+    present = None if signal.present is None else torch.cat([signal.present, signal.present[rows]])
+    return Signal(torch.cat([signal.features, perturb_features(signal.features[rows])]), present)
 
 def make_trainee(model: nn.Module, config: TrainingConfig) -> Trainee:
     "With a head for the pretext task if the run has one; at the network's coarsest scale where jigsaw_stride is beyond it."
-    if not config.w_jig: return Trainee(model)
+    peer = copy.deepcopy(model) if config.w_semi and CONSISTENCY[config.consistency].peer else None
+    for name, module in peer.named_modules() if peer is not None else (): # another start, or the two would agree for ever
+        if ".gate" not in name and hasattr(module, "reset_parameters"): module.reset_parameters()
+    if not config.w_jig: return Trainee(model, peer=peer)
     level = min(STRIDES.index(config.jigsaw_stride), model.coarsest)
-    return Trainee(model, JigsawHead(model.space.channels_at(level), config.jigsaw_n, len(permutation_set(config.jigsaw_n))), level)
+    head = make_jigsaw_head(config.jigsaw_head, model.space.channels_at(level), config.jigsaw_n,
+                            len(permutation_set(config.jigsaw_n, config.jigsaw_permutations)))
+    return Trainee(model, head, level, peer)
 
-# %% ../nbs/50_training.ipynb #8bf29d9d
+# %% ../nbs/50_training.ipynb #efa3ee7f
+class UnlabelledViews:
+    "The views of one unlabelled batch that a kind of consistency compares, and how each was mixed."
+    def __init__(self, batch: dict, # weak, valid, diagnosis_label, strong and perhaps strong2, on the device
+                 kind, generator: torch.Generator, p: float): # kind: of CONSISTENCY; p: share of views that get a box
+        self.batch, self.kind, self.boxes = batch, kind, {}
+        for name in ("strong", "strong2")[:kind.strong_views]:
+            self.boxes[name] = cutmix_boxes(len(batch["weak"]), batch["weak"].shape[-2:], generator, p=p).to(batch["weak"].device)
+
+    def mix(self, name, x): # the view, its label or its mask, as the box of that view has it; `perturbed` is not mixed
+        name = "strong" if name == "peer" else name
+        return cutmix(x, x.roll(1, 0), self.boxes[name]) if name in self.boxes else x
+
+    def images(self) -> dict: # name -> images for the student
+        views = {name: self.mix(name, self.batch[name]) for name in self.boxes}
+        weak = self.kind.perturbed or self.kind.teacher != "ema"
+        return {**views, "weak": self.batch["weak"]} if weak else views # the last, see Trainee
+
+    def loss(self, student: dict, # name -> logits (B,K,H,W)
+             taught: dict, # name -> the teacher's logits on the weak view, not mixed
+             threshold: float): # -> loss, diagnostics
+        def mixed(key): return {name: self.mix(name, self.batch[key]) for name in self.kind.weights}
+        goals = {name: self.mix(name, taught[name].detach()) for name in self.kind.weights}
+        return consistency_loss(self.kind, student, goals, mixed("valid"), threshold, mixed("diagnosis_label"))
+
+# %% ../nbs/50_training.ipynb #17128a64
 def objective(network: nn.Module, trainee: Trainee, # what is called (perhaps wrapped for several processes), and what is in it
               teacher: EMATeacher,
               batches: dict, # from make_batches, on the device
-              weights: dict, # sup, jig, semi, cost -> weight at this step
+              weights: dict, # sup, jig, semi, ... -> weight at this step
               config: TrainingConfig, permutations, generator: torch.Generator, # of boxes and jigsaws
-              cost: Callable | None = None): # gates by name, (B,paths) of segmented images -> term, figures
-    "The weighted terms (scalars) and the figures of one step."
-    labelled, unlabelled = batches["labelled"], batches.get("unlabelled")
-    terms, figures, images = {}, {}, [labelled["image"]]
+              cost: Callable | None = None, # gates by name, (B,paths) of segmented images -> terms, figures
+              threshold: AdaptiveThreshold | None = None): # None: config.threshold
+    "The terms (scalars) and the figures of one step."
+    terms, figures = {}, {}
+    parts = {"labelled": batches["labelled"]["image"]} if "labelled" in batches else {"plain": batches["plain"]["weak"]}
     if weights["semi"]:
-        box = cutmix_boxes(len(unlabelled["weak"]), unlabelled["weak"].shape[-2:], generator, p=config.cutmix_p).to(labelled["image"].device)
-        def mix(x): return cutmix(x, x.roll(1, 0), box)
-        goal = mix(teacher.model.model(unlabelled["weak"]))
-        images.append(mix(unlabelled["strong"]))
-    segment = sum(map(len, images))
+        views = UnlabelledViews(batches["unlabelled"], CONSISTENCY[config.consistency], generator, config.cutmix_p)
+        if views.kind.teacher == "ema": taught = dict.fromkeys(views.kind.weights, teacher.model.model(views.batch["weak"]))
+        parts.update(views.images())
+    sizes, images = list(map(len, parts.values())), list(parts.values())
     if weights["jig"]:
         shuffled, truth = cut_and_shuffle(batches["jigsaw"]["image"], permutations, generator)
         images.append(shuffled)
-    with watch_gates(trainee.model) as gates: logits, guess = network(torch.cat(images), segment)
-    terms["sup"] = pixel_cross_entropy(logits[:len(images[0])], labelled["label"])
+    perturb = sizes[-1] if weights["semi"] and views.kind.perturbed else 0
+    with watch_gates(trainee.model) as gates: out = network(torch.cat(images), sum(sizes), perturb)
+    by_part = {name: dict(zip(parts, out[name].split(sizes))) for name in ("logits", "peer") if name in out}
+    if weights["sup"]: terms["sup"] = sum(pixel_cross_entropy(logits["labelled"], batches["labelled"]["label"]) for logits in by_part.values())
     if weights["jig"]:
-        terms["jig"], figures["jig_accuracy"] = jigsaw_loss(guess, truth, permutations), jigsaw_accuracy(guess, truth, permutations)[0]
+        terms["jig"] = jigsaw_loss(out["jigsaw"], truth, permutations)
+        figures["jig_accuracy"] = jigsaw_accuracy(out["jigsaw"], truth, permutations)[0]
     if weights["semi"]:
-        terms["semi"], seen = CONSISTENCY[config.consistency](logits[len(images[0]):], goal, mix(unlabelled["valid"]), config.threshold,
-                                                              mix(unlabelled["diagnosis_label"]))
+        student = {**by_part["logits"], "perturbed": out.get("perturbed"), "peer": by_part.get("peer", {}).get("strong")}
+        if views.kind.teacher == "student": taught = dict.fromkeys(views.kind.weights, student["weak"])
+        if views.kind.teacher == "peer": taught = {"strong": by_part["peer"]["weak"], "peer": student["weak"]}
+        if threshold is not None: threshold.update(taught["strong"].detach(), views.batch["valid"])
+        terms["semi"], seen = views.loss({name: student[name] for name in views.kind.weights}, taught, threshold.value if threshold else config.threshold)
         figures.update(kept=seen["share_kept"], pseudo_accuracy=seen["pseudo_label_accuracy"])
+        if threshold is not None: figures["threshold"] = threshold.value
     if cost: # before its weight rises, too: the log should show gates from the start
-        terms["cost"], charged = cost({name: g[:segment] for name, g in gates.items()})
-        figures.update(charged)
+        charged, spent = cost({name: g[:sum(sizes)] for name, g in gates.items()})
+        terms.update(charged); figures.update(spent)
     return terms, figures
 
 # %% ../nbs/50_training.ipynb #c0833504
@@ -264,15 +329,15 @@ class RunLog:
         print(f"step {row['step']:5}  {line}", flush=True)
         return line
 
-# %% ../nbs/50_training.ipynb #73b67dba
+# %% ../nbs/50_training.ipynb #a3e9f436
 class Trained(dict):
     "Result of `train`: model and head (averaged weights, evaluation mode), history (log rows), seconds, step_ms, cuda."
     __getattr__ = dict.__getitem__
 
 def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in place
           config: TrainingConfig, data: TrainingData,
-          cost: Callable | None = None, # see `objective`
-          cost_weight: Callable = lambda share: 0., # share of the steps done -> weight of the cost term
+          cost: Callable | None = None, # of gates and the share of the steps done -> terms, figures; with `weights(share)`: see selfsupnas.search
+          turns: list | None = None, # (data, which parameters by name): they take steps in turn; None: all parameters, all data
          ) -> Trained:
     "Train with the four-term objective and return the averaged network. Raises FloatingPointError for a loss that is not finite."
     from accelerate import Accelerator
@@ -281,35 +346,46 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     seed_everything(config.seed)
     trainee = make_trainee(model, config).to(accelerator.device, memory_format=torch.channels_last)
     teacher, optimiser = EMATeacher(trainee, config.ema_decay), make_optimiser(trainee, config)
+    threshold = AdaptiveThreshold(config.threshold, config.ema_decay) if config.w_semi and config.adaptive_threshold else None
     log, first, checkpoint = RunLog(config), 0, Path(config.folder)/"checkpoint.pt"
     if config.resume and checkpoint.exists():
         state = load_checkpoint(checkpoint, config)
         trainee.load_state_dict(state["trainee"]); teacher.load_state_dict(state["teacher"]); optimiser.load_state_dict(state["optimiser"])
+        if threshold is not None: threshold.load_state_dict(state["threshold"])
         log.rows, first = state["history"], state["step"]
         print(f"resumed at step {first} from {checkpoint}")
     network, optimiser = accelerator.prepare(trainee, optimiser)
-    permutations = permutation_set(config.jigsaw_n) if config.w_jig else None
+    permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations) if config.w_jig else None
+    turns = turns or [(data, lambda name: True)]
+    drawn = [make_batches(config, part, first + (k - first) % len(turns), len(turns)) for k, (part, _) in enumerate(turns)]
     network.train()
-    bar = tqdm(make_batches(config, data, first), total=config.steps, initial=first, desc=Path(config.folder).name, leave=False)
-    for step, batches in enumerate(bar, first):
-        start, share = time.perf_counter(), step / config.steps
-        weights = {"sup": 1., "jig": config.w_jig, "semi": config.w_semi * ramp_up(share, *config.ramp), "cost": cost_weight(share) if cost else 0.}
+    bar = tqdm(range(first, config.steps), total=config.steps, initial=first, desc=Path(config.folder).name, leave=False)
+    for step in bar:
+        turn, batches = step % len(turns), next(drawn[step % len(turns)])
+        start, share, drawing = time.perf_counter(), step / config.steps, int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
+        weights = {"sup": config.w_sup, "jig": config.w_jig, "semi": config.w_semi * ramp_up(share, *config.ramp), **(cost.weights(share) if cost else {})}
         for group in optimiser.param_groups: group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
-        draws = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
+        draws = torch.Generator().manual_seed(drawing)
+        torch.manual_seed(drawing) # of drop path and perturbed features
+        if config.drop_path: model.drop_path(config.drop_path * share)
         batches = {name: to_device(batch, accelerator.device) for name, batch in batches.items()}
+        charge = cost and functools.partial(cost, share=share)
         with accelerator.autocast():
-            terms, figures = objective(network, trainee, teacher, batches, weights, config, permutations, draws, cost)
+            terms, figures = objective(network, trainee, teacher, batches, weights, config, permutations, draws, charge, threshold)
         loss = sum(weights[name] * term for name, term in terms.items())
         log.check(loss, terms, step, checkpoint)
         accelerator.backward(loss)
+        for name, parameter in trainee.named_parameters():
+            if not turns[turn][1](name): parameter.grad = None # another turn's: the optimiser passes over it
         accelerator.clip_grad_norm_(network.parameters(), config.clip)
         optimiser.step(); optimiser.zero_grad(set_to_none=True)
         teacher.update(trainee, step)
         row = log.add(step, terms, figures, weights, time.perf_counter() - start)
         if row is None: continue
-        row["val_miou"] = evaluate(teacher.model.model, data.val, progress=False).miou if log.validates() else None
+        row["val_miou"] = evaluate(teacher.model.model, data.val, progress=False).miou if config.w_sup and log.validates() else None
         bar.set_postfix_str(log.show(row), refresh=False)
         save_checkpoint(checkpoint, {"step": step + 1, "trainee": trainee.state_dict(), "teacher": teacher.state_dict(), "history": log.rows,
-                                     "optimiser": optimiser.state_dict(), "parameters": json.loads(json.dumps(dataclasses.asdict(config)))})
+                                     "optimiser": optimiser.state_dict(), "parameters": json.loads(json.dumps(dataclasses.asdict(config))),
+                                     "threshold": threshold and threshold.state_dict()})
     kept = teacher.model.eval()
     return Trained(model=kept.model, head=kept.head, history=log.rows, seconds=sum(log.seconds), step_ms=1e3 * float(np.median(log.seconds)))
