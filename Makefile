@@ -13,7 +13,7 @@ WORKERS ?= 2
 TESTS ?= tests
 SEEDS ?= 0 1 2
 ARMS ?= labels both jigsaw consistency
-FOUND ?= nbs/experiments/records/demo-streetscenes
+FOUND ?= nbs/experiments/records/compare/found
 COMPARE ?= runs/compare
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -41,7 +41,7 @@ demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble
 	@echo "== demo: selfsupnas demo --data $(DATA) $(ARGS)"
 	selfsupnas demo --data $(DATA) $(ARGS)
 
-# A process a core, one thread each; what has a record is not run again. The architecture and the split are those of the committed demo.
+# A process a core, one thread each; what has a record is not run again. The architecture and the split are committed beside the records.
 compare: env ## labels alone against the whole objective, 3 seeds, on the committed architecture: nbs/experiments/records
 	@echo "== compare: $(ARMS) with seeds $(SEEDS), $(WORKERS) at a time, into $(COMPARE)"
 	run_arm() {
@@ -65,7 +65,7 @@ budgets: env ## does a search end at the budget that it was asked for? mu 0.2, 0
 
 rivals: env ## the derived architecture against 10 random ones of its cost, all from scratch; after make demo
 	@echo "== rivals: of $(FRONT), into runs/rivals"
-	selfsupnas front --folder runs/rivals -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 400 -p random 10 -p split test
+	selfsupnas front --folder runs/rivals -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 150 -p random 10 -p split test
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
