@@ -66,7 +66,7 @@ def test_it_works_without_the_checkout(python, tmp_path):
     done = run([python, "-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split()
-    assert len(lines) == 4 and all(line.startswith(str(python.parent.parent)) for line in lines)
+    assert len(lines) == 5 and all(line.startswith(str(python.parent.parent)) for line in lines)
 
 
 def test_its_command_lists_parameters(python, tmp_path):
