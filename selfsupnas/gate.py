@@ -38,7 +38,7 @@ def put(rows: torch.Tensor, # (number of True, ...)
     whole = rows.new_zeros(len(images), *rows.shape[1:])
     return whole.index_put((images,), rows)
 
-# %% ../nbs/21_gate.ipynb #b97b742e
+# %% ../nbs/21_gate.ipynb #98f07399
 class Gate(nn.Module):
     "Soft conditional gate: (B,channels,H,W) -> (B,paths) in [0, 1). Source: Li et al., CVPR 2020; the leak is ours."
     def __init__(self, channels: int, # of the cell's input
@@ -58,8 +58,9 @@ class Gate(nn.Module):
                ) -> torch.Tensor: # (B,paths); exactly 0 for absent images
         x = take(features, present)
         size = [-(-n // self.shrink) for n in x.shape[-2:]]
-        x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False) if min(x.shape[-2:]) >= self.shrink \
-            else F.adaptive_avg_pool2d(x, size)
+        single = self.training and len(x) == size[0] * size[1] == 1 # batch norm needs two values: this image keeps its pixels
+        if not single and min(x.shape[-2:]) >= self.shrink: x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
+        elif not single: x = F.adaptive_avg_pool2d(x, size)
         return put(gate_activation(self.logits(self.reduce(x).mean((2, 3))), self.leak, self.closing), present)
 
 # %% ../nbs/21_gate.ipynb #b0d0df63
