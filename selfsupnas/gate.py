@@ -38,16 +38,16 @@ def put(rows: torch.Tensor, # (number of True, ...)
     whole = rows.new_zeros(len(images), *rows.shape[1:])
     return whole.index_put((images,), rows)
 
-# %% ../nbs/21_gate.ipynb #98f07399
+# %% ../nbs/21_gate.ipynb #d06e26c4
 class Gate(nn.Module):
-    "Soft conditional gate: (B,channels,H,W) -> (B,paths) in [0, 1). Source: Li et al., CVPR 2020; the leak is ours."
+    "Soft conditional gate: (B,channels,H,W) -> (B,paths) in [0, 1). Source: Li et al., CVPR 2020; the leak and the factor are ours."
     def __init__(self, channels: int, # of the cell's input
                  paths: int, # outgoing paths, 1 to 3
                  shrink: int = 4, # the input is averaged over shrink x shrink before anything else
                  bias: float = 1.5, # of the logits at the start: tanh(1.5) = 0.905
                  leak: float = 0.1): # see gate_activation
         super().__init__()
-        self.shrink, self.leak = shrink, leak
+        self.shrink, self.leak, self.scale = shrink, leak, 8 / (channels // 2)
         self.register_buffer("closing", torch.tensor(CLOSED))
         self.reduce = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False), nn.BatchNorm2d(channels // 2), nn.ReLU())
         self.logits = nn.Linear(channels // 2, paths)
@@ -61,7 +61,7 @@ class Gate(nn.Module):
         single = self.training and len(x) == size[0] * size[1] == 1 # batch norm needs two values: this image keeps its pixels
         if not single and min(x.shape[-2:]) >= self.shrink: x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
         elif not single: x = F.adaptive_avg_pool2d(x, size)
-        return put(gate_activation(self.logits(self.reduce(x).mean((2, 3))), self.leak, self.closing), present)
+        return put(gate_activation(self.logits(self.scale * self.reduce(x).mean((2, 3))), self.leak, self.closing), present)
 
 # %% ../nbs/21_gate.ipynb #b0d0df63
 class StaticGate(nn.Module):
