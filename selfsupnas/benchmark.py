@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['EvaluateConfig', 'cost_row', 'train_baseline', 'check_labels', 'Evaluated', 'benchmark', 'benchmark_table']
 
-# %% ../nbs/55_benchmark.ipynb #46fdbf9c
-import dataclasses, json
+# %% ../nbs/55_benchmark.ipynb #987b2240
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
 
-from .baselines import build_baseline
+from .baselines import BASELINES, build_baseline
 from .core import RunRecord, Timer
 from .cost import count_cost, measure_latency
 from .data import load_dataset
 from .evaluation import class_counts, evaluate, metrics_figures, trivial_predictor_metrics
 from .pairs import PairDataset
-from .retrain import load_network
+from .retrain import RetrainConfig, load_network, retrain
 from .splits import load_split
-from .training import TrainingConfig, image_size, load_training_data, train
+from .training import TrainingConfig, image_size
 
 # %% ../nbs/55_benchmark.ipynb #d3eaa907
 @dataclass
@@ -45,16 +45,13 @@ def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
     return ({"name": name, "gflops": cost.gflops, "parameters": cost.parameters, "uncounted": cost.uncounted},
             {"latency_ms": measure_latency(model, size, repeats=repeats)})
 
-# %% ../nbs/55_benchmark.ipynb #3f16013d
+# %% ../nbs/55_benchmark.ipynb #af0ef6a5
 def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     "The hand-crafted network `name`, trained on the labelled images with the retraining's split, views, steps and schedule."
     fields = {f.name: retrained.get(f.name, f.default) for f in dataclasses.fields(TrainingConfig)} # records of older versions have fewer
     for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"): fields[key] = fields[key] and tuple(fields[key])
     fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split", w_sup=1., w_jig=0., w_semi=0., drop_path=0., seed=config.seed, resume=False)
-    training = TrainingConfig(**fields)
-    data = load_training_data(training)
-    torch.manual_seed(config.seed)
-    return train(build_baseline(name, data.train.spec.num_classes), training, data).model
+    return retrain(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../nbs/55_benchmark.ipynb #1a9cf1c1
 def check_labels(dataset: PairDataset, split: str):
@@ -62,7 +59,7 @@ def check_labels(dataset: PairDataset, split: str):
     if not dataset.labelled_ids:
         raise ValueError(f"{dataset.spec.name} {split} has no labels here (they are on the benchmark's server): evaluate with split=val")
 
-# %% ../nbs/55_benchmark.ipynb #8ca7c544
+# %% ../nbs/55_benchmark.ipynb #0f259305
 class Evaluated(dict):
     "Result of `benchmark`: network, metrics, data, record."
     __getattr__ = dict.__getitem__
@@ -74,19 +71,18 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     retrained = RunRecord.load(FilePath(config.network)/"retrain-record.json").parameters
     name, root = config.data or retrained["data"], config.root or retrained["root"]
     size = retrained["size"] and tuple(retrained["size"])
-    data = load_dataset(name, config.split, root, size)
-    data.skip_unreadable = config.skip_unreadable
+    data, train_set = load_dataset(name, config.split, root, size), load_dataset(retrained["data"], "train", root, size)
+    data.skip_unreadable = train_set.skip_unreadable = config.skip_unreadable
     check_labels(data, config.split)
-    if data.spec.num_classes != network.space.num_classes:
-        raise ValueError(f"{config.network} has {network.space.num_classes} classes, {data.spec.name} has {data.spec.num_classes}")
+    if data.spec.num_classes != train_set.spec.num_classes:
+        raise ValueError(f"{config.network} has {train_set.spec.num_classes} classes, {data.spec.name} has {data.spec.num_classes}")
     at = image_size(data, retrained.get("crop"))
     with timer("evaluation"): metrics = evaluate(network, data, config.batch_size)
-    train_set = load_dataset(retrained["data"], "train", root, size)
-    train_set.skip_unreadable = config.skip_unreadable
     split = load_split(FilePath(config.network)/"split", train_set)
     trivial = trivial_predictor_metrics(class_counts(train_set, split.labelled), data)
-    row, latency = cost_row("searched", network, at, config.latency_repeats)
-    rows, latencies = {"searched": {**row, **metrics_figures(metrics)}, "most frequent class": {"name": "most frequent class", **metrics_figures(trivial)}}, {"searched": latency}
+    own = retrained["architecture"] if retrained["architecture"] in BASELINES else "searched"
+    row, latency = cost_row(own, network, at, config.latency_repeats)
+    rows, latencies = {own: {**row, **metrics_figures(metrics)}, "most frequent class": {"name": "most frequent class", **metrics_figures(trivial)}}, {own: latency}
     for baseline in config.baselines:
         with timer(baseline):
             torch.manual_seed(config.seed)
@@ -100,18 +96,18 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     record.save(folder)
     return Evaluated(network=network, metrics=metrics, data=data, record=record)
 
-# %% ../nbs/55_benchmark.ipynb #cell-11
+# %% ../nbs/55_benchmark.ipynb #dd083bb3
 def benchmark_table(record: RunRecord) -> str: # markdown
-    "The comparison as a table, with the ratio of GFLOPs and latency to the searched network's."
+    "The comparison as a table, with the ratio of GFLOPs and latency to those of the network evaluated, the first row."
     rows, latency = record.figures["rows"], record.timings["latency"]
-    own = rows["searched"]
+    own = next(iter(rows))
     def show(value, form): return "-" if value is None else format(value, form)
-    lines = ["| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | GFLOPs / searched | parameters (million) | latency (ms) | latency / searched |",
+    lines = [f"| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | GFLOPs / {own} | parameters (million) | latency (ms) | latency / {own} |",
              "|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ms, flops, params = latency.get(name, {}).get("latency_ms"), row.get("gflops"), row.get("parameters")
         cells = [name, show(row["miou"] and 100 * row["miou"], ".1f"), show(row.get("pixel_accuracy") and 100 * row["pixel_accuracy"], ".1f"),
-                 show(flops, ".4f"), show(flops and flops / own["gflops"], ".1f"), show(params and params / 1e6, ".3f"),
-                 show(ms, ".1f"), show(ms and ms / latency["searched"]["latency_ms"], ".1f")]
+                 show(flops, ".4f"), show(flops and flops / rows[own]["gflops"], ".1f"), show(params and params / 1e6, ".3f"),
+                 show(ms, ".1f"), show(ms and ms / latency[own]["latency_ms"], ".1f")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

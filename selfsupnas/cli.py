@@ -96,7 +96,7 @@ def parse_parameters(cls, pairs) -> dict: # name -> value, of the types that `cl
     config = from_parameters(cls, values)
     return {name: getattr(config, name) for name in values}
 
-# %% ../nbs/90_cli.ipynb #39963c0d
+# %% ../nbs/90_cli.ipynb #707b9eef
 def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
@@ -117,7 +117,9 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
             f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves one in its "
             "folder: say which with -p search FOLDER")
         return
-    if stage == "retrain" and not later: load_architecture(config.architecture)
+    if stage == "retrain" and not later:
+        from selfsupnas.baselines import BASELINES
+        if config.architecture not in BASELINES: load_architecture(config.architecture)
     if config.data == "streetscenes": return # drawn by the run, with its progress
     from selfsupnas.training import image_size
     train, _ = (load_dataset(config.data, split, config.root, config.size) for split in ("train", "val"))
