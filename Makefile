@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare budgets rivals camvid terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -66,6 +66,11 @@ budgets: env ## does a search end at the budget that it was asked for? mu 0.2, 0
 rivals: env ## the derived architecture against 10 random ones of its cost, all from scratch; after make demo
 	@echo "== rivals: of $(FRONT), into runs/rivals"
 	selfsupnas front --folder runs/rivals -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 150 -p random 10 -p split test
+
+# Hours to days. What has a record is not run again, what was stopped goes on; ARGS="-p only '0.125/searched-*'" for a part.
+camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
+	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
+	selfsupnas campaign --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
