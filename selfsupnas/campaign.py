@@ -156,7 +156,7 @@ def make_routes(config: CampaignConfig):
         save_architecture(all_open(searched.space), place/"open.json")
         save_architecture(searched, place/"searched.json") # the last: where it is, the others are
 
-# %% ../nbs/58_campaign.ipynb #794dc8ef
+# %% ../nbs/58_campaign.ipynb #72a68118
 def start(config: CampaignConfig, name: str, stage: str, parameters: dict) -> subprocess.Popen:
     "One stage of a run in a process of its own."
     folder = FilePath(config.folder)/name/stage
@@ -177,10 +177,10 @@ def keep_records(config: CampaignConfig, run: Run):
     "Copy what a finished run leaves for good to the folder of records."
     for stage, _ in run.stages if config.records else ():
         for name in [f"{stage}-record.json"] + ["architecture.json"] * (stage == "search"):
-            made = FilePath(config.folder)/run.name/stage/name
-            if made.exists(): write_json(FilePath(config.records)/run.name/stage/name, json.loads(made.read_text(encoding="utf8")))
+            made, kept = (FilePath(place)/run.name/stage/name for place in (config.folder, config.records))
+            if made.exists() and not kept.exists(): write_json(kept, json.loads(made.read_text(encoding="utf8")))
 
-# %% ../nbs/58_campaign.ipynb #4d96358e
+# %% ../nbs/58_campaign.ipynb #8f7a15d4
 def score(record: RunRecord) -> tuple[str, float]: # split, mIoU
     "The mIoU that a stage reports: a search of its derived network with inherited weights."
     if record.stage != "evaluate": return "val", record.figures[{"search": "derived_inherited_val_miou", "retrain": "val_miou"}[record.stage]]
@@ -196,12 +196,13 @@ def run_campaign(config: CampaignConfig, start=start, # start(config, name, stag
     try:
         while True:
             make_routes(config)
-            runs = plan(config)
-            todo = [run for run in runs if run.name not in (*running, *failed) and missing_stages(config, run)]
-            for run in todo[:config.workers - len(running)]:
-                stage, parameters = missing_stages(config, run)[0]
+            runs = [(run, missing_stages(config, run)) for run in plan(config)]
+            for run, left in runs:
+                if not left: keep_records(config, run)
+            todo = [(run, left[0]) for run, left in runs if left and run.name not in (*running, *failed)]
+            for run, (stage, parameters) in todo[:config.workers - len(running)]:
                 running[run.name] = run, stage, start(config, run.name, stage, parameters)
-            bar.total, bar.n = len(runs), sum(not missing_stages(config, run) for run in runs)
+            bar.total, bar.n = len(runs), sum(not left for _, left in runs)
             bar.set_postfix_str(", ".join(running)); bar.refresh()
             if not running: return failed
             while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
@@ -213,13 +214,12 @@ def run_campaign(config: CampaignConfig, start=start, # start(config, name, stag
         bar.close()
 
 def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # did it end well?
-    "Say how a stage of a run ended, and keep the records of a run that is complete."
+    "Say how a stage of a run ended."
     record = record_of(config, run.name, stage)
     if status or record is None:
         print(f"campaign: {run.name} {stage} FAILED: see {config.folder}/{run.name}/{stage}/{stage}.log", flush=True)
         return False
     print("campaign: {} {}: {} mIoU {:.3f}, {:.0f} s".format(run.name, stage, *score(record), sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))), flush=True)
-    if not missing_stages(config, run): keep_records(config, run)
     return True
 
 # %% ../nbs/58_campaign.ipynb #1654ad69

@@ -329,9 +329,9 @@ class RunLog:
         print(f"step {row['step']:5}  {line}", flush=True)
         return line
 
-# %% ../nbs/50_training.ipynb #a3e9f436
+# %% ../nbs/50_training.ipynb #51f9a885
 class Trained(dict):
-    "Result of `train`: model and head (averaged weights, evaluation mode), history (log rows), seconds, step_ms, cuda."
+    "Result of `train`: model and head (averaged weights, evaluation mode), history (log rows), seconds and step_ms of the steps made now (None: all were made before)."
     __getattr__ = dict.__getitem__
 
 def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in place
@@ -388,4 +388,4 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
                                      "optimiser": optimiser.state_dict(), "parameters": json.loads(json.dumps(dataclasses.asdict(config))),
                                      "threshold": threshold and threshold.state_dict()})
     kept = teacher.model.eval()
-    return Trained(model=kept.model, head=kept.head, history=log.rows, seconds=sum(log.seconds), step_ms=1e3 * float(np.median(log.seconds)))
+    return Trained(model=kept.model, head=kept.head, history=log.rows, seconds=sum(log.seconds), step_ms=1e3 * float(np.median(log.seconds)) if log.seconds else None)

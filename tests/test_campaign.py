@@ -1,0 +1,69 @@
+"A campaign in miniature, with real processes: it is stopped on the way, started again, and leaves comparable records."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from selfsupnas.campaign import CampaignConfig, best_lr, compared, make_routes, missing_stages, plan, run_campaign
+from selfsupnas.core import RunRecord
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("campaign")
+    return CampaignConfig(folder=str(place/"runs"), records=str(place/"kept"), data="streetscenes", size=(64, 80), crop=None, fractions=(1 / 40,), seeds=(0,), steps=4, trial_steps=2,
+                          search_steps=4, layers=6, channels=8, lrs=(1e-3,), rivals=("unet_resnet18",), semi_rivals=("unet_resnet18",), arms=("both",), open=False, random=0)
+
+
+@pytest.fixture(scope="module")
+def done(config):
+    "Stopped after its first record, then run to its end."
+    command = f"from selfsupnas.campaign import *; run_campaign(CampaignConfig(**{config.__dict__!r}))"
+    driver = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL, start_new_session=True)
+    for _ in range(600):
+        if any(not missing_stages(config, run) for run in plan(config)): break
+        time.sleep(.1)
+    os.killpg(driver.pid, signal.SIGINT)
+    driver.wait(20)
+    before = {run.name: {stage: RunRecord.load(f"{config.folder}/{run.name}/{stage}/{stage}-record.json").created for stage, _ in run.stages}
+              for run in plan(config) if not missing_stages(config, run)}
+    assert before and len(before) < 6, "stopped on its way"
+    return run_campaign(config), before
+
+
+def test_nothing_is_made_twice_and_nothing_is_missing(config, done):
+    failed, before = done
+    assert failed == []
+    runs = plan(config)
+    assert {run.name for run in runs} == {"0.025/found", "0.025/trials/searched/0.001", "0.025/trials/unet_resnet18/0.001", "0.025/searched-both/0",
+                                          "0.025/unet_resnet18-labels/0", "0.025/unet_resnet18-semi/0"}
+    assert not any(missing_stages(config, run) for run in runs)
+    for name, stages in before.items():
+        for stage, created in stages.items(): assert RunRecord.load(f"{config.folder}/{name}/{stage}/{stage}-record.json").created == created
+
+
+def test_all_runs_share_split_views_and_steps(config, done):
+    records = [json.loads(path.read_text()) for path in Path(config.records).glob("*/*-*/*/retrain/retrain-record.json")]
+    assert len(records) == 3
+    for key in ("data", "size", "crop", "zoom", "steps", "batch_labelled", "split_folder", "ema_decay", "warmup", "weight_decay", "optimiser"):
+        assert len({json.dumps(r["parameters"][key]) for r in records}) == 1, key
+    assert {r["figures"]["labelled_images"] for r in records} == {10}
+
+
+def test_trials_never_read_the_test_split(config, done):
+    for run in plan(config):
+        if "trials" in run.name or run.name.endswith("found"): assert "evaluate" not in [stage for stage, _ in run.stages]
+    assert best_lr(config, "unet_resnet18") == 1e-3
+
+
+def test_what_is_compared_is_what_was_evaluated(config, done):
+    rows = {(r["parameters"]["network"], r["parameters"]["arm"]): r["figures"] for r in compared(config.records)}
+    assert set(rows) == {("searched", "both"), ("unet_resnet18", "labels"), ("unet_resnet18", "semi")}
+    assert rows["unet_resnet18", "labels"]["gflops"] == rows["unet_resnet18", "semi"]["gflops"] > rows["searched", "both"]["gflops"]
+    assert all(0 <= r["test_miou"] <= 1 and len(r["iou"]) == 11 for r in rows.values())
+
+
+def test_the_committed_records_are_enough(config, done, tmp_path):
+    elsewhere = CampaignConfig(**{**config.__dict__, "folder": str(tmp_path)})
+    make_routes(elsewhere)
+    assert len(plan(elsewhere)) == 6 and not any(missing_stages(elsewhere, run) for run in plan(elsewhere))
