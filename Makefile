@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals camvid terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare budgets rivals front camvid terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -63,9 +63,21 @@ budgets: env ## does a search end at the budget that it was asked for? mu 0.2, 0
 	for mu in 0.2 0.4 0.6; do echo $$mu; done | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I MU bash -c \
 	  'test -e runs/budgets/MU/search-record.json || selfsupnas search --folder runs/budgets/MU -p layers 12 -p steps 300 -p budget MU'
 
-rivals: env ## the derived architecture against 10 random ones of its cost, all from scratch; after make demo
+rivals: env ## derived architectures of 3 searches against 10 random ones of their cost, all from scratch; after make demo
 	@echo "== rivals: of $(FRONT), into runs/rivals"
-	selfsupnas front --folder runs/rivals -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 150 -p random 10 -p split test
+	split="-p split_folder $(FRONT)/split"
+	once() { test -e $$1 || selfsupnas $$2 --folder $$(dirname $$1) "$${@:3}"; }
+	for t in 0 1; do once runs/rivals/front-$$t/front-record.json front -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 600 -p random 5 -p seed $$t; done
+	for s in 1 2; do once runs/searches/$$s/search-record.json search $$split -p seed $$s; done
+	ln -sfn $(abspath $(FRONT)) runs/searches/0
+	for s in 0 1 2; do for t in 0 1; do
+	  once runs/rivals/derived/$$s-$$t/retrain-record.json retrain $$split -p architecture runs/searches/$$s/architecture.json -p steps 600 -p seed $$t
+	done; done
+
+front: env ## one search, four budgets, beside random routes and hand-crafted networks; after make demo
+	@echo "== front: of $(FRONT), into runs/front"
+	selfsupnas front --folder runs/front -p search $(FRONT) -p budgets '(0.3, 0.4, 0.5, 0.7)' -p random 3 \
+	  -p baselines "('lraspp_mobilenet_v3_large', 'deeplabv3_mobilenet_v3_large', 'unet_resnet18')"
 
 # Hours to days. What has a record is not run again, what was stopped goes on; ARGS="-p only '0.125/searched-*'" for a part.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid

@@ -222,7 +222,7 @@ def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # 
     print("campaign: {} {}: {} mIoU {:.3f}, {:.0f} s".format(run.name, stage, *score(record), sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))), flush=True)
     return True
 
-# %% ../nbs/58_campaign.ipynb #1654ad69
+# %% ../nbs/58_campaign.ipynb #f440b5b5
 def compared(folder) -> list: # of dicts, as selfsupnas.report.read_records gives them
     "One entry for each run that was evaluated, from the records in `folder`; [] where there is none."
     found = []
@@ -232,6 +232,6 @@ def compared(folder) -> list: # of dicts, as selfsupnas.report.read_records give
         name, row = next(iter(test.figures["rows"].items()))
         found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed), "file": str(path),
                       "parameters": {"fraction": float(fraction), **dict(zip(("network", "arm"), network.rsplit("-", 1))), "lr": trained.parameters["lr"], "steps": trained.parameters["steps"]},
-                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"], "iou": row["iou"], "gflops": row["gflops"], "parameters": row["parameters"]},
+                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"], "iou": row["iou"], "gflops": row["gflops"], "parameter_count": row["parameters"]},
                       "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"], "minutes": trained.timings["training"] / 60, "step_ms": trained.timings["step_ms"]}})
     return found

@@ -291,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("--folder", help="where the sheets go; default: runs/data-NAME")
     return parser
 
-# %% ../nbs/90_cli.ipynb #91064f98
+# %% ../nbs/90_cli.ipynb #3c971fd5
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
     if words.stage == "data":
@@ -307,8 +307,11 @@ def run_command(words) -> int: # exit status
     parameters = parse_parameters(cls, pairs)
     config = from_parameters(cls, parameters)
     if words.stage == "campaign":
-        from selfsupnas.campaign import run_campaign
-        if failed := run_campaign(config): print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+        from selfsupnas.campaign import compared, run_campaign
+        from selfsupnas.report import comparison_table
+        failed, results = run_campaign(config), compared(config.folder)
+        if results: print(align_table(comparison_table(results)))
+        if failed: print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
         return int(bool(failed))
     check_inputs(words.stage, config)
     return run_stage(words.stage, parameters, config.folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Summary', 'check_record', 'read_records', 'dig', 'record_value', 'check_seeds', 'number_of', 'summarise',
-           'cell_text', 'table_cells', 'to_markdown', 'to_html', 'summary_figure']
+           'cell_text', 'table_cells', 'to_markdown', 'to_html', 'comparison_table', 'summary_figure']
 
 # %% ../nbs/61_report.ipynb #cell-02
 import html, json, math
@@ -220,6 +220,20 @@ def to_html(rows:list, # dicts, from `summarise`
                                 for side, text in zip(sides, cells)) + "</tr>"
     body = "\n".join(line("td", cells) for cells in texts)
     return f"<table>\n<thead>{line('th', headers)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+# %% ../nbs/61_report.ipynb #adca28a4
+def comparison_table(results:list, # of `selfsupnas.campaign.compared`
+                    ) -> str: # markdown
+    "Test and validation mIoU over seeds, GFLOPs and parameters; by fraction, then by test mIoU."
+    rows = summarise(results, ["fraction", "network", "arm"],
+                     ["test_miou", "val_miou", "gflops", "parameter_count"])
+    for row in rows: row.update(gflops=row["gflops"].mean, millions=row["parameter_count"].mean / 1e6)
+    rows.sort(key=lambda row: (row["fraction"], -row["test_miou"].mean))
+    columns = {"fraction": "label fraction", "network": "network", "arm": "trained with",
+               "test_miou": "test mIoU", "val_miou": "val mIoU",
+               "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)"}
+    return to_markdown(rows, columns, {"fraction": ".3f", "test_miou": ".1%", "val_miou": ".1%",
+                                       "gflops": ".3f", "millions": ".3f"})
 
 # %% ../nbs/61_report.ipynb #cell-43
 def summary_figure(rows:list, # dicts, from `summarise`
