@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -83,6 +83,12 @@ front: env ## one search, four budgets, beside random routes and hand-crafted ne
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
 	selfsupnas campaign --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
+
+bench-quick: env ## the direction of make camvid in half an hour: 1 fraction, 1 seed, 200 steps, DeepLabV3-ResNet-50 among the rivals
+	@echo "== bench-quick: into runs/bench-quick"
+	selfsupnas campaign --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
+	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
+	  -p arms "('both', 'labels')" -p open False -p random 1 $(ARGS)
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"

@@ -34,9 +34,9 @@ def paired_tensors(teacher:nn.Module, # the copy
                          f"{sorted(odd)[:4]}. Build EMATeacher from the model that is trained.")
     return [(tensor, theirs[name]) for name, tensor in ours.items()]
 
-# %% ../nbs/38_teacher.ipynb #94139a19
+# %% ../nbs/38_teacher.ipynb #0cf54c19
 class EMATeacher:
-    "A slow copy of a model: the moving average of its parameters and running statistics."
+    "A slow copy of a model: the moving average of its parameters, with its buffers as they are."
 
     def __init__(self,
                  model:nn.Module,   # the student, unwrapped; copied, never changed
@@ -56,13 +56,11 @@ class EMATeacher:
                model:nn.Module, # the student after its optimiser step
                step:int,        # that step's number, from 0
                ):
-        "Move towards the student: floating tensors are averaged, counters are copied."
+        "Move towards the student: parameters are averaged, buffers are copied."
         averaged = []
         for ours, theirs in paired_tensors(self.model, model):
-            if ours.is_floating_point():
-                averaged.append((ours, theirs.detach()))
-            else:
-                ours.copy_(theirs)
+            if isinstance(ours, nn.Parameter): averaged.append((ours, theirs.detach()))
+            else: ours.copy_(theirs)
         get_ema_multi_avg_fn(ema_decay(step, self.decay))(*map(list, zip(*averaged)), None)
 
     def state_dict(self): # -> dict for a checkpoint

@@ -51,13 +51,14 @@ def test_the_wheel_is_complete(wheel):
         entries = z.read(f"{info}/entry_points.txt").decode()
     assert {f"selfsupnas/runs/{stage}.ipynb" for stage in STAGES} <= names
     modules = {f"selfsupnas/{p.name}" for p in (ROOT/"selfsupnas").glob("*.py")}
+    assert {f"selfsupnas/presets/{p.name}" for p in (ROOT/"selfsupnas"/"presets").iterdir()} <= names
     assert modules <= names and not [n for n in names if n.startswith(("tests", "nbs", "build"))]
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
     assert re.search(r"^selfsupnas\s*=\s*selfsupnas\.cli:main$", entries, re.M)
     assert metadata["Name"] == "selfsupnas" and metadata["Requires-Python"]
     needs = metadata.get_all("Requires-Dist")
     assert any(n.startswith("torch") and "extra" not in n for n in needs)
-    assert {"dev", "bluemarble"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"dev", "bluemarble", "rivals"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_it_works_without_the_checkout(python, tmp_path):
@@ -67,6 +68,12 @@ def test_it_works_without_the_checkout(python, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split()
     assert len(lines) == 5 and all(line.startswith(str(python.parent.parent)) for line in lines)
+
+
+def test_a_preset_is_loaded_without_the_checkout(python, tmp_path):
+    code = "import selfsupnas, torch; print(tuple(selfsupnas.load('streetscenes')(torch.zeros(1, 3, 64, 80)).shape))"
+    done = run([python, "-c", code], tmp_path)
+    assert done.stdout.strip() == "(1, 11, 64, 80)", done.stderr
 
 
 def test_its_command_lists_parameters(python, tmp_path):
