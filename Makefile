@@ -74,10 +74,10 @@ rivals: env ## derived architectures of 3 searches against 10 random ones of the
 	  once runs/rivals/derived/$$s-$$t/retrain-record.json retrain $$split -p architecture runs/searches/$$s/architecture.json -p steps 600 -p seed $$t
 	done; done
 
-front: env ## one search, four budgets, beside random routes and hand-crafted networks; after make demo
+front: env ## one search, three budgets, beside random routes and hand-crafted networks; after make demo
 	@echo "== front: of $(FRONT), into runs/front"
-	selfsupnas front --folder runs/front -p search $(FRONT) -p budgets '(0.3, 0.4, 0.5, 0.7)' -p random 3 \
-	  -p baselines "('lraspp_mobilenet_v3_large', 'deeplabv3_mobilenet_v3_large', 'unet_resnet18')"
+	selfsupnas front --folder runs/front -p search $(FRONT) -p budgets '(0.3, 0.5, 0.7)' -p random 2 \
+	  -p baselines "('lraspp_mobilenet_v3_large', 'unet_resnet18')"
 
 # Hours to days. What has a record is not run again, what was stopped goes on; ARGS="-p only '0.125/searched-*'" for a part.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
