@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'CONFIGS', 'WORDS', 'DEMO', 'stage_config', 'stage_notebook
            'plan_demo', 'figure_lines', 'align_table', 'demo', 'open_splits', 'look_at_data', 'make_parser',
            'run_command', 'main']
 
-# %% ../nbs/90_cli.ipynb #0158665b
-import argparse, ast, dataclasses, importlib, inspect, io, logging, os, re, sys, tokenize, types, typing
+# %% ../nbs/90_cli.ipynb #fa46e469
+import argparse, ast, dataclasses, importlib, inspect, io, logging, os, re, signal, sys, tokenize, types, typing
 from fractions import Fraction
 from pathlib import Path
 
@@ -291,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("--folder", help="where the sheets go; default: runs/data-NAME")
     return parser
 
-# %% ../nbs/90_cli.ipynb #3c971fd5
+# %% ../nbs/90_cli.ipynb #0c912a99
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
     if words.stage == "data":
@@ -309,6 +309,7 @@ def run_command(words) -> int: # exit status
     if words.stage == "campaign":
         from selfsupnas.campaign import compared, run_campaign
         from selfsupnas.report import comparison_table
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("selfsupnas campaign: stopped; the same command goes on")) # its runs end with it
         failed, results = run_campaign(config), compared(config.folder)
         if results: print(align_table(comparison_table(results)))
         if failed: print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
