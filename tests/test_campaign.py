@@ -18,7 +18,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(config):
     "Stopped after its first record, then run to its end."
-    command = f"from selfsupnas.campaign import *; run_campaign(CampaignConfig(**{config.__dict__!r}))"
+    command = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from selfsupnas.campaign import *; run_campaign(CampaignConfig(**{config.__dict__!r}))"
     driver = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(3000): # a busy machine needs minutes
         if any(not missing_stages(config, run) for run in plan(config)): break

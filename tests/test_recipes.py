@@ -82,8 +82,17 @@ def test_depth_and_size_of_a_view_are_what_costs():
     assert one.hours(2e12) == pytest.approx(one.run / 2e12 / 3600)
 
 
+@pytest.fixture
+def fresh_accelerator():
+    "accelerate keeps the precision of its first use for the process; other tests have another."
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize("data", SETS)
-def test_a_recipe_in_miniature_runs(data, tmp_path, monkeypatch):
+def test_a_recipe_in_miniature_runs(fresh_accelerator, data, tmp_path, monkeypatch):
     "All of a recipe but its size, on a drawn tree: the search leaves what the retraining asks for."
     monkeypatch.chdir(tmp_path)
     if data == "cityscapes": root = draw_cityscapes(tmp_path/"drawn", dict(train=6, val=2))
