@@ -8,8 +8,8 @@ __all__ = ['ARMS', 'PLACES', 'CampaignConfig', 'Run', 'record_of', 'missing_stag
            'found_architecture', 'make_routes', 'start', 'stop', 'keep_records', 'score', 'run_campaign', 'ended',
            'compared']
 
-# %% ../nbs/58_campaign.ipynb #a5d6d7d7
-import dataclasses, json, os, signal, subprocess, sys, time
+# %% ../nbs/58_campaign.ipynb #24d5d96b
+import dataclasses, json, os, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path as FilePath
@@ -132,12 +132,14 @@ def plan(config: CampaignConfig) -> list[Run]:
             runs += [compared_run(config, fraction, network, arm, seed, rates[network]) for network, arm in pairs if rates[network]]
     return [run for run in runs if fnmatch(run.name, config.only)]
 
-# %% ../nbs/58_campaign.ipynb #f4c40823
+# %% ../nbs/58_campaign.ipynb #5716afc7
 def make_splits(config: CampaignConfig):
-    "FRACTION/split for each fraction, from seed 0."
+    "FRACTION/split for each fraction: the one in the folder of records, which gets a copy, else drawn from seed 0."
     for fraction in config.fractions:
-        to = FilePath(config.folder)/f"{fraction:g}"/"split"
+        to, kept = (FilePath(place or config.folder)/f"{fraction:g}"/"split" for place in (config.folder, config.records))
+        if kept.exists() and not to.exists(): shutil.copytree(kept, to)
         if not to.exists(): save_split(make_split(load_dataset(config.data, "train", config.root, config.size), fraction, 0), to)
+        if not kept.exists(): shutil.copytree(to, kept)
 
 def found_architecture(config: CampaignConfig, fraction: float) -> FilePath | None:
     "What the search of a fraction left, in the campaign's folder or in that of records."

@@ -221,19 +221,22 @@ def to_html(rows:list, # dicts, from `summarise`
     body = "\n".join(line("td", cells) for cells in texts)
     return f"<table>\n<thead>{line('th', headers)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
-# %% ../nbs/61_report.ipynb #adca28a4
+# %% ../nbs/61_report.ipynb #e3806159
 def comparison_table(results:list, # of `selfsupnas.campaign.compared`
                     ) -> str: # markdown
-    "Test and validation mIoU over seeds, GFLOPs and parameters; by fraction, then by test mIoU."
+    "Test and validation mIoU over seeds, GFLOPs, parameters and latency; by fraction, then by test mIoU."
     rows = summarise(results, ["fraction", "network", "arm"],
-                     ["test_miou", "val_miou", "gflops", "parameter_count"])
-    for row in rows: row.update(gflops=row["gflops"].mean, millions=row["parameter_count"].mean / 1e6)
+                     ["test_miou", "val_miou", "gflops", "parameter_count", "latency_ms"])
+    for row in rows:
+        row.update(gflops=row["gflops"].mean, millions=row["parameter_count"].mean / 1e6,
+                   latency=row["latency_ms"].mean)
     rows.sort(key=lambda row: (row["fraction"], -row["test_miou"].mean))
     columns = {"fraction": "label fraction", "network": "network", "arm": "trained with",
                "test_miou": "test mIoU", "val_miou": "val mIoU",
-               "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)"}
+               "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)",
+               "latency": "latency (ms, batch 1)"}
     return to_markdown(rows, columns, {"fraction": ".3f", "test_miou": ".1%", "val_miou": ".1%",
-                                       "gflops": ".3f", "millions": ".3f"})
+                                       "gflops": ".3f", "millions": ".3f", "latency": ".0f"})
 
 # %% ../nbs/61_report.ipynb #cell-43
 def summary_figure(rows:list, # dicts, from `summarise`
