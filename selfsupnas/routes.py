@@ -49,7 +49,7 @@ def cell_key(fig): # matplotlib Figure that draws image routes
     fig.legend(handles=keys, loc="outside lower center", ncols=5, fontsize=8, frameon=False,
                handletextpad=.4, columnspacing=1.2, handlelength=1.6)
 
-# %% ../nbs/64_routes.ipynb #f3b71cfc
+# %% ../nbs/64_routes.ipynb #b6b01e63
 def plot_image_routes(space:SearchSpace,
                       images, # (n,3,H,W) uint8, or a list of images
                       gates:list, # {Path: gate in 0..1} of each image, for every path
@@ -65,9 +65,8 @@ def plot_image_routes(space:SearchSpace,
     if bad: raise ValueError(f"a share of the full grid's cost is in 0..1, not {bad[0]}")
     pairs = 1 if space.layers > 8 else min(2, counts[0]) # image and route, pairs in a row
     nrows = math.ceil(counts[0] / pairs)
-    fig, axes = new_figure(nrows, 2 * pairs, figsize=(
-        4 if pairs == counts[0] == 1 else 7.4, 1.25 * nrows + .45))
-    axes[0, 0].get_gridspec().set_width_ratios([1, 6 if space.layers > 8 else 2.6] * pairs)
+    fig, axes = new_figure(nrows, 2 * pairs, figsize=(7.4, 1.25 * nrows + .45)) # the key needs 7
+    axes[0, 0].get_gridspec().set_width_ratios([1, 6 if pairs == 1 else 2.6] * pairs)
     for i, (picture, route) in enumerate(axes.reshape(-1, 2)):
         if i >= counts[0]:
             picture.remove(), route.remove()
