@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test test-browser drift notebook-tests pytest notebooks hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -135,6 +135,11 @@ notebook-tests: env ## every notebook runs from top to bottom
 pytest: env ## what guards rather than teaches: tests/
 	@echo "== pytest: tests/"
 	MPLBACKEND=Agg python -m pytest -q $(TESTS)
+
+test-browser: env ## the tour in a real JupyterLab in a real browser; needs chromium; SELFSUPNAS_SHOTS=FOLDER keeps screenshots
+	@echo "== test-browser: tests/test_browser.py"
+	python -m pip install -q --editable '.[browser]'
+	SELFSUPNAS_BROWSER=1 python -m pytest -q -rs tests/test_browser.py
 
 notebooks: env ## execute the notebooks in place, so that their outputs are new; NB='nbs/21_gate.ipynb' for one
 	@for nb in $(or $(NB),nbs/*.ipynb nbs/experiments/*.ipynb); do
