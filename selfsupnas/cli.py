@@ -263,7 +263,7 @@ def look_at_data(name:str, root, splits, folder, # where the sheets go
         faulty += len(found.faulty)
     return int(faulty > 0)
 
-# %% ../nbs/90_cli.ipynb #8e6f5ee8
+# %% ../nbs/90_cli.ipynb #e5cb1196
 def make_parser() -> argparse.ArgumentParser:
     "The words that the command knows."
     parser = argparse.ArgumentParser(prog="selfsupnas", allow_abbrev=False, description=
@@ -289,13 +289,21 @@ def make_parser() -> argparse.ArgumentParser:
                       help="train, val, test; default: those that are there")
     look.add_argument("--samples", type=int, default=6, help="images of a sheet")
     look.add_argument("--folder", help="where the sheets go; default: runs/data-NAME")
+    text = "several runs side by side in one HTML page: parameters, figures, pictures"
+    page = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
+    page.add_argument("runs", metavar="RUN", nargs="+", help="a folder with a record, or a record")
+    page.add_argument("--to", default="report.html", help="the page; default: report.html")
     return parser
 
-# %% ../nbs/90_cli.ipynb #0c912a99
+# %% ../nbs/90_cli.ipynb #6bb57bdf
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
     if words.stage == "data":
         return look_at_data(words.name, words.root, words.split, words.folder or f"runs/data-{words.name}", words.samples)
+    if words.stage == "report":
+        from selfsupnas.page import write_page
+        print(f"selfsupnas report: {write_page(words.runs, words.to)}")
+        return 0
     if words.stage == "demo":
         return demo(words.data, words.folder or f"runs/demo-{words.data}", words.pairs)
     cls = stage_config(words.stage)

@@ -3,6 +3,7 @@ import dataclasses, io, json, sys
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 from selfsupnas.architecture import Architecture, save_architecture
 from selfsupnas.cityscapes import draw_cityscapes
@@ -140,3 +141,13 @@ def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
     run_notebook(tmp_path/"in.ipynb", tmp_path/"out.ipynb", {"seed": 5}, out=out, err=out)
     assert out.getvalue() == f"5 {sys.executable}\n"
     assert "image/png" in nbformat.read(tmp_path/"out.ipynb", 4).cells[-1].outputs[0].data
+
+
+def test_a_report_needs_runs(refused): assert "no run record or folder at nowhere" in refused("report", "nowhere")
+
+
+def test_a_report_is_one_page(tmp_path, capsys):
+    runs = [str(ROOT/"nbs/experiments/records/camvid/0.125"/name/"0") for name in ("searched-labels", "searched-semi")]
+    assert main(["report", *runs, "--to", str(tmp_path/"page.html")]) == 0
+    page = (tmp_path/"page.html").read_text("utf8")
+    assert page.count("<tr>") > 20 and "w_semi" in page and "searched-semi/0/evaluate" in page
