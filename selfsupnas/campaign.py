@@ -22,7 +22,7 @@ from .core import RunRecord, write_json
 from .data import load_dataset
 from .splits import make_split, save_split
 
-# %% ../nbs/58_campaign.ipynb #b333df83
+# %% ../nbs/58_campaign.ipynb #83c60096
 @dataclass
 class CampaignConfig:
     "Parameters of a campaign; all else are the defaults of the stages."
@@ -43,7 +43,7 @@ class CampaignConfig:
     trial_steps: int = 100 # of each trial
     rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone
     semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # those trained with the consistency term as well
-    arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # terms of the objective, of networks of the grid; also: teacher
+    arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # terms of the objective, of networks of the grid; also: light, teacher
     open: bool = True # is the grid with every path open trained, too?
     random: int = 2 # random routes of the derived network's cost
     only: str = "*" # names of runs, as a shell pattern
@@ -60,6 +60,7 @@ class CampaignConfig:
         if self.workers < 1 or self.threads < 1: raise ValueError("workers and threads must be 1 or more")
 
 ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.), "both": {}, # what an arm leaves out; for the rest, the defaults
+        "light": dict(w_jig=0., w_semi=.3),
         "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.)} # soft targets instead of pseudo-labels: rare classes are not voted down
 
 # %% ../nbs/58_campaign.ipynb #bc638b3f
