@@ -63,12 +63,12 @@ ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": 
         "light": dict(w_jig=0., w_semi=.3),
         "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.)} # soft targets instead of pseudo-labels: rare classes are not voted down
 
-# %% ../nbs/58_campaign.ipynb #bc638b3f
+# %% ../nbs/58_campaign.ipynb #7b5adbde
 class Run(NamedTuple):
     name: str # and folder: FRACTION/found, FRACTION/NETWORK-ARM/SEED, or FRACTION/trials/NETWORK/LR
     stages: tuple # of (stage, parameters), each in the folder NAME/STAGE
 
-PLACES = ("root", "split_folder", "architecture", "network") # parameters that say where something is, not what it is
+PLACES = ("root", "split_folder", "architecture", "network", "logs") # parameters that say where something is or how often it is told, not what it is
 
 def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None:
     "The record of one stage of a run, from the campaign's folder or the folder of records; None where there is none."
@@ -91,7 +91,7 @@ def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trial
     trials = {lr: record_of(config, trial_name(config, network, lr), "retrain") for lr in config.lrs}
     return None if None in trials.values() else max(trials, key=lambda lr: trials[lr].figures["val_miou"])
 
-# %% ../nbs/58_campaign.ipynb #630c060b
+# %% ../nbs/58_campaign.ipynb #93887579
 def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
     return dict(data=config.data, root=config.root, size=config.size, crop=config.crop, split_folder=f"{config.folder}/{fraction:g}/split")
 
@@ -106,7 +106,7 @@ def search_run(config: CampaignConfig, fraction: float) -> Run:
 
 def trial_runs(config: CampaignConfig, network: str) -> list[Run]: # of a network of the grid: with all terms; of another: with labels alone
     arm = "labels" if network in BASELINES else "both"
-    return [Run(trial_name(config, network, lr), (("retrain", training(config, config.fractions[0], network, arm, 0, lr, config.trial_steps)),)) for lr in config.lrs]
+    return [Run(trial_name(config, network, lr), (("retrain", {**training(config, config.fractions[0], network, arm, 0, lr, config.trial_steps), "logs": 4}),)) for lr in config.lrs] # each log line of a large network saves half a gigabyte
 
 def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float) -> Run:
     name = f"{fraction:g}/{network}-{arm}/{seed}"
