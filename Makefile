@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test test-browser drift notebook-tests pytest notebooks hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test test-browser drift notebook-tests pytest notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -149,6 +149,15 @@ notebooks: env ## execute the notebooks in place, so that their outputs are new;
 	    --ExecutePreprocessor.timeout=600 --log-level=ERROR "$$nb"
 	done
 	nbdev_clean
+
+# Links between notebooks become links between pages; what a page shows lies in it.
+docs: env ## the notebooks as web pages: _docs/index.html
+	@echo "== docs: into _docs/"
+	for folder in . experiments runs; do
+	  jupyter nbconvert --to html --embed-images --log-level=ERROR --output-dir _docs/$$folder nbs/$$folder/*.ipynb
+	done
+	sed -i.bak -E 's/(href="[^":]*)\.ipynb/\1.html/g' _docs/*.html _docs/*/*.html
+	rm -f _docs/*.bak _docs/*/*.bak
 
 hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 	@echo "== hooks: including .gitconfig into this checkout's git configuration"
