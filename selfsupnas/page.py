@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .report import read_records, to_html
 
-# %% ../nbs/67_page.ipynb #c2704e7e
+# %% ../nbs/67_page.ipynb #431e5a4c
 class PageRun(NamedTuple):
     name: str # of the column
     record: dict # see selfsupnas.report.read_records
@@ -23,7 +23,10 @@ def page_runs(folders) -> list: # PageRun
     records = [record for folder in folders for record in read_records(folder)]
     places = [FilePath(record["file"]).parent.resolve() for record in records]
     shared = len(FilePath(*_common(places)).parts) if len(set(places)) > 1 else len(places[0].parts) - 1
-    return [PageRun("/".join(place.parts[shared:]) or record["stage"], record, {p.name: p for p in sorted(place.glob("*.png"))}) for record, place in zip(records, places)]
+    def name(record, place):
+        own = "/".join(place.parts[shared:]) or record["stage"]
+        return own if places.count(place) == 1 else f"{own} {record['stage']}" # several records in one folder
+    return [PageRun(name(record, place), record, {p.name: p for p in sorted(place.glob("*.png"))}) for record, place in zip(records, places)]
 
 def _common(places) -> list: # the parts with which all paths begin
     ends = [parts for parts in zip(*(place.parts for place in places))]

@@ -6,12 +6,13 @@
 __all__ = ['SIGNS', 'is_live', 'as_png', 'Explorer', 'Inherited', 'budget_range', 'explore_budget', 'route_words', 'path_buttons',
            'opened', 'edit_architecture', 'browse_images', 'play_jigsaw', 'explore_split']
 
-# %% ../nbs/70_widgets.ipynb #cdc7c2d2
-import base64, io, os
+# %% ../nbs/70_widgets.ipynb #8a20b318
+import base64, html, io, os
 
 import ipywidgets as widgets
 import numpy as np
 import torch
+from PIL import Image
 
 from .architecture import Architecture
 from .augment import normalise
@@ -29,7 +30,7 @@ from .show import new_figure, overlay
 from .space import gates_by_path
 from .splits import classes_present, make_split
 
-# %% ../nbs/70_widgets.ipynb #ae410c9f
+# %% ../nbs/70_widgets.ipynb #0a3338fb
 def is_live() -> bool:
     "Can whoever started this kernel show widgets?"
     if asked := os.environ.get("SELFSUPNAS_WIDGETS"): return asked != "0"
@@ -38,7 +39,6 @@ def is_live() -> bool:
 def as_png(figures: list, # matplotlib Figures
            dpi: int = 75) -> bytes:
     "Figures one below the other, as one PNG; they are not changed."
-    from PIL import Image
     def drawn(figure):
         to = io.BytesIO()
         figure.savefig(to, format="png", dpi=dpi)
@@ -49,7 +49,7 @@ def as_png(figures: list, # matplotlib Figures
     sheet.save(to, "png", optimize=True)
     return to.getvalue()
 
-# %% ../nbs/70_widgets.ipynb #0bfe3d60
+# %% ../nbs/70_widgets.ipynb #1fcc6817
 class Explorer(widgets.VBox):
     "Controls above the picture that `draw` makes of their values."
     def __init__(self, draw, # {name: value} of the controls -> list of matplotlib Figures
@@ -59,8 +59,7 @@ class Explorer(widgets.VBox):
         self.picture, self.message = widgets.Image(format="png"), widgets.HTML()
         for control in controls.values(): control.observe(self.refresh, "value")
         super().__init__([*(layout or controls.values()), self.message, self.picture])
-        self.refresh()
-        if self.message.value: raise ValueError(self.message.value)
+        self.picture.value = as_png(self.draw(self.values)) # what is wrong at the start is raised
 
     @property
     def values(self) -> dict: # name -> value
@@ -71,7 +70,7 @@ class Explorer(widgets.VBox):
         try:
             self.picture.value = as_png(self.draw(self.values))
             self.message.value = ""
-        except Exception as e: self.message.value = f"<b>{type(e).__name__}</b>: {e}"
+        except Exception as e: self.message.value = f"<b>{type(e).__name__}</b>: {html.escape(str(e))}"
 
     def _repr_mimebundle_(self, **kwargs):
         if is_live(): return super()._repr_mimebundle_(**kwargs)
@@ -201,7 +200,7 @@ def play_jigsaw(images: torch.Tensor, # (n,3,H,W) uint8
     rows = [widgets.HBox(list(asked.values())[k:k + side]) for k in range(0, places, side)]
     return Explorer(draw, {**controls, **asked}, [*controls.values(), widgets.Label("Which tile of the picture does each place show? Counted from top left, row by row."), *rows])
 
-# %% ../nbs/70_widgets.ipynb #ddace54c
+# %% ../nbs/70_widgets.ipynb #1b82f2e2
 def explore_split(dataset, # a training set
                   fraction: float = 1 / 16, seed: int = 0) -> Explorer:
     "Sliders over label fraction and seed; classes of the labelled images, and some of them."
@@ -215,10 +214,8 @@ def explore_split(dataset, # a training set
         axes[0, 0].plot(expected, range(len(own)), "k|", ms=10, label="share of the whole set")
         axes[0, 0].set_yticks(range(len(own)), spec.classes, fontsize=7); axes[0, 0].invert_yaxis()
         axes[0, 0].set_xlabel(f"labelled images with the class, of {len(rows)}", fontsize=8); axes[0, 0].tick_params(labelsize=7); axes[0, 0].legend(fontsize=7)
-        sheet = [overlay(*dataset[i], spec.palette, spec.ignore_index) for i in rows[:9]]
-        height, width = sheet[0].shape[:2]
-        wall = np.full((3 * height, 3 * width, 3), 255, np.uint8)
-        for k, picture in enumerate(sheet): wall[k // 3 * height:][:height, k % 3 * width:][:, :width] = picture
+        sheet, wall = [Image.fromarray(overlay(*dataset[i], spec.palette, spec.ignore_index)) for i in rows[:9]], Image.new("RGB", (390, 300), "white")
+        for k, picture in enumerate(sheet): wall.paste(picture.resize((130, 100)), (k % 3 * 130, k // 3 * 100)) # images may differ in size
         axes[0, 1].imshow(wall); axes[0, 1].set_axis_off()
         axes[0, 1].set_title(f"{len(split.labelled)} labelled, {len(split.unlabelled)} not; {len(sheet)} of the labelled", fontsize=9)
         return [fig]
