@@ -6,10 +6,9 @@
 __all__ = ['SIGNS', 'is_live', 'as_png', 'Explorer', 'Inherited', 'budget_range', 'explore_budget', 'route_words', 'path_buttons',
            'opened', 'edit_architecture', 'browse_images', 'play_jigsaw', 'explore_split']
 
-# %% ../nbs/70_widgets.ipynb #8a20b318
+# %% ../nbs/70_widgets.ipynb #2fea9c98
 import base64, html, io, os
 
-import ipywidgets as widgets
 import numpy as np
 import torch
 from PIL import Image
@@ -30,7 +29,7 @@ from .show import new_figure, overlay
 from .space import gates_by_path
 from .splits import classes_present, make_split
 
-# %% ../nbs/70_widgets.ipynb #0a3338fb
+# %% ../nbs/70_widgets.ipynb #a43e8a12
 def is_live() -> bool:
     "Can whoever started this kernel show widgets?"
     if asked := os.environ.get("SELFSUPNAS_WIDGETS"): return asked != "0"
@@ -42,23 +41,24 @@ def as_png(figures: list, # matplotlib Figures
     def drawn(figure):
         to = io.BytesIO()
         figure.savefig(to, format="png", dpi=dpi)
-        return Image.open(to).convert("RGB")
+        return Image.open(to).convert("RGB").quantize(256, dither=Image.Dither.NONE).convert("RGB") # a third of the size, for the eye the same
     pictures, to = [drawn(figure) for figure in figures], io.BytesIO()
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     for k, picture in enumerate(pictures): sheet.paste(picture, (0, sum(p.height for p in pictures[:k])))
     sheet.save(to, "png", optimize=True)
     return to.getvalue()
 
-# %% ../nbs/70_widgets.ipynb #1fcc6817
-class Explorer(widgets.VBox):
-    "Controls above the picture that `draw` makes of their values."
+# %% ../nbs/70_widgets.ipynb #b4794871
+class Explorer:
+    "Controls above the picture that `draw` makes of their values; as the value of a cell, it shows itself."
     def __init__(self, draw, # {name: value} of the controls -> list of matplotlib Figures
                  controls: dict, # name -> ipywidgets widget with a value
                  layout=None): # the widgets as they are arranged; None: one below the other
+        import ipywidgets as widgets
         self.draw, self.controls = draw, controls
         self.picture, self.message = widgets.Image(format="png"), widgets.HTML()
         for control in controls.values(): control.observe(self.refresh, "value")
-        super().__init__([*(layout or controls.values()), self.message, self.picture])
+        self.box = widgets.VBox([*(layout or controls.values()), self.message, self.picture])
         self.picture.value = as_png(self.draw(self.values)) # what is wrong at the start is raised
 
     @property
@@ -73,7 +73,7 @@ class Explorer(widgets.VBox):
         except Exception as e: self.message.value = f"<b>{type(e).__name__}</b>: {html.escape(str(e))}"
 
     def _repr_mimebundle_(self, **kwargs):
-        if is_live(): return super()._repr_mimebundle_(**kwargs)
+        if is_live(): return self.box._repr_mimebundle_(**kwargs)
         return {"image/png": base64.b64encode(self.picture.value).decode(), "text/plain": f"Explorer of {', '.join(map(str, list(self.controls)[:3]))}: start this notebook in JupyterLab to move its controls"}
 
 # %% ../nbs/70_widgets.ipynb #0370bfe8
@@ -94,7 +94,7 @@ class Inherited:
             self.known[key] = network, Metrics(confusion_matrix(guess, self.labels, len(self.classes)), self.classes).miou
         return self.known[key]
 
-# %% ../nbs/70_widgets.ipynb #c7b121f4
+# %% ../nbs/70_widgets.ipynb #571966e1
 def budget_range(table: CostTable) -> tuple: # least and greatest budget that the slider has, in hundredths
     "From the cost of stem, decoder and classifier alone, rounded up, to the whole grid."
     return int(-(-100 * static_cost(table, ()) // table.full)), 100
@@ -102,6 +102,7 @@ def budget_range(table: CostTable) -> tuple: # least and greatest budget that th
 def explore_budget(table: CostTable, statistics: GateStatistics, worth=None, # Architecture -> (network, mIoU), such as Inherited; None: not told
                    budget: float = .5) -> Explorer:
     "A slider over budgets, the route that each gives, its GFLOPs and what it would be worth."
+    import ipywidgets as widgets
     least, most = budget_range(table)
     def draw(values):
         found = derive_within(table, statistics, values["budget"] / 100, None, {})
@@ -121,11 +122,12 @@ def route_words(table: CostTable, architecture: Architecture, worth=None) -> str
     amount = f"{cost / 1e9:.4f} GFLOPs (1e9 multiply-adds), " if table.kind == "flops" else f"{cost:.4g} {table.kind}, "
     return amount + f"{cost / table.full:.0%} of the full grid" + (f"; validation mIoU with inherited weights {worth(architecture)[1]:.1%}" if worth else "")
 
-# %% ../nbs/70_widgets.ipynb #a471ea65
+# %% ../nbs/70_widgets.ipynb #7b482aa0
 SIGNS = {"up": "↗", "keep": "→", "down": "↘"}
 
 def path_buttons(architecture: Architecture) -> tuple: # dict Path -> ToggleButton, and the grid that holds them
     "A toggle for each path, in rows of one stride and columns of one layer."
+    import ipywidgets as widgets
     space, size = architecture.space, widgets.Layout(width="26px", height="24px", padding="0", margin="1px")
     buttons = {path: widgets.ToggleButton(path in architecture.paths, description=SIGNS[path.kind], tooltip=f"layer {path.layer}, stride {STRIDES[path.scale]}, {path.kind}", layout=size) for path in space.paths()}
     def cell(layer, scale): return widgets.HBox([buttons[Path(layer, scale, kind)] for kind in SIGNS if Path(layer, scale, kind) in buttons], layout=widgets.Layout(min_width="88px"))
@@ -155,12 +157,13 @@ def edit_architecture(architecture: Architecture, table: CostTable, worth=None, 
         return [fig, plot_predictions([image], [label], guess, spec)]
     return Explorer(draw, buttons, [grid])
 
-# %% ../nbs/70_widgets.ipynb #d26766ce
+# %% ../nbs/70_widgets.ipynb #8d1b8ab8
 def browse_images(dataset, # of images (3,H,W) and labels (H,W), with .spec and .ids
                   networks: dict, # name -> module, images (B,3,H,W) normalised -> logits
                   table: CostTable | None = None, # of a supernet among them: its route is shown, too
                   start: int = 0) -> Explorer:
     "A slider over a dataset; what each network makes of the image."
+    import ipywidgets as widgets
     if not 0 <= start < len(dataset): raise ValueError(f"start is an index into {len(dataset)} images, not {start}")
     def draw(values):
         image, label = dataset[values["image"]]
@@ -178,12 +181,13 @@ def browse_images(dataset, # of images (3,H,W) and labels (H,W), with .spec and 
     slider = widgets.IntSlider(start, 0, len(dataset) - 1, description="image", continuous_update=False)
     return Explorer(draw, {"image": slider})
 
-# %% ../nbs/70_widgets.ipynb #7094e152
+# %% ../nbs/70_widgets.ipynb #bef4b3f3
 def play_jigsaw(images: torch.Tensor, # (n,3,H,W) uint8
                 permutations: torch.Tensor, # (P,T) from permutation_set
                 solve=None, # jigsaws (1,3,H,W) -> the network's guess (1,T); None: only you play
                 seed: int = 0) -> Explorer:
     "Shuffle an image; put it back yourself or let the network do it."
+    import ipywidgets as widgets
     places = permutations.shape[1]
     side = round(places**.5)
     def draw(values):
@@ -200,10 +204,11 @@ def play_jigsaw(images: torch.Tensor, # (n,3,H,W) uint8
     rows = [widgets.HBox(list(asked.values())[k:k + side]) for k in range(0, places, side)]
     return Explorer(draw, {**controls, **asked}, [*controls.values(), widgets.Label("Which tile of the picture does each place show? Counted from top left, row by row."), *rows])
 
-# %% ../nbs/70_widgets.ipynb #1b82f2e2
+# %% ../nbs/70_widgets.ipynb #2ffa451f
 def explore_split(dataset, # a training set
                   fraction: float = 1 / 16, seed: int = 0) -> Explorer:
     "Sliders over label fraction and seed; classes of the labelled images, and some of them."
+    import ipywidgets as widgets
     present, spec = classes_present(dataset), dataset.spec
     def draw(values):
         split = make_split(dataset, values["fraction"], values["seed"])
