@@ -33,7 +33,7 @@ def _common(places) -> list: # the parts with which all paths begin
     same = next((k for k, parts in enumerate(ends) if len(set(parts)) > 1), len(ends))
     return [parts[0] for parts in ends[:same]]
 
-# %% ../nbs/67_page.ipynb #32eb72cf
+# %% ../nbs/67_page.ipynb #c2c49132
 def flat(mapping: dict, prefix: str = "") -> dict: # dotted name -> value
     "Nested dicts as one; lists as they are."
     out = {}
@@ -56,6 +56,7 @@ def section_rows(runs: list, section: str) -> tuple: # rows that differ (dicts b
     return rows, same
 
 def show_value(value) -> str:
+    "A cell of the page: four digits of a number, a dash for nothing."
     if value is None: return "–"
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 

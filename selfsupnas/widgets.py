@@ -48,9 +48,9 @@ def as_png(figures: list, # matplotlib Figures
     sheet.save(to, "png", optimize=True)
     return to.getvalue()
 
-# %% ../nbs/70_widgets.ipynb #b4794871
+# %% ../nbs/70_widgets.ipynb #1284cdbb
 class Explorer:
-    "Controls above the picture that `draw` makes of their values; as the value of a cell, it shows itself."
+    "Controls above the picture that `draw` makes of their values; as the value of a cell, it shows itself. Raises what `draw` raises at the start."
     def __init__(self, draw, # {name: value} of the controls -> list of matplotlib Figures
                  controls: dict, # name -> ipywidgets widget with a value
                  layout=None): # the widgets as they are arranged; None: one below the other
@@ -157,12 +157,12 @@ def edit_architecture(architecture: Architecture, table: CostTable, worth=None, 
         return [fig, plot_predictions([image], [label], guess, spec)]
     return Explorer(draw, buttons, [grid])
 
-# %% ../nbs/70_widgets.ipynb #8d1b8ab8
+# %% ../nbs/70_widgets.ipynb #d7db5af1
 def browse_images(dataset, # of images (3,H,W) and labels (H,W), with .spec and .ids
                   networks: dict, # name -> module, images (B,3,H,W) normalised -> logits
                   table: CostTable | None = None, # of a supernet among them: its route is shown, too
                   start: int = 0) -> Explorer:
-    "A slider over a dataset; what each network makes of the image."
+    "A slider over a dataset; what each network makes of the image. Raises ValueError for a start outside it."
     import ipywidgets as widgets
     if not 0 <= start < len(dataset): raise ValueError(f"start is an index into {len(dataset)} images, not {start}")
     def draw(values):
