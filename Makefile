@@ -141,12 +141,14 @@ test-browser: env ## the tour in a real JupyterLab in a real browser; needs chro
 	python -m pip install -q --editable '.[browser]'
 	SELFSUPNAS_BROWSER=1 python -m pytest -q -rs tests/test_browser.py
 
-notebooks: env ## execute the notebooks in place, so that their outputs are new; NB='nbs/21_gate.ipynb' for one
+notebooks: env ## execute all notebooks in place and say how long each took; NB='nbs/21_gate.ipynb' for one
 	@for nb in $(or $(NB),nbs/*.ipynb nbs/experiments/*.ipynb); do
 	  test -e "$$nb" || continue
 	  echo "== notebooks: executing $$nb"
+	  begun=$$SECONDS
 	  jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 \
 	    --ExecutePreprocessor.timeout=600 --log-level=ERROR "$$nb"
+	  echo "== notebooks: $$nb took $$((SECONDS - begun)) s"
 	done
 	nbdev_clean
 

@@ -13,26 +13,32 @@ from pathlib import Path as FilePath
 from typing import Callable, Mapping
 
 from .core import write_json
-from .grid import STEP, STRIDES, Path, SearchSpace, coarsest_scale, kept_operations, trace_route
+from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale, kept_operations,
+                             trace_route)
 
 # %% ../nbs/24_architecture.ipynb #1aed8537
 @dataclass(frozen=True)
 class Architecture:
-    "A route through the grid. Raises ValueError for paths that the grid lacks and weights that are not positive."
+    """A route through the grid. Raises ValueError for paths that the grid lacks and weights that
+    are not positive."""
     space: SearchSpace
     paths: Mapping[Path, float] # kept path -> weight in (0, 1]
-    provenance: dict = field(default_factory=dict, compare=False) # where it came from: run, seed, budget, ...
-    operations: Mapping[Path, float] = field(default_factory=dict) # kept candidate -> weight, where operations are searched
+    provenance: dict = field(default_factory=dict, compare=False) # its run, seed, budget...
+    operations: Mapping[Path, float] = field(default_factory=dict) # kept candidate -> weight
 
     def __post_init__(self):
-        unknown = set(self.operations) - set(self.space.gated()) | {p for p in self.operations if p.kind in STEP}
+        unknown = (set(self.operations) - set(self.space.gated())
+                   | {p for p in self.operations if p.kind in STEP})
         if unknown: raise ValueError(f"{min(unknown)} is not a searched candidate of {self.space}")
         everything = {**self.paths, **self.operations}
         for path, weight in everything.items():
-            if not (math.isfinite(weight) and weight > 0): raise ValueError(f"{path} has weight {weight}; it must be over 0")
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"{path} has weight {weight}; it must be over 0")
         left = reached(self.space, everything)
         for name, kept in (("paths", self.paths), ("operations", self.operations)):
-            object.__setattr__(self, name, {p: float(kept[p]) for p in self.space.gated() if p in kept and p in left})
+            object.__setattr__(self, name,
+                               {p: float(kept[p]) for p in self.space.gated() if p in kept
+                                and p in left})
 
     @property
     def live(self) -> dict: # (layer, scale) -> kinds of path; () = passes its input on
@@ -42,20 +48,25 @@ class Architecture:
     def coarsest(self) -> int: return coarsest_scale(self.space, self.live)
 
     @property
-    def kept(self) -> dict: # Path -> weight: paths and candidates together, as costs and gates take them
+    def kept(self) -> dict:
+        # Path -> weight: paths and candidates together, as costs and gates take them
         return {**self.paths, **self.operations}
 
-    def operations_at(self, layer: int, scale: int) -> tuple[str, ...]: # names; () = the cell's input itself
+    def operations_at(self, layer: int, scale: int) -> tuple[str, ...]:
+        # names; () = the cell's input itself
         return kept_operations(self.space, layer, scale, self.operations)
 
     def unweighted(self) -> "Architecture":
         "The same network with all weights 1: for training from scratch."
-        return dataclasses.replace(self, paths=dict.fromkeys(self.paths, 1.), operations=dict.fromkeys(self.operations, 1.))
+        return dataclasses.replace(self, paths=dict.fromkeys(self.paths, 1.),
+                                   operations=dict.fromkeys(self.operations, 1.))
 
 def reached(space: SearchSpace, paths) -> set: # those of `paths`, a set or mapping, that are of use
-    "Paths that something arrives at, and candidates of cells that compute: what is left when dead branches are cut."
+    """Paths that something arrives at, and candidates of cells that compute: what is left when dead
+    branches are cut."""
     live = trace_route(space, paths)
-    return {path for path in paths if (path.kind in live.get(path[:2], ()) if path.kind in STEP else live.get(path[:2]))}
+    return {path for path in paths
+            if (path.kind in live.get(path[:2], ()) if path.kind in STEP else live.get(path[:2]))}
 
 # %% ../nbs/24_architecture.ipynb #81e5f11e
 SCHEMA = 1 # raised when the JSON changes its meaning
@@ -63,46 +74,63 @@ SCHEMA = 1 # raised when the JSON changes its meaning
 def save_architecture(architecture: Architecture, path) -> FilePath:
     "Write the JSON, atomically."
     def entries(kept): return [[*p, round(w, 6)] for p, w in kept.items()]
-    return write_json(path, {"schema": SCHEMA, "space": dataclasses.asdict(architecture.space), "paths": entries(architecture.paths),
-                             "operations": entries(architecture.operations), "provenance": architecture.provenance})
+    return write_json(path, {"schema": SCHEMA, "space": dataclasses.asdict(architecture.space),
+                             "paths": entries(architecture.paths),
+                             "operations": entries(architecture.operations),
+                             "provenance": architecture.provenance})
 
 def load_architecture(path) -> Architecture:
-    "Read the JSON; raises FileNotFoundError, or ValueError that names the file and what is wrong in it."
+    """Read the JSON; raises FileNotFoundError, or ValueError that names the file and what is wrong
+    in it."""
     path = FilePath(path)
-    if not path.exists(): raise FileNotFoundError(f"no architecture at {path}; `selfsupnas search` writes one")
+    if not path.exists():
+        raise FileNotFoundError(f"no architecture at {path}; `selfsupnas search` writes one")
     try:
         data = json.loads(path.read_text(encoding="utf8"))
-        if data["schema"] != SCHEMA: raise ValueError(f"schema {data['schema']} is not known here (this version reads {SCHEMA})")
-        def kept(entries): return {Path(int(layer), int(scale), kind): weight for layer, scale, kind, weight in entries}
-        return Architecture(SearchSpace(**data["space"]), kept(data["paths"]), data["provenance"], kept(data.get("operations", ())))
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']} is not known here (this version reads "
+                             f"{SCHEMA})")
+        def kept(entries):
+            return {Path(int(layer), int(scale), kind): weight
+                    for layer, scale, kind, weight in entries}
+        return Architecture(SearchSpace(**data["space"]), kept(data["paths"]), data["provenance"],
+                            kept(data.get("operations", ())))
     except (KeyError, TypeError, ValueError) as e: # JSONDecodeError is a ValueError
         raise ValueError(f"{path} is not an architecture: {type(e).__name__}: {e}") from None
 
 # %% ../nbs/24_architecture.ipynb #cell-11
 def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
-    "The grid in grey, the route over it; line width = weight, white = passes its input on. Returns the matplotlib axes."
+    """The grid in grey, the route over it; line width = weight, white = passes its input on.
+    Returns the matplotlib axes."""
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(1 + architecture.space.layers, 2.6), layout="constrained")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(1 + architecture.space.layers, 2.6), layout="constrained")
     space, live = architecture.space, architecture.live
-    def line(path, **style): ax.plot([path.layer, path.layer + 1], [path.scale, path.scale + STEP[path.kind]], **style)
+    def line(path, **style):
+        ax.plot([path.layer, path.layer + 1], [path.scale, path.scale + STEP[path.kind]], **style)
     for path in space.paths(): line(path, color="0.9", lw=1, zorder=0)
-    for path, weight in architecture.paths.items(): line(path, color=colour, lw=1 + 3 * weight, zorder=1)
+    for path, weight in architecture.paths.items():
+        line(path, color=colour, lw=1 + 3 * weight, zorder=1)
     for (layer, scale), kinds in live.items():
         if not kinds: line(Path(layer, scale, "keep"), color=colour, lw=1.5, ls=":", zorder=1)
     for cell in space.cells():
-        ax.plot(*cell, "o", ms=9, mec="0.3", mfc=colour if live.get(cell) else "w" if cell in live else "0.93", zorder=2)
-    ax.set(yticks=range(len(STRIDES)), yticklabels=[f"stride {s}" for s in STRIDES], xticks=range(space.layers + 2),
-           xticklabels=[*range(space.layers + 1), "decoder"], xlabel="layer", ylim=(3.5, -.5))
+        ax.plot(*cell, "o", ms=9, mec="0.3", mfc=colour if live.get(cell) else "w" if cell in live
+                else "0.93", zorder=2)
+    ax.set(yticks=range(len(STRIDES)), yticklabels=[f"stride {s}" for s in STRIDES],
+           xticks=range(space.layers + 2), xticklabels=[*range(space.layers + 1), "decoder"],
+           xlabel="layer", ylim=(3.5, -.5))
     return ax
 
 # %% ../nbs/24_architecture.ipynb #ab9efe90
 def cheapest_drop(space: SearchSpace, kept: set, importance: Mapping, cost: Callable) -> set:
-    "`kept` without the path or candidate, and what it feeds, that loses least importance for each unit of cost saved."
+    """`kept` without the path or candidate, and what it feeds, that loses least importance for each
+    unit of cost saved."""
     now = cost(kept)
     def price(path):
         left = reached(space, kept - {path})
         saved = now - cost(left)
-        return (sum(importance[p] for p in kept - left) / saved if saved > 0 else float("inf"), path, left)
+        return (sum(importance[p] for p in kept - left) / saved if saved > 0 else float("inf"),
+                path, left)
     return min(price(path) for path in sorted(kept))[2]
 
 # %% ../nbs/24_architecture.ipynb #0b5873cc
@@ -110,25 +138,36 @@ def derive(space: SearchSpace,
            importance: Mapping[Path, float], # mean gate of everything in space.gated()
            cost: Callable, # set of what is open -> multiply-adds (or any cost that grows with it)
            budget: float, # in the unit of `cost`
-           keep_operations: int | None = None, # of searched cells: at most so many candidates each; None: what the budget allows
+           # of searched cells: at most so many candidates each; None: what the budget allows
+           keep_operations: int | None = None,
           ) -> Architecture: # within the budget
-    "The strongest connected paths whose `cost` is within `budget`, greedily. Raises ValueError for a budget out of range."
+    """The strongest connected paths whose `cost` is within `budget`, greedily. Raises ValueError
+    for a budget out of range."""
     missing = set(space.gated()) - set(importance)
-    if missing: raise ValueError(f"importance lacks {len(missing)} paths, {min(missing)} among them")
+    if missing:
+        raise ValueError(f"importance lacks {len(missing)} paths, {min(missing)} among them")
     least = cost(frozenset())
     if not budget >= least:
-        raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and classifier alone")
-    allowed = [p for p in space.gated() if importance[p] > 0 and p not in weaker_operations(space, importance, keep_operations)]
+        raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and "
+                         "classifier alone")
+    allowed = [p for p in space.gated() if importance[p] > 0
+               and p not in weaker_operations(space, importance, keep_operations)]
     kept = reached(space, set(allowed))
     while cost(kept) > budget: kept = cheapest_drop(space, kept, importance, cost)
     def fitting(): # what was dropped, would be reached and still fits
-        return [p for p in allowed if p not in kept and p in reached(space, kept | {p}) and cost(kept | {p}) <= budget]
+        return [p for p in allowed if p not in kept and p in reached(space, kept | {p})
+                and cost(kept | {p}) <= budget]
     while back := fitting(): kept = kept | {max(back, key=lambda path: (importance[path], path))}
-    return Architecture(space, {p: importance[p] for p in kept if p.kind in STEP}, operations={p: importance[p] for p in kept if p.kind not in STEP})
+    return Architecture(space, {p: importance[p] for p in kept if p.kind in STEP},
+                        operations={p: importance[p] for p in kept if p.kind not in STEP})
 
-def weaker_operations(space: SearchSpace, importance: Mapping[Path, float], keep: int | None) -> set:
-    "In each searched cell, the candidates beyond the `keep` strongest; raises ValueError for fewer than one."
+def weaker_operations(space: SearchSpace, importance: Mapping[Path, float],
+                      keep: int | None) -> set:
+    """In each searched cell, the candidates beyond the `keep` strongest; raises ValueError for
+    fewer than one."""
     if keep is None or not space.search_operations: return set()
     if keep < 1: raise ValueError(f"a cell keeps 1 operation or more, not {keep}")
-    def ranked(cell): return sorted((Path(*cell, name) for name in space.operations), key=lambda p: -importance[p])
+    def ranked(cell):
+        return sorted((Path(*cell, name) for name in space.operations),
+                      key=lambda p: -importance[p])
     return {p for cell in space.cells() for p in ranked(cell)[keep:]}

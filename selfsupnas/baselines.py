@@ -30,8 +30,9 @@ def smp_network(kind:str, encoder:str, # a class and an encoder of segmentation_
                 num_classes:int) -> nn.Module: # returns the logits
     "From random weights; `ImportError` that says what to install."
     try: import segmentation_models_pytorch as smp
-    except ImportError: raise ImportError(f"{kind} is built by segmentation_models_pytorch, which is not "
-                                          "installed: pip install 'selfsupnas[rivals]'") from None
+    except ImportError:
+        raise ImportError(f"{kind} is built by segmentation_models_pytorch, which is not "
+                          "installed: pip install 'selfsupnas[rivals]'") from None
     return getattr(smp, kind)(encoder, encoder_weights=None, classes=num_classes)
 
 BASELINES = {name: partial(torchvision_network, name) for name in
@@ -53,13 +54,14 @@ class Baseline(nn.Module):
         "Logits; DeepLabV3 and DeepLabV3+ raise `ValueError` for a single image in training mode."
         height, width = images.shape[-2:]
         short = [-n % self.multiple for n in (height, width)]
-        if any(short): images = nn.functional.pad(images, (0, short[1], 0, short[0]), mode="replicate")
+        if any(short):
+            images = nn.functional.pad(images, (0, short[1], 0, short[0]), mode="replicate")
         try: out = self.network(images)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error): raise
-            raise ValueError("this network cannot train on a batch of 1 image: its pooled branch is "
-                             "batch-normalised. Use a batch of at least 2 and drop an incomplete "
-                             "last batch, or call model.eval() to predict") from None
+            raise ValueError("this network cannot train on a batch of 1 image: its pooled "
+                             "branch is " "batch-normalised. Use a batch of at least 2 and drop an "
+                             "incomplete " "last batch, or call model.eval() to predict") from None
         return (out["out"] if isinstance(out, dict) else out)[..., :height, :width]
 
 # %% ../nbs/52_baselines.ipynb #9c4ddc3f
@@ -93,5 +95,5 @@ def random_architecture(space:SearchSpace,
         importance = {path: draw.random() for path in space.gated()}
         found = derive(space, importance, cost, target).unweighted()
         if cost(found.kept) >= (1 - tolerance) * target: return found
-    raise ValueError(f"in {tries} draws no random route cost {1 - tolerance:.0%} to 100 % of {target:,.0f}; "
-                     "allow a larger tolerance")
+    raise ValueError(f"in {tries} draws no random route cost {1 - tolerance:.0%} to 100 % of "
+                     f"{target:,.0f}; " "allow a larger tolerance")

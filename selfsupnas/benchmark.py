@@ -31,7 +31,7 @@ class EvaluateConfig:
     data: str | None = None # another dataset of the same classes; None: that of the retraining
     root: str | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
     split: str = "test" # or val
-    baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # see selfsupnas.baselines
+    baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
     train_baselines: bool = False # train them as well: minutes to hours
     latency_repeats: int = 15 # timed calls; their median counts
     batch_size: int = 8
@@ -40,24 +40,31 @@ class EvaluateConfig:
 
 # %% ../nbs/55_benchmark.ipynb #cell-06
 def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
-    "Figures (GFLOPs, parameters, what fvcore left out) and timings (latency in ms at batch 1) of a network."
+    """Figures (GFLOPs, parameters, what fvcore left out) and timings (latency in ms at batch 1) of
+    a network."""
     cost = count_cost(model, size)
-    return ({"name": name, "gflops": cost.gflops, "parameters": cost.parameters, "uncounted": cost.uncounted},
+    return ({"name": name, "gflops": cost.gflops, "parameters": cost.parameters,
+             "uncounted": cost.uncounted},
             {"latency_ms": measure_latency(model, size, repeats=repeats)})
 
 # %% ../nbs/55_benchmark.ipynb #af0ef6a5
 def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
-    "The hand-crafted network `name`, trained on the labelled images with the retraining's split, views, steps and schedule."
-    fields = {f.name: retrained.get(f.name, f.default) for f in dataclasses.fields(TrainingConfig)} # records of older versions have fewer
-    for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"): fields[key] = fields[key] and tuple(fields[key])
-    fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split", w_sup=1., w_jig=0., w_semi=0., drop_path=0., seed=config.seed, resume=False)
+    """The hand-crafted network `name`, trained on the labelled images with the retraining's split,
+    views, steps and schedule."""
+    # records of older versions have fewer
+    fields = {f.name: retrained.get(f.name, f.default) for f in dataclasses.fields(TrainingConfig)}
+    for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"):
+        fields[key] = fields[key] and tuple(fields[key])
+    fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split",
+                  w_sup=1., w_jig=0., w_semi=0., drop_path=0., seed=config.seed, resume=False)
     return retrain(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../nbs/55_benchmark.ipynb #1a9cf1c1
 def check_labels(dataset: PairDataset, split: str):
     "Raise ValueError where a split has no labels to compare with, as Cityscapes' and VOC's test."
     if not dataset.labelled_ids:
-        raise ValueError(f"{dataset.spec.name} {split} has no labels here (they are on the benchmark's server): evaluate with split=val")
+        raise ValueError(f"{dataset.spec.name} {split} has no labels here (they are on the "
+                         "benchmark's server): evaluate with split=val")
 
 # %% ../nbs/55_benchmark.ipynb #0f259305
 class Evaluated(dict):
@@ -65,49 +72,63 @@ class Evaluated(dict):
     __getattr__ = dict.__getitem__
 
 def benchmark(config: EvaluateConfig) -> Evaluated:
-    "Evaluate a retrained network; leaves evaluate-record.json in `config.folder`. Raises FileNotFoundError for a folder without a retraining."
+    """Evaluate a retrained network; leaves evaluate-record.json in `config.folder`. Raises
+    FileNotFoundError for a folder without a retraining."""
     timer, folder = Timer(), FilePath(config.folder)
     network = load_network(config.network)
     retrained = RunRecord.load(FilePath(config.network)/"retrain-record.json").parameters
     name, root = config.data or retrained["data"], config.root or retrained["root"]
     size = retrained["size"] and tuple(retrained["size"])
-    data, train_set = load_dataset(name, config.split, root, size), load_dataset(retrained["data"], "train", root, size)
+    data, train_set = (load_dataset(name, config.split, root, size),
+                       load_dataset(retrained["data"], "train", root, size))
     data.skip_unreadable = train_set.skip_unreadable = config.skip_unreadable
     check_labels(data, config.split)
     if data.spec.num_classes != train_set.spec.num_classes:
-        raise ValueError(f"{config.network} has {train_set.spec.num_classes} classes, {data.spec.name} has {data.spec.num_classes}")
+        raise ValueError(f"{config.network} has {train_set.spec.num_classes} classes, "
+                         f"{data.spec.name} has {data.spec.num_classes}")
     at = image_size(data, retrained.get("crop"))
     with timer("evaluation"): metrics = evaluate(network, data, config.batch_size)
     split = load_split(FilePath(config.network)/"split", train_set)
     trivial = trivial_predictor_metrics(class_counts(train_set, split.labelled), data)
     own = retrained["architecture"] if retrained["architecture"] in BASELINES else "searched"
     row, latency = cost_row(own, network, at, config.latency_repeats)
-    rows, latencies = {own: {**row, **metrics_figures(metrics)}, "most frequent class": {"name": "most frequent class", **metrics_figures(trivial)}}, {own: latency}
+    rows, latencies = ({own: {**row, **metrics_figures(metrics)},
+                        "most frequent class": {"name": "most frequent class",
+                                                **metrics_figures(trivial)}}, {own: latency})
     for baseline in config.baselines:
         with timer(baseline):
             torch.manual_seed(config.seed)
-            model = train_baseline(baseline, retrained, config) if config.train_baselines else build_baseline(baseline, data.spec.num_classes)
+            model = (train_baseline(baseline, retrained, config) if config.train_baselines
+                     else build_baseline(baseline, data.spec.num_classes))
             row, latencies[baseline] = cost_row(baseline, model, at, config.latency_repeats)
-            scores = metrics_figures(evaluate(model, data, config.batch_size)) if config.train_baselines else {"miou": None}
+            scores = (metrics_figures(evaluate(model, data, config.batch_size))
+                      if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
-    figures = {"dataset": data.spec.name, "split": config.split, "images": len(data) - len(data.unreadable), "unreadable_files": len(data.unreadable),
+    figures = {"dataset": data.spec.name, "split": config.split,
+               "images": len(data) - len(data.unreadable), "unreadable_files": len(data.unreadable),
                "size": list(at), "rows": rows}
-    record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures, {**timer.seconds, "latency": latencies})
+    record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
+                       {**timer.seconds, "latency": latencies})
     record.save(folder)
     return Evaluated(network=network, metrics=metrics, data=data, record=record)
 
 # %% ../nbs/55_benchmark.ipynb #dd083bb3
 def benchmark_table(record: RunRecord) -> str: # markdown
-    "The comparison as a table, with the ratio of GFLOPs and latency to those of the network evaluated, the first row."
+    """The comparison as a table, with the ratio of GFLOPs and latency to those of the network
+    evaluated, the first row."""
     rows, latency = record.figures["rows"], record.timings["latency"]
     own = next(iter(rows))
     def show(value, form): return "-" if value is None else format(value, form)
-    lines = [f"| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | GFLOPs / {own} | parameters (million) | latency (ms) | latency / {own} |",
+    lines = ["| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | GFLOPs / "
+             f"{own} | parameters (million) | latency (ms) | latency / {own} |",
              "|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        ms, flops, params = latency.get(name, {}).get("latency_ms"), row.get("gflops"), row.get("parameters")
-        cells = [name, show(row["miou"] and 100 * row["miou"], ".1f"), show(row.get("pixel_accuracy") and 100 * row["pixel_accuracy"], ".1f"),
-                 show(flops, ".4f"), show(flops and flops / rows[own]["gflops"], ".1f"), show(params and params / 1e6, ".3f"),
-                 show(ms, ".1f"), show(ms and ms / latency[own]["latency_ms"], ".1f")]
+        ms, flops, params = (latency.get(name, {}).get("latency_ms"), row.get("gflops"),
+                             row.get("parameters"))
+        cells = [name, show(row["miou"] and 100 * row["miou"], ".1f"),
+                 show(row.get("pixel_accuracy") and 100 * row["pixel_accuracy"], ".1f"),
+                 show(flops, ".4f"), show(flops and flops / rows[own]["gflops"], ".1f"),
+                 show(params and params / 1e6, ".3f"), show(ms, ".1f"),
+                 show(ms and ms / latency[own]["latency_ms"], ".1f")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -41,7 +41,8 @@ class CostTable:
     @property
     def full(self) -> float:
         "Cost of the supernet with everything open: what a budget is a share of."
-        gates = sum(self.gates[scale][len(self.space.gated_at(layer, scale))] for layer, scale in self.space.cells())
+        gates = sum(self.gates[scale][len(self.space.gated_at(layer, scale))]
+                    for layer, scale in self.space.cells())
         return static_cost(self, self.space.gated()) + gates
 
 # %% ../nbs/31_budget.ipynb #838ba119
@@ -75,7 +76,8 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         shape = (1, channels or space.channels_at(scale), *(hw or sizes[scale]))
         x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         return COSTS[kind](module.to(device, memory_format=torch.channels_last), x)
-    def up(scale): return cost(_Summed(_WithSize(Up(space.channels_at(scale)), sizes[scale - 1])), scale)
+    def up(scale):
+        return cost(_Summed(_WithSize(Up(space.channels_at(scale)), sizes[scale - 1])), scale)
     def paths(scale):
         costs = {"keep": cost(_Summed(nn.ReLU()), scale)}
         if scale > 0: costs["up"] = up(scale)
@@ -83,75 +85,98 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         return costs
     values = {len(space.gated_at(*cell)) for cell in space.cells()}
     last = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
-    classify = _WithSize(lambda x, s: nn.functional.interpolate(classifier(x), s, mode="bilinear", align_corners=False), tuple(size))
+    classify = _WithSize(lambda x, s: nn.functional.interpolate(classifier(x), s, mode="bilinear",
+                                                                align_corners=False), tuple(size))
     classifier = classify.classifier = nn.Conv2d(c, space.num_classes, 3, padding=1)
     return CostTable(space, tuple(size), kind, cost(stem(c), 0, 3, size),
-                     tuple({o: cost(_Summed(make_operation(o, space.channels_at(s))), s) for o in space.operations} for s in range(4)),
+                     tuple({o: cost(_Summed(make_operation(o, space.channels_at(s))), s)
+                            for o in space.operations} for s in range(4)),
                      tuple(paths(s) for s in range(4)),
-                     tuple({n: cost(make_gate(gate, space.channels_at(s), n, shrink=shrink), s) for n in values} for s in range(4)),
+                     tuple({n: cost(make_gate(gate, space.channels_at(s), n, shrink=shrink), s)
+                            for n in values} for s in range(4)),
                      (0, *(up(s) for s in (1, 2, 3))), cost(last, 0) + cost(classify, 0))
 
 # %% ../nbs/31_budget.ipynb #b067e9bc
 def static_cost(table: CostTable, open_paths: Iterable[Path]) -> float: # in the table's unit
-    "Cost of the static network with these paths and candidates; in multiply-adds, it equals fvcore's count of it."
+    """Cost of the static network with these paths and candidates; in multiply-adds, it equals
+    fvcore's count of it."""
     open_paths = set(open_paths)
     live = trace_route(table.space, open_paths)
     coarsest = max(scale for layer, scale in live if layer == table.space.layers)
-    cells = sum(sum(table.operations[scale][name] for name in kept_operations(table.space, layer, scale, open_paths))
-                + sum(table.paths[scale][kind] for kind in kinds) for (layer, scale), kinds in live.items() if kinds)
+    cells = sum(sum(table.operations[scale][name]
+                    for name in kept_operations(table.space, layer, scale, open_paths))
+                + sum(table.paths[scale][kind] for kind in kinds)
+                for (layer, scale), kinds in live.items() if kinds)
     return table.stem + cells + sum(table.raise_from[:coarsest + 1]) + table.head
 
 # %% ../nbs/31_budget.ipynb #823f84a0
 def _weighed(table: CostTable, gates: dict) -> torch.Tensor: # Path -> (B,) -> (B,)
-    "Cells by the largest of their paths' gates, searched candidates also by their own, paths by their own."
+    """Cells by the largest of their paths' gates, searched candidates also by their own, paths by
+    their own."""
     total = torch.zeros_like(next(iter(gates.values())))
     for layer, scale in table.space.cells():
         own = {kind: gates[Path(layer, scale, kind)] for kind in table.space.kinds_at(layer, scale)}
         cell = table.cells[scale]
-        if table.space.search_operations: cell = sum(cost * gates[Path(layer, scale, name)] for name, cost in table.operations[scale].items())
+        if table.space.search_operations:
+            cell = sum(cost * gates[Path(layer, scale, name)]
+                       for name, cost in table.operations[scale].items())
         total = total + cell * torch.stack(list(own.values())).amax(0)
-        total = total + sum(table.paths[scale][kind] * g for kind, g in own.items() if table.paths[scale][kind])
+        total = (total + sum(table.paths[scale][kind] * g for kind, g in own.items()
+                             if table.paths[scale][kind]))
     return total
 
 def expected_cost(table: CostTable, gates: dict # Path -> (B,), from selfsupnas.space.gates_by_path
                  ) -> torch.Tensor: # (B,) in the table's unit, differentiable
-    "Expected cost of each image. Source: Li et al., CVPR 2020; stem, decoder and gates are added as constants."
-    return _weighed(table, gates) + (table.full - static_cost(table, table.space.gated()) + static_cost(table, []) + sum(table.raise_from))
+    """Expected cost of each image. Source: Li et al., CVPR 2020; stem, decoder and gates are added
+    as constants."""
+    return (_weighed(table, gates)
+            + (table.full - static_cost(table, table.space.gated()) + static_cost(table, [])
+               + sum(table.raise_from)))
 
 # %% ../nbs/31_budget.ipynb #e16c471a
 def _fixed(table: CostTable, open_paths) -> int:
-    "What a route costs beside its cells and paths: stem, gates of the cells reached, decoder, classifier."
+    """What a route costs beside its cells and paths: stem, gates of the cells reached, decoder,
+    classifier."""
     live = trace_route(table.space, open_paths)
     coarsest = max(scale for layer, scale in live if layer == table.space.layers)
-    gates = sum(table.gates[scale][len(table.space.gated_at(layer, scale))] for layer, scale in live)
+    gates = sum(table.gates[scale][len(table.space.gated_at(layer, scale))]
+                for layer, scale in live)
     return table.stem + table.head + sum(table.raise_from[:coarsest + 1]) + gates
 
-def realised_cost(table: CostTable, gates: dict # Path -> (B,); for an image that never reached a cell its gates are 0
+def realised_cost(table: CostTable,
+                  gates: dict # Path -> (B,); for an image that never reached a cell its gates are 0
                  ) -> torch.Tensor: # (B,) in the table's unit
     "Executed cost of each image in the supernet: gates thresholded at CLOSED."
     opened = {path: g.detach() > CLOSED for path, g in gates.items()}
     paths = table.space.paths()
     routes = [tuple(row) for row in torch.stack([opened[path] for path in paths], 1).tolist()]
-    fixed = {route: _fixed(table, [path for path, is_open in zip(paths, route) if is_open]) for route in set(routes)}
+    fixed = {route: _fixed(table, [path for path, is_open in zip(paths, route) if is_open])
+             for route in set(routes)}
     total = _weighed(table, {path: is_open.double() for path, is_open in opened.items()})
     return total + total.new_tensor([fixed[route] for route in routes])
 
 # %% ../nbs/31_budget.ipynb #ce10f8a5
 def budget_loss(table: CostTable,
-                expected: torch.Tensor, realised: torch.Tensor, # (B,) in the table's unit, from the two functions above
+                # (B,) in the table's unit, from the two functions above
+                expected: torch.Tensor, realised: torch.Tensor,
                 mu: float, # the budget, a share of the full grid's cost, in (0, 1]
                 of: str = "realised", # or "expected"
                ) -> torch.Tensor: # scalar
-    "(mean cost / full - mu)^2. Source: Li et al., CVPR 2020 (expected); the straight-through form is ours."
-    if not 0 < mu <= 1: raise ValueError(f"mu must be in (0, 1], a share of the full grid's cost, not {mu}")
-    if of not in ("expected", "realised"): raise ValueError(f"the budget is of the expected or the realised cost, not {of!r}")
-    cost = expected if of == "expected" else expected + (realised.to(expected.dtype) - expected).detach()
+    """(mean cost / full - mu)^2. Source: Li et al., CVPR 2020 (expected); the straight-through form
+    is ours."""
+    if not 0 < mu <= 1:
+        raise ValueError(f"mu must be in (0, 1], a share of the full grid's cost, not {mu}")
+    if of not in ("expected", "realised"):
+        raise ValueError(f"the budget is of the expected or the realised cost, not {of!r}")
+    cost = (expected if of == "expected" else expected
+            + (realised.to(expected.dtype) - expected).detach())
     return (cost.mean() / table.full - mu) ** 2
 
 # %% ../nbs/31_budget.ipynb #f2e46707
 def follow_budget(closing: float, # closing threshold of the gates
                   realised: float, target: float, # shares of the full grid's cost
-                  gain: float = 0.03, # step for each unit of the difference: about 50 steps to follow a change
+                  # step for each unit of the difference: about 50 steps to follow a change
+                  gain: float = 0.03,
                  ) -> float: # the threshold of the next step, from CLOSED to 0.95
     "Integral control of the executed cost. Ours."
     return min(0.95, max(CLOSED, closing + gain * (realised - target)))

@@ -27,7 +27,7 @@ from .splits import make_split, save_split
 class CampaignConfig:
     "Parameters of a campaign; all else are the defaults of the stages."
     folder: str = "runs/campaign" # where everything is written
-    records: str | None = None # a folder that gets a copy of every record, to be committed; a run with a record there is done, too
+    records: str | None = None # a folder for a copy of every record; what has one is done
     data: str = "camvid" # see selfsupnas.data
     root: str | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
     size: tuple[int, int] = (192, 256) # (height, width) of images, and where costs are counted
@@ -42,8 +42,8 @@ class CampaignConfig:
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
     trial_steps: int = 100 # of each trial
     rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone
-    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # those trained with the consistency term as well
-    arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # terms of the objective, of networks of the grid; also: light, teacher
+    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with the consistency term, too
+    arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
     open: bool = True # is the grid with every path open trained, too?
     random: int = 2 # random routes of the derived network's cost
     only: str = "*" # names of runs, as a shell pattern
@@ -52,71 +52,99 @@ class CampaignConfig:
 
     def __post_init__(self):
         unknown = [name for name in (*self.rivals, *self.semi_rivals) if name not in BASELINES]
-        if unknown: raise ValueError(f"there is no hand-crafted network {unknown[0]!r}; known: {', '.join(BASELINES)}")
+        if unknown:
+            raise ValueError(f"there is no hand-crafted network {unknown[0]!r}; known: "
+                             f"{', '.join(BASELINES)}")
         wrong = [arm for arm in self.arms if arm not in ARMS]
         if wrong: raise ValueError(f"there is no arm {wrong[0]!r}; known: {', '.join(ARMS)}")
         for name in ("fractions", "seeds", "lrs", "arms"):
             if not getattr(self, name): raise ValueError(f"{name} must not be empty")
-        if self.workers < 1 or self.threads < 1: raise ValueError("workers and threads must be 1 or more")
+        if self.workers < 1 or self.threads < 1:
+            raise ValueError("workers and threads must be 1 or more")
 
-ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.), "both": {}, # what an arm leaves out; for the rest, the defaults
+ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
+        "both": {}, # what an arm leaves out; for the rest, the defaults
         "light": dict(w_jig=0., w_semi=.3),
-        "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.)} # soft targets instead of pseudo-labels: rare classes are not voted down
+        # soft targets instead of pseudo-labels: rare classes are not voted down
+        "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.)}
 
 # %% ../nbs/58_campaign.ipynb #7b5adbde
 class Run(NamedTuple):
     name: str # and folder: FRACTION/found, FRACTION/NETWORK-ARM/SEED, or FRACTION/trials/NETWORK/LR
     stages: tuple # of (stage, parameters), each in the folder NAME/STAGE
 
-PLACES = ("root", "split_folder", "architecture", "network", "logs") # parameters that say where something is or how often it is told, not what it is
+# parameters that say where something is or how often it is told, not what it is
+PLACES = ("root", "split_folder", "architecture", "network", "logs")
 
 def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None:
-    "The record of one stage of a run, from the campaign's folder or the folder of records; None where there is none."
-    paths = [FilePath(place)/name/stage/f"{stage}-record.json" for place in (config.folder, config.records) if place]
+    """The record of one stage of a run, from the campaign's folder or the folder of records; None
+    where there is none."""
+    paths = [FilePath(place)/name/stage/f"{stage}-record.json"
+             for place in (config.folder, config.records) if place]
     return next((RunRecord.load(path) for path in paths if path.exists()), None)
 
 def missing_stages(config: CampaignConfig, run: Run) -> list: # of (stage, parameters)
-    "What has no record yet. ValueError where a record was made with other parameters: such runs must not be compared."
+    """What has no record yet. ValueError where a record was made with other parameters: such runs
+    must not be compared."""
     records = [record_of(config, run.name, stage) for stage, _ in run.stages]
     for (stage, wanted), record in zip(run.stages, records):
         for key, value in json.loads(json.dumps(wanted)).items():
             if record and key not in PLACES and record.parameters.get(key) != value:
-                raise ValueError(f"{run.name}: its {stage} record has {key} = {record.parameters.get(key)!r}, this campaign {value!r}: use another folder, or remove that record")
+                raise ValueError(f"{run.name}: its {stage} record has {key} = "
+                                 f"{record.parameters.get(key)!r}, this campaign {value!r}: use "
+                                 "another folder, or remove that record")
     return [wanted for wanted, record in zip(run.stages, records) if record is None]
 
-def trial_name(config: CampaignConfig, network: str, lr: float) -> str: return f"{config.fractions[0]:g}/trials/{network}/{lr:g}"
+def trial_name(config: CampaignConfig, network: str, lr: float) -> str:
+    return f"{config.fractions[0]:g}/trials/{network}/{lr:g}"
 
 def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trials are missing
     "The learning rate with the best validation mIoU in the trials of a network."
-    trials = {lr: record_of(config, trial_name(config, network, lr), "retrain") for lr in config.lrs}
-    return None if None in trials.values() else max(trials, key=lambda lr: trials[lr].figures["val_miou"])
+    trials = {lr: record_of(config, trial_name(config, network, lr), "retrain")
+              for lr in config.lrs}
+    return (None if None in trials.values()
+            else max(trials, key=lambda lr: trials[lr].figures["val_miou"]))
 
 # %% ../nbs/58_campaign.ipynb #93887579
 def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
-    return dict(data=config.data, root=config.root, size=config.size, crop=config.crop, split_folder=f"{config.folder}/{fraction:g}/split")
+    return dict(data=config.data, root=config.root, size=config.size, crop=config.crop,
+                split_folder=f"{config.folder}/{fraction:g}/split")
 
-def training(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float, steps: int) -> dict:
+def training(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float,
+             steps: int) -> dict:
     "Parameters of one retraining."
-    own = dict(architecture=network, w_jig=0.) if network in BASELINES else dict(architecture=f"{config.folder}/{fraction:g}/{network}.json")
-    return {**shared_parameters(config, fraction), "seed": seed, "steps": steps, "lr": lr, **ARMS[arm], **own}
+    own = (dict(architecture=network, w_jig=0.) if network in BASELINES
+           else dict(architecture=f"{config.folder}/{fraction:g}/{network}.json"))
+    return {**shared_parameters(config, fraction), "seed": seed, "steps": steps, "lr": lr,
+            **ARMS[arm], **own}
 
 def search_run(config: CampaignConfig, fraction: float) -> Run:
-    own = dict(seed=0, steps=config.search_steps, layers=config.layers, channels=config.channels, budget=config.budget)
+    own = dict(seed=0, steps=config.search_steps, layers=config.layers, channels=config.channels,
+               budget=config.budget)
     return Run(f"{fraction:g}/found", (("search", {**shared_parameters(config, fraction), **own}),))
 
-def trial_runs(config: CampaignConfig, network: str) -> list[Run]: # of a network of the grid: with all terms; of another: with labels alone
+def trial_runs(config: CampaignConfig, network: str) -> list[Run]:
+    # of a network of the grid: with all terms; of another: with labels alone
     arm = "labels" if network in BASELINES else "both"
-    return [Run(trial_name(config, network, lr), (("retrain", {**training(config, config.fractions[0], network, arm, 0, lr, config.trial_steps), "logs": 4}),)) for lr in config.lrs] # each log line of a large network saves half a gigabyte
+    # each log line of a large network saves half a gigabyte
+    return [Run(trial_name(config, network, lr),
+                (("retrain",
+                  {**training(config, config.fractions[0], network, arm, 0, lr, config.trial_steps),
+                   "logs": 4}),)) for lr in config.lrs]
 
-def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float) -> Run:
+def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int,
+                 lr: float) -> Run:
     name = f"{fraction:g}/{network}-{arm}/{seed}"
     return Run(name, (("retrain", training(config, fraction, network, arm, seed, lr, config.steps)),
-                      ("evaluate", dict(network=f"{config.folder}/{name}/retrain", root=config.root, baselines=()))))
+                      ("evaluate",
+                       dict(network=f"{config.folder}/{name}/retrain", root=config.root,
+                            baselines=()))))
 
 # %% ../nbs/58_campaign.ipynb #2b5d14dc
 def routes(config: CampaignConfig, fraction: float) -> list: # names; none before the search is done
     "The networks of the grid that a fraction has."
-    names = ["searched", *(["open"] if config.open else []), *(f"random-{i}" for i in range(config.random))]
+    names = ["searched", *(["open"] if config.open else []),
+             *(f"random-{i}" for i in range(config.random))]
     return names if (FilePath(config.folder)/f"{fraction:g}"/"searched.json").exists() else []
 
 def plan(config: CampaignConfig) -> list[Run]:
@@ -126,37 +154,51 @@ def plan(config: CampaignConfig) -> list[Run]:
     for network in [*config.rivals, *routes(config, first)[:1]]: runs += trial_runs(config, network)
     for seed in config.seeds:
         for fraction in config.fractions:
-            if seed == config.seeds[0] and fraction != first: runs.append(search_run(config, fraction))
+            if seed == config.seeds[0] and fraction != first:
+                runs.append(search_run(config, fraction))
             found, *others = routes(config, fraction) or [None]
-            pairs = [(found, arm) for arm in config.arms if found] + [(network, "labels") for network in config.rivals]
-            pairs += [(network, "semi") for network in config.semi_rivals] + [(network, arm) for arm in config.arms for network in others]
-            rates = {network: best_lr(config, network if network in BASELINES else "searched") for network, _ in pairs}
-            runs += [compared_run(config, fraction, network, arm, seed, rates[network]) for network, arm in pairs if rates[network]]
+            pairs = ([(found, arm) for arm in config.arms if found]
+                     + [(network, "labels") for network in config.rivals])
+            pairs += ([(network, "semi") for network in config.semi_rivals]
+                      + [(network, arm) for arm in config.arms for network in others])
+            rates = {network: best_lr(config, network if network in BASELINES else "searched")
+                     for network, _ in pairs}
+            runs += [compared_run(config, fraction, network, arm, seed, rates[network])
+                     for network, arm in pairs if rates[network]]
     return [run for run in runs if fnmatch(run.name, config.only)]
 
 # %% ../nbs/58_campaign.ipynb #5716afc7
 def make_splits(config: CampaignConfig):
-    "FRACTION/split for each fraction: the one in the folder of records, which gets a copy, else drawn from seed 0."
+    """FRACTION/split for each fraction: the one in the folder of records, which gets a copy, else
+    drawn from seed 0."""
     for fraction in config.fractions:
-        to, kept = (FilePath(place or config.folder)/f"{fraction:g}"/"split" for place in (config.folder, config.records))
+        to, kept = (FilePath(place or config.folder)/f"{fraction:g}"/"split"
+                    for place in (config.folder, config.records))
         if kept.exists() and not to.exists(): shutil.copytree(kept, to)
-        if not to.exists(): save_split(make_split(load_dataset(config.data, "train", config.root, config.size), fraction, 0), to)
+        if not to.exists():
+            save_split(make_split(load_dataset(config.data, "train", config.root, config.size),
+                                  fraction, 0), to)
         if not kept.exists(): shutil.copytree(to, kept)
 
 def found_architecture(config: CampaignConfig, fraction: float) -> FilePath | None:
     "What the search of a fraction left, in the campaign's folder or in that of records."
-    places = (FilePath(place)/f"{fraction:g}"/"found"/"search"/"architecture.json" for place in (config.folder, config.records) if place)
-    return next((path for path in places if path.exists() and record_of(config, f"{fraction:g}/found", "search")), None)
+    places = (FilePath(place)/f"{fraction:g}"/"found"/"search"/"architecture.json"
+              for place in (config.folder, config.records) if place)
+    return next((path for path in places if path.exists()
+                 and record_of(config, f"{fraction:g}/found", "search")), None)
 
 def make_routes(config: CampaignConfig):
     "FRACTION/searched.json, open.json and random-I.json for each fraction whose search is done."
     for fraction in config.fractions:
         place = FilePath(config.folder)/f"{fraction:g}"
-        if (place/"searched.json").exists() or not (found := found_architecture(config, fraction)): continue
+        if (place/"searched.json").exists() or not (found := found_architecture(config, fraction)):
+            continue
         searched = load_architecture(found)
         table = measure_costs(searched.space, config.size)
         def cost(kept): return static_cost(table, kept)
-        for i in range(config.random): save_architecture(random_architecture(searched.space, cost, cost(searched.kept), i), place/f"random-{i}.json")
+        for i in range(config.random):
+            save_architecture(random_architecture(searched.space, cost, cost(searched.kept), i),
+                              place/f"random-{i}.json")
         save_architecture(all_open(searched.space), place/"open.json")
         save_architecture(searched, place/"searched.json") # the last: where it is, the others are
 
@@ -167,10 +209,13 @@ def start(config: CampaignConfig, name: str, stage: str, parameters: dict) -> su
     folder.mkdir(parents=True, exist_ok=True)
     words = [stage, "--folder", str(folder)]
     if (folder/"checkpoint.pt").exists(): parameters = {**parameters, "resume": True}
-    for key, value in parameters.items(): words += ["-p", key, "null" if value is None else str(value)]
+    for key, value in parameters.items():
+        words += ["-p", key, "null" if value is None else str(value)]
     with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
-        return subprocess.Popen([sys.executable, "-c", "from selfsupnas.cli import main; raise SystemExit(main())", *words], stdout=log, stderr=log,
-                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
+        return subprocess.Popen([sys.executable, "-c", "from selfsupnas.cli import main; raise "
+                                 "SystemExit(main())", *words], stdout=log, stderr=log,
+                                start_new_session=True,
+                                env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
 
 def stop(process: subprocess.Popen):
     "End a stage and the kernel that it started."
@@ -181,36 +226,45 @@ def keep_records(config: CampaignConfig, run: Run):
     "Copy what a finished run leaves for good to the folder of records."
     for stage, _ in run.stages if config.records else ():
         for name in [f"{stage}-record.json"] + ["architecture.json"] * (stage == "search"):
-            made, kept = (FilePath(place)/run.name/stage/name for place in (config.folder, config.records))
-            if made.exists() and not kept.exists(): write_json(kept, json.loads(made.read_text(encoding="utf8")))
+            made, kept = (FilePath(place)/run.name/stage/name
+                          for place in (config.folder, config.records))
+            if made.exists() and not kept.exists():
+                write_json(kept, json.loads(made.read_text(encoding="utf8")))
 
 # %% ../nbs/58_campaign.ipynb #8f7a15d4
 def score(record: RunRecord) -> tuple[str, float]: # split, mIoU
     "The mIoU that a stage reports: a search of its derived network with inherited weights."
-    if record.stage != "evaluate": return "val", record.figures[{"search": "derived_inherited_val_miou", "retrain": "val_miou"}[record.stage]]
+    if record.stage != "evaluate":
+        return ("val",
+                record.figures[{"search": "derived_inherited_val_miou",
+                                "retrain": "val_miou"}[record.stage]])
     return record.figures["split"], next(iter(record.figures["rows"].values()))["miou"]
 
-def run_campaign(config: CampaignConfig, start=start, # start(config, name, stage, parameters) -> process
+def run_campaign(config: CampaignConfig,
+                 start=start, # start(config, name, stage, parameters) -> process
                  pause: float = 1., # seconds between looks at the processes
                 ) -> list: # names of the runs that failed
     "Make the runs that have no record, `config.workers` at a time, until none is left."
     from tqdm.auto import tqdm
     make_splits(config)
-    running, failed, bar = {}, [], tqdm(desc="campaign", unit="run") # running: name -> (run, stage, process)
+    # running: name -> (run, stage, process)
+    running, failed, bar = {}, [], tqdm(desc="campaign", unit="run")
     try:
         while True:
             make_routes(config)
             runs = [(run, missing_stages(config, run)) for run in plan(config)]
             for run, left in runs:
                 if not left: keep_records(config, run)
-            todo = [(run, left[0]) for run, left in runs if left and run.name not in (*running, *failed)]
+            todo = [(run, left[0]) for run, left in runs if left
+                    and run.name not in (*running, *failed)]
             for run, (stage, parameters) in todo[:config.workers - len(running)]:
                 running[run.name] = run, stage, start(config, run.name, stage, parameters)
             bar.total, bar.n = len(runs), sum(not left for _, left in runs)
             bar.set_postfix_str(", ".join(running)); bar.refresh()
             if not running: return failed
             while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
-            for run, stage, process in [entry for entry in running.values() if entry[2].poll() is not None]:
+            for run, stage, process in [entry for entry in running.values()
+                                        if entry[2].poll() is not None]:
                 del running[run.name]
                 if not ended(config, run, stage, process.returncode): failed.append(run.name)
     finally:
@@ -221,21 +275,34 @@ def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # 
     "Say how a stage of a run ended."
     record = record_of(config, run.name, stage)
     if status or record is None:
-        print(f"campaign: {run.name} {stage} FAILED: see {config.folder}/{run.name}/{stage}/{stage}.log", flush=True)
+        print(f"campaign: {run.name} {stage} FAILED: see "
+              f"{config.folder}/{run.name}/{stage}/{stage}.log", flush=True)
         return False
-    print("campaign: {} {}: {} mIoU {:.3f}, {:.0f} s".format(run.name, stage, *score(record), sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))), flush=True)
+    print("campaign: {} {}: {} mIoU {:.3f}, {:.0f} s".format(run.name, stage, *score(record),
+                                                             sum(
+        v for k, v in record.timings.items() if k not in ("step_ms", "latency"))), flush=True)
     return True
 
 # %% ../nbs/58_campaign.ipynb #f440b5b5
 def compared(folder) -> list: # of dicts, as selfsupnas.report.read_records gives them
-    "One entry for each run that was evaluated, from the records in `folder`; [] where there is none."
+    """One entry for each run that was evaluated, from the records in `folder`; [] where there is
+    none."""
     found = []
     for path in sorted(FilePath(folder).glob("*/*-*/*/evaluate/evaluate-record.json")):
-        test, trained = RunRecord.load(path), RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json")
+        test, trained = (RunRecord.load(path),
+                         RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json"))
         fraction, network, seed = path.parts[-5:-2]
         name, row = next(iter(test.figures["rows"].items()))
-        found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed), "file": str(path),
-                      "parameters": {"fraction": float(fraction), **dict(zip(("network", "arm"), network.rsplit("-", 1))), "lr": trained.parameters["lr"], "steps": trained.parameters["steps"]},
-                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"], "iou": row["iou"], "gflops": row["gflops"], "parameter_count": row["parameters"]},
-                      "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"], "minutes": trained.timings["training"] / 60, "step_ms": trained.timings["step_ms"]}})
+        found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed),
+                      "file": str(path),
+                      "parameters": {"fraction": float(fraction),
+                                     **dict(zip(("network", "arm"), network.rsplit("-", 1))),
+                                     "lr": trained.parameters["lr"],
+                                     "steps": trained.parameters["steps"]},
+                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"],
+                                  "iou": row["iou"], "gflops": row["gflops"],
+                                  "parameter_count": row["parameters"]},
+                      "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"],
+                                  "minutes": trained.timings["training"] / 60,
+                                  "step_ms": trained.timings["step_ms"]}})
     return found

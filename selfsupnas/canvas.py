@@ -172,7 +172,8 @@ def open_scene(rng:np.random.Generator, # the scene's source of chance
 
 # %% ../nbs/03_canvas.ipynb #cell-29
 def read_parts(text:str, # parts with `;` between: shape, class, material, shade, numbers
-              ) -> tuple: # of (points, thickness, class id, material, shade); thickness 0 is a filled polygon
+              # of (points, thickness, class id, material, shade); thickness 0 is a filled polygon
+              ) -> tuple:
     "The parts of a thing as plain polygons and strokes."
     tenth, parts = math.tau / 10, []
     turn = [(math.cos(t * tenth), math.sin(t * tenth)) for t in range(11)]

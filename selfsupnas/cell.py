@@ -17,12 +17,14 @@ from .operations import make_operation
 
 # %% ../nbs/22_cell.ipynb #cell-06
 class Signal(NamedTuple):
-    "Features (B,C,H,W), and which images have any: (B,) bool, or None for all. Absent images are zeros."
+    """Features (B,C,H,W), and which images have any: (B,) bool, or None for all. Absent images are
+    zeros."""
     features: torch.Tensor
     present: torch.Tensor | None = None
 
 def merge(signals: list[Signal]) -> Signal:
-    "What arrives at a cell: the sum of the features; an image is present when it is in any of them."
+    """What arrives at a cell: the sum of the features; an image is present when it is in any of
+    them."""
     features = signals[0].features
     for signal in signals[1:]: features = features + signal.features
     if any(signal.present is None for signal in signals): return Signal(features)
@@ -33,18 +35,22 @@ class Up(nn.Module):
     "(B,C,h,w) -> (B,C/2,H,W) of the finer scale. Source: Li et al., CVPR 2020."
     def __init__(self, channels: int):
         super().__init__()
-        self.project = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False), nn.BatchNorm2d(channels // 2), nn.ReLU())
+        self.project = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False),
+                                     nn.BatchNorm2d(channels // 2), nn.ReLU())
 
     def forward(self, features, finer_size): # finer_size: (H,W)
-        return F.interpolate(self.project(features), size=finer_size, mode="bilinear", align_corners=False)
+        return F.interpolate(self.project(features), size=finer_size, mode="bilinear",
+                             align_corners=False)
 
 class Down(nn.Sequential):
     "(B,C,h,w) -> (B,2C,ceil(h/2),ceil(w/2)). Source: Li et al., CVPR 2020."
     def __init__(self, channels: int):
-        super().__init__(nn.Conv2d(channels, 2 * channels, 1, bias=False), nn.BatchNorm2d(2 * channels), nn.ReLU())
+        super().__init__(nn.Conv2d(channels, 2 * channels, 1, bias=False),
+                         nn.BatchNorm2d(2 * channels), nn.ReLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Every second pixel, then stride 1: the same as stride 2, for which torch 2.14 and 2.15 write out of bounds
+        # Every second pixel, then stride 1: the same as stride 2, for which torch 2.14 and 2.15
+        # write out of bounds
         # with 8 channels, an odd batch, two threads and AVX-512.
         return super().forward(x[..., ::2, ::2])
 
@@ -52,7 +58,8 @@ class Down(nn.Sequential):
 def drop_images(features: torch.Tensor, # (B,C,h,w)
                 p: float, # probability for an image, in [0, 1)
                ) -> torch.Tensor: # same; the images that are left are divided by 1 - p
-    "Drop path: zeros for images drawn from torch's generator. Source: Larsson et al., FractalNet, ICLR 2017."
+    """Drop path: zeros for images drawn from torch's generator. Source: Larsson et al., FractalNet,
+    ICLR 2017."""
     stays = torch.rand(len(features), 1, 1, 1, device=features.device) >= p
     return features * (stays / (1 - p)).to(features.dtype)
 
@@ -69,20 +76,25 @@ class Cell(nn.Module):
     def __init__(self, channels: int, # of the input, (B,channels,h,w)
                  operations: tuple, # names of candidates, summed; () = the input itself
                  kinds: tuple, # of the paths kept: some of keep, up, down
-                 weights: dict | None = None): # factors by name of operation or path; what is missing has 1
+                 # factors by name of operation or path; what is missing has 1
+                 weights: dict | None = None):
         super().__init__()
-        self.operations = nn.ModuleDict({name: make_operation(name, channels) for name in operations})
+        self.operations = nn.ModuleDict({name: make_operation(name, channels)
+                                         for name in operations})
         transforms = {"up": Up, "down": Down}
-        self.paths = nn.ModuleDict({kind: transforms[kind](channels) for kind in kinds if kind in transforms})
+        self.paths = nn.ModuleDict({kind: transforms[kind](channels) for kind in kinds
+                                    if kind in transforms})
         self.kinds, self.weights, self.drop_path = tuple(kinds), dict(weights or {}), 0.
 
     def operate(self, name, features): # (B,C,h,w) -> same
         operation = self.operations[name]
         result = operation(features)
-        return drop_images(result, self.drop_path) if self.training and self.drop_path and not isinstance(operation, nn.Identity) else result
+        return (drop_images(result, self.drop_path) if self.training and self.drop_path
+                and not isinstance(operation, nn.Identity) else result)
 
     def compute(self, features): # (B,C,h,w) -> same
-        results = [weigh(self.operate(name, features), self.weights.get(name, 1)) for name in self.operations] or [features]
+        results = ([weigh(self.operate(name, features), self.weights.get(name, 1))
+                    for name in self.operations] or [features])
         return F.relu(sum(results[1:], results[0]))
 
     def follow(self, kind, output, finer_size): # the cell's output -> what leaves along `kind`
@@ -91,26 +103,33 @@ class Cell(nn.Module):
 
     def forward(self, signal: Signal, finer_size=None) -> dict[str, Signal]:
         output = self.compute(signal.features)
-        return {kind: Signal(weigh(self.follow(kind, output, finer_size), self.weights.get(kind, 1))) for kind in self.kinds}
+        return {kind: Signal(weigh(self.follow(kind, output, finer_size),
+                                   self.weights.get(kind, 1))) for kind in self.kinds}
 
 # %% ../nbs/22_cell.ipynb #10d2eff2
 class GatedCell(Cell):
-    "A cell of the supernet: a gate weighs each path (and each candidate) by image, and what is shut is not computed."
+    """A cell of the supernet: a gate weighs each path (and each candidate) by image, and what is
+    shut is not computed."""
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate weighs candidates as well
                  gate: str = "conditional", # or static, see selfsupnas.gate
                  **gate_options): # shrink, bias, leak
         super().__init__(channels, operations, kinds)
         self.search_operations = search_operations
-        self.gate = make_gate(gate, channels, len(kinds) + search_operations * len(operations), **gate_options)
+        self.gate = make_gate(gate, channels, len(kinds) + search_operations * len(operations),
+                              **gate_options)
 
     def choose(self, features, gates): # (B,C,h,w), (B,operations) -> (B,C,h,w)
-        "Like `compute`, each candidate for the images whose gate for it is open; without any, an image keeps its input."
+        """Like `compute`, each candidate for the images whose gate for it is open; without any, an
+        image keeps its input."""
         is_open = gates > CLOSED
         idle = ~is_open.any(1)
         total = put(take(features, idle), idle)
         for name, g, chosen in zip(self.operations, gates.unbind(1), is_open.unbind(1)):
-            if chosen.any(): total = total + put(weigh(self.operate(name, take(features, chosen)), take(g, chosen)), chosen)
+            if chosen.any():
+                total = (total
+                         + put(weigh(self.operate(name, take(features, chosen)),
+                                     take(g, chosen)), chosen))
         return F.relu(total)
 
     def forward(self, signal: Signal, finer_size=None) -> dict[str, Signal]:
@@ -121,7 +140,8 @@ class GatedCell(Cell):
         leaving = {}
         if busy.any():
             features = take(signal.features, busy)
-            output = self.choose(features, take(candidates, busy)) if self.search_operations else self.compute(features)
+            output = (self.choose(features, take(candidates, busy)) if self.search_operations
+                      else self.compute(features))
             for i, kind in enumerate(self.kinds):
                 if not is_open[:, i].any(): continue
                 followed = self.follow(kind, take(output, is_open[busy, i]), finer_size)

@@ -108,7 +108,8 @@ def draw_cityscapes(root, counts:dict,     # split -> number of images
             city = CITIES[split][i % len(CITIES[split])]
             where = split, city, f"{city}_{i:06d}_000019"
             fine = Image.fromarray(ids[label])
-            most, least = (fine.filter(f(5)) for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+            most, least = (fine.filter(f(5))
+                           for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
             coarse = Image.fromarray(np.where(np.not_equal(most, least), 0, fine).astype(np.uint8))
             save(Image.fromarray(image), "leftImg8bit", *where)
             empty = Image.new("L", fine.size)

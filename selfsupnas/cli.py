@@ -9,7 +9,8 @@ __all__ = ['STAGES', 'CONFIGS', 'WORDS', 'DEMO', 'stage_config', 'stage_notebook
            'run_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #fa46e469
-import argparse, ast, dataclasses, importlib, inspect, io, logging, os, re, signal, sys, tokenize, types, typing
+import argparse, ast, dataclasses, importlib, inspect, io, logging, os, re, signal, sys
+import tokenize, types, typing
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from .splits import label_count, load_split
 
 # %% ../nbs/90_cli.ipynb #3524d711
 STAGES = {"search": "selfsupnas.search.SearchConfig", "retrain": "selfsupnas.retrain.RetrainConfig",
-          "evaluate": "selfsupnas.benchmark.EvaluateConfig", "front": "selfsupnas.front.FrontConfig"}
-CONFIGS = {**STAGES, "campaign": "selfsupnas.campaign.CampaignConfig"} # a campaign has no notebook of its own: it starts those of its runs
+          "evaluate": "selfsupnas.benchmark.EvaluateConfig",
+          "front": "selfsupnas.front.FrontConfig"}
+# a campaign has no notebook of its own: it starts those of its runs
+CONFIGS = {**STAGES, "campaign": "selfsupnas.campaign.CampaignConfig"}
 
 def stage_config(stage:str) -> type: # the dataclass of its parameters
     "The dataclass that names a stage's parameters, with a default for each."
@@ -86,7 +89,8 @@ def parse_value(text:str, kind): # the value
     "A word as the type wanted; what does not fit is left for `from_parameters` to refuse."
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     options = typing.get_args(kind) if union else (kind,)
-    if float in options and re.fullmatch(r"\d+ */ *[1-9]\d*", text): return float(Fraction(text.replace(" ", "")))
+    if float in options and re.fullmatch(r"\d+ */ *[1-9]\d*", text):
+        return float(Fraction(text.replace(" ", "")))
     try: value = WORDS[text] if text in WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
     return text if str in options and type(value) not in options else value
@@ -112,19 +116,22 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
                 "folder: say which with -p network FOLDER")
             retrained = RunRecord.load(made).parameters
             data, root = data or retrained["data"], root or retrained["root"]
-        if data != "streetscenes": check_labels(load_dataset(data, config.split, root), config.split)
+        if data != "streetscenes":
+            check_labels(load_dataset(data, config.split, root), config.split)
         return
     if stage == "front":
-        if not (made := Path(config.search)/"search-record.json").is_file(): raise FileNotFoundError(
-            f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves one in its "
-            "folder: say which with -p search FOLDER")
+        if not (made := Path(config.search)/"search-record.json").is_file():
+            raise FileNotFoundError(
+f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves one in its "
+"folder: say which with -p search FOLDER")
         return
     if stage == "retrain" and not later:
         from selfsupnas.baselines import BASELINES
         if config.architecture not in BASELINES: load_architecture(config.architecture)
     if config.data == "streetscenes": return # drawn by the run, with its progress
     from selfsupnas.training import image_size
-    train, _ = (load_dataset(config.data, split, config.root, config.size) for split in ("train", "val"))
+    train, _ = (load_dataset(config.data, split, config.root, config.size)
+                for split in ("train", "val"))
     image_size(train, config.crop)
     if config.split_folder: load_split(config.split_folder, train)
     elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))
@@ -176,13 +183,19 @@ def run_stage(stage:str, parameters:dict, folder, # checked parameters; where th
     return 1
 
 # %% ../nbs/90_cli.ipynb #5c092638
-DEMO = {"camvid": {"label_fraction": 1 / 8, "size": (120, 160)}, "bluemarble": {"label_fraction": 1 / 8}} # -p has its way
-DEMO |= {name: {"label_fraction": 1 / 16, "size": (96, 192), "split": "val"} for name in ("cityscapes", "cityscapes_extra", "cityscapes_coarse")}
-DEMO |= {name: {"label_fraction": 1 / 16, "size": (128, 160), "split": "val"} for name in ("voc", "voc_aug")} # test has no labels
+# -p has its way
+DEMO = {"camvid": {"label_fraction": 1 / 8, "size": (120, 160)},
+        "bluemarble": {"label_fraction": 1 / 8}}
+DEMO |= {name: {"label_fraction": 1 / 16, "size": (96, 192), "split": "val"}
+         for name in ("cityscapes", "cityscapes_extra", "cityscapes_coarse")}
+# test has no labels
+DEMO |= {name: {"label_fraction": 1 / 16, "size": (128, 160), "split": "val"}
+         for name in ("voc", "voc_aug")}
 
 def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
     "The parameters of the three stages; raises ValueError, TypeError or FileNotFoundError."
-    configs, folder = {stage: stage_config(stage) for stage in ("search", "retrain", "evaluate")}, Path(folder)
+    configs, folder = ({stage: stage_config(stage) for stage in ("search", "retrain", "evaluate")},
+                       Path(folder))
     fields = {stage: [f.name for f in dataclasses.fields(cls)] for stage, cls in configs.items()}
     known = sorted(set().union(*fields.values()) - {"architecture", "network", "folder", "data"})
     wrong = [name for name, _ in pairs if name not in known]
@@ -231,8 +244,8 @@ def demo(data:str, folder, pairs) -> int: # exit status
         print(f"  {path}")
     print("\nFigures of the search and of the retraining, on validation images:",
           *figure_lines([records["search"], records["retrain"]]), sep="\n")
-    print(f"\nOn the {records['evaluate'].figures['split']} images, beside what one would take instead:",
-          align_table(benchmark_table(records["evaluate"])), sep="\n")
+    print(f"\nOn the {records['evaluate'].figures['split']} images, beside what one would take "
+          "instead:", align_table(benchmark_table(records["evaluate"])), sep="\n")
     return 0
 
 # %% ../nbs/90_cli.ipynb #e5b08398
@@ -259,19 +272,22 @@ def look_at_data(name:str, root, splits, folder, # where the sheets go
         found = survey(dataset)
         print(f"\n[{split}] {survey_text(found)}")
         if len(found.faulty) < len(dataset):
-            print(f"samples: {save_figure(sample_sheet(found, samples), Path(folder)/f'{split}.png', 120)}", flush=True)
+            sheet = save_figure(sample_sheet(found, samples), Path(folder)/f"{split}.png", 120)
+            print(f"samples: {sheet}", flush=True)
         faulty += len(found.faulty)
     return int(faulty > 0)
 
 # %% ../nbs/90_cli.ipynb #e5cb1196
 def make_parser() -> argparse.ArgumentParser:
     "The words that the command knows."
-    parser = argparse.ArgumentParser(prog="selfsupnas", allow_abbrev=False, description=
-        "Neural architecture search for semantic segmentation: search, retrain, evaluate, front, campaign.")
+    parser = argparse.ArgumentParser(prog="selfsupnas", allow_abbrev=False,
+                                     description= "Neural architecture search for semantic "
+                                     "segmentation: search, retrain, evaluate, front, campaign.")
     parser.add_argument("--version", action="version", version=selfsupnas.__version__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     texts = {stage: f"run the {stage} notebook" for stage in STAGES}
-    texts |= {"demo": "search, retrain and evaluate in a row", "campaign": "a whole comparison: method, rivals, ablations, seeds; can be stopped and started again"}
+    texts |= {"demo": "search, retrain and evaluate in a row", "campaign": "a whole comparison: "
+              "method, rivals, ablations, seeds; can be stopped and started again"}
     for stage, text in texts.items():
         command = commands.add_parser(stage, help=text, description=text, allow_abbrev=False)
         command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
@@ -284,7 +300,8 @@ def make_parser() -> argparse.ArgumentParser:
     text = "counts, sizes, classes, faulty files and a sheet of samples of a data set"
     look = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     look.add_argument("name", metavar="NAME", choices=sorted(DATASETS), help=", ".join(DATASETS))
-    look.add_argument("root", metavar="ROOT", nargs="?", help="its folder; default: SELFSUPNAS_DATA")
+    look.add_argument("root", metavar="ROOT", nargs="?", help="its folder; default: "
+                      "SELFSUPNAS_DATA")
     look.add_argument("--split", nargs="+", choices=SPLITS, metavar="SPLIT",
                       help="train, val, test; default: those that are there")
     look.add_argument("--samples", type=int, default=6, help="images of a sheet")
@@ -299,7 +316,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
     if words.stage == "data":
-        return look_at_data(words.name, words.root, words.split, words.folder or f"runs/data-{words.name}", words.samples)
+        return look_at_data(words.name, words.root, words.split,
+                            words.folder or f"runs/data-{words.name}", words.samples)
     if words.stage == "report":
         from selfsupnas.page import write_page
         print(f"selfsupnas report: {write_page(words.runs, words.to)}")
@@ -317,10 +335,15 @@ def run_command(words) -> int: # exit status
     if words.stage == "campaign":
         from selfsupnas.campaign import compared, run_campaign
         from selfsupnas.report import comparison_table
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("selfsupnas campaign: stopped; the same command goes on")) # its runs end with it
+        # its runs end with it
+        signal.signal(signal.SIGTERM,
+                      lambda *_: sys.exit("selfsupnas campaign: stopped; the same "
+                                          "command goes on"))
         failed, results = run_campaign(config), compared(config.folder)
         if results: print(align_table(comparison_table(results)))
-        if failed: print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+        if failed:
+            print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}",
+                  file=sys.stderr)
         return int(bool(failed))
     check_inputs(words.stage, config)
     return run_stage(words.stage, parameters, config.folder)

@@ -14,12 +14,15 @@ from torch import nn
 
 # %% ../nbs/30_cost.ipynb #cell-06
 def analyse(module: nn.Module, *inputs: torch.Tensor):
-    "fvcore's FlopCountAnalysis of `module` in evaluation mode, silent; `module` is left in the mode that it was in."
+    """fvcore's FlopCountAnalysis of `module` in evaluation mode, silent; `module` is left in the
+    mode that it was in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # fvcore still uses torch.jit
         from fvcore.nn import FlopCountAnalysis
         modes = {m: m.training for m in module.modules()}
-        analysis = FlopCountAnalysis(module.eval(), inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis = FlopCountAnalysis(module.eval(),
+                                     inputs).unsupported_ops_warnings(
+            False).uncalled_modules_warnings(False)
         try: analysis.tracer_warnings("none").total()
         finally:
             for m, mode in modes.items(): m.training = mode
@@ -43,17 +46,21 @@ class Cost:
     def gflops(self) -> float: return self.flops / 1e9
 
 def count_cost(model: nn.Module, size: tuple) -> Cost: # model: (1,3,H,W) -> anything; size: (H,W)
-    "Multiply-adds and parameters of `model` for one image; raises ValueError for a size that is none."
-    if len(size) != 2 or min(size) < 1: raise ValueError(f"size must be (height, width), each over 0, not {size!r}")
+    """Multiply-adds and parameters of `model` for one image; raises ValueError for a size that is
+    none."""
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (height, width), each over 0, not {size!r}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     analysis = analyse(model, torch.zeros(1, 3, *size, device=device))
     return Cost(tuple(size), int(analysis.total()), sum(p.numel() for p in model.parameters()),
-                {k: int(v) for k, v in analysis.by_operator().items()}, dict(analysis.unsupported_ops()))
+                {k: int(v) for k, v in analysis.by_operator().items()},
+                dict(analysis.unsupported_ops()))
 
 # %% ../nbs/30_cost.ipynb #bd324d80
 def time_call(module: nn.Module, *inputs: torch.Tensor, # on the module's device
               repeats: int = 15, warmup: int = 3) -> float: # milliseconds a call, median
-    "Median wall-clock time of `module(*inputs)` in evaluation mode, without gradients; `module` keeps its mode."
+    """Median wall-clock time of `module(*inputs)` in evaluation mode, without gradients; `module`
+    keeps its mode."""
     on_gpu, times = inputs[0].is_cuda, []
     modes = {m: m.training for m in module.modules()}
     module.eval()
@@ -68,15 +75,21 @@ def time_call(module: nn.Module, *inputs: torch.Tensor, # on the module's device
     return 1e3 * sorted(times[warmup:])[repeats // 2]
 
 def measure_latency(model: nn.Module, size: tuple, # (H,W)
-                    batch: int = 1, repeats: int = 15, warmup: int = 3) -> float: # milliseconds a call, median
-    "`time_call` on a batch of random images of that size, on the device where the parameters of `model` are."
+                    # milliseconds a call, median
+                    batch: int = 1, repeats: int = 15, warmup: int = 3) -> float:
+    """`time_call` on a batch of random images of that size, on the device where the parameters of
+    `model` are."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = torch.randn(batch, 3, *size, device=device, generator=torch.Generator(device).manual_seed(0))
-    return time_call(model, images.contiguous(memory_format=torch.channels_last), repeats=repeats, warmup=warmup)
+    images = torch.randn(batch, 3, *size, device=device,
+                         generator=torch.Generator(device).manual_seed(0))
+    return time_call(model, images.contiguous(memory_format=torch.channels_last), repeats=repeats,
+                     warmup=warmup)
 
 # %% ../nbs/30_cost.ipynb #e504675a
-def count_parameters(module: nn.Module, *inputs: torch.Tensor) -> int: # inputs: unused; the three costs are called alike
+def count_parameters(module: nn.Module, *inputs: torch.Tensor) -> int:
+    # inputs: unused; the three costs are called alike
     "Trainable parameters, each once."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-COSTS = {"flops": count_flops, "parameters": count_parameters, "latency": time_call} # multiply-adds, number, milliseconds
+# multiply-adds, number, milliseconds
+COSTS = {"flops": count_flops, "parameters": count_parameters, "latency": time_call}

@@ -195,7 +195,8 @@ DATASETS = {"streetscenes": lambda split, root, size: StreetScenes(split, size),
             "cityscapes": lambda split, root, size: Cityscapes(root, split, size),
             "cityscapes_extra": _train_plus("none"), "cityscapes_coarse": _train_plus("coarse"),
             "voc": lambda split, root, size: VOC(root, split, size),
-            "voc_aug": lambda split, root, size: VOC(root, split.replace("train", "train_aug"), size),
+            "voc_aug": lambda split, root, size: VOC(root,
+                                                     split.replace("train", "train_aug"), size),
             "folder": lambda split, root, size: FolderDataset(root, split, size=size)}
 
 def load_dataset(name:str,        # a key of DATASETS

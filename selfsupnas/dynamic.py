@@ -36,14 +36,16 @@ def run_dynamic(model: RoutingNetwork, dataset, # of images (3,H,W) and labels (
     device, ids, costs, right, gates = next(model.parameters()).device, [], [], [], {}
     model.eval()
     for names, images, labels in same_size_batches(dataset, batch_size):
-        with watch_gates(model) as watched: guess = model(normalise(images).to(device)).argmax(1).cpu()
+        with watch_gates(model) as watched:
+            guess = model(normalise(images).to(device)).argmax(1).cpu()
         by_path = gates_by_path(table.space, watched)
         known = labels != dataset.spec.ignore_index
         ids += names
         costs.append(realised_cost(table, by_path).cpu() / table.full)
         right.append(((guess == labels) & known).sum((1, 2)) / known.sum((1, 2))) # 0 / 0 is NaN
         for path, g in by_path.items(): gates.setdefault(path, []).append(g.cpu())
-    return DynamicRun(ids, torch.cat(costs), torch.cat(right), {path: torch.cat(g) for path, g in gates.items()})
+    return DynamicRun(ids, torch.cat(costs), torch.cat(right),
+                      {path: torch.cat(g) for path, g in gates.items()})
 
 # %% ../nbs/53_dynamic.ipynb #e569f700
 def by_cost(run: DynamicRun) -> list: # of indices

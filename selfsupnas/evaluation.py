@@ -44,7 +44,8 @@ def confusion_matrix(prediction:torch.Tensor, # (B,H,W) predicted class numbers
 # %% ../nbs/43_evaluation.ipynb #f3924d2e
 def mean_of_known(values:torch.Tensor, # (K,), NaN where undefined
                  ) -> float: # NaN if all are
-    "Mean of the defined values, added in their order: the last digit is the official scripts', too."
+    """Mean of the defined values, added in their order: the last digit is the official scripts',
+    too."""
     total, known = 0., [v for v in values.tolist() if v == v]
     for value in known: total += value # torch, and newer Pythons' sum, round in another order
     return total / len(known) if known else float("nan")
@@ -222,7 +223,8 @@ def class_counts(dataset, # [i] -> (image, label), with .ids and .spec
         raise ValueError(f"the data set has no image {unknown[:3]}; its {len(where)} ids are like "
                          f"{list(where)[:3]}")
     counts = torch.zeros(dataset.spec.num_classes, dtype=torch.int64)
-    for _, _, label in readable_pairs(dataset, where.values() if ids is None else [where[name] for name in ids]):
+    for _, _, label in readable_pairs(dataset, where.values() if ids is None
+                                      else [where[name] for name in ids]):
         counts += confusion_matrix(label, label, len(counts), dataset.spec.ignore_index).diagonal()
     return counts
 

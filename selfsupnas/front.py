@@ -17,14 +17,15 @@ from .architecture import Architecture, load_architecture, save_architecture
 from .baselines import random_architecture
 from .benchmark import check_labels
 from .budget import CostTable, static_cost
-from .core import RunRecord, Timer, from_parameters
+from .core import RunRecord, Timer, check_fields, from_parameters
 from .cost import count_cost
 from .data import load_dataset
 from .evaluation import evaluate
 from .pairs import PairDataset
 from .retrain import RetrainConfig, load_network, retrain
-from .search import (SearchConfig, calibrate_closing, check_budget, derive_within, gate_statistics, inherited_network, load_supernet,
-                               make_table, plain_images)
+from .search import (SearchConfig, calibrate_closing, check_budget, derive_within,
+                               gate_statistics, inherited_network, load_supernet, make_table,
+                               plain_images)
 from .training import TrainingData, load_training_data
 
 # %% ../nbs/56_front.ipynb #3a88cdb7
@@ -33,49 +34,61 @@ class FrontConfig:
     "Parameters of the front stage; all else is taken from the search's record."
     folder: str = "runs/front" # where everything is written
     search: str = "runs/search" # folder of the search
-    budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.7) # shares of the full grid's cost, a derived network each
+    budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.7) # a network for each
     initialise: str = "inherit" # or scratch
     steps: int = 200 # of each training, the brief kind; 0: none, inherited weights as they are
     random: int = 2 # random architectures for each budget, of the derived one's cost, trained alike
-    baselines: tuple[str, ...] = () # hand-crafted networks to train on the labelled images, see selfsupnas.baselines
+    baselines: tuple[str, ...] = () # hand-crafted networks to train, too: selfsupnas.baselines
     split: str = "val" # or test: where mIoU is measured
     seed: int = 0 # of trainings and of random architectures
 
     def __post_init__(self):
         if not self.budgets or not all(0 < b <= 1 for b in self.budgets):
-            raise ValueError(f"budgets must be shares of the full grid's cost, each in (0, 1], not {self.budgets}")
-        if self.initialise not in ("inherit", "scratch"): raise ValueError(f"initialise must be inherit or scratch, not {self.initialise!r}")
-        for name, least in (("steps", 0 if self.initialise == "inherit" else 1), ("random", 0)):
-            if getattr(self, name) < least: raise ValueError(f"{name} must be {least} or more, not {getattr(self, name)}")
-        if self.baselines and not self.steps: raise ValueError("baselines have no weights to inherit: set steps to 1 or more")
+            raise ValueError("budgets must be shares of the full grid's cost, each in (0, 1], not "
+                             f"{self.budgets}")
+        check_fields(self, choices={"initialise": ("inherit", "scratch")},
+                     least={"steps": 0 if self.initialise == "inherit" else 1, "random": 0})
+        if self.baselines and not self.steps:
+            raise ValueError("baselines have no weights to inherit: set steps to 1 or more")
 
 # %% ../nbs/56_front.ipynb #ee9bc153
 def search_config(config: FrontConfig) -> SearchConfig:
-    "The parameters of the search, its own split in the place of the drawn one; FileNotFoundError for a folder without a search."
+    """The parameters of the search, its own split in the place of the drawn one; FileNotFoundError
+    for a folder without a search."""
     parameters = RunRecord.load(FilePath(config.search)/"search-record.json").parameters
-    found = from_parameters(SearchConfig, {k: v for k, v in parameters.items() if k in SearchConfig.__dataclass_fields__})
-    return dataclasses.replace(found, folder=config.folder, resume=False, split_folder=f"{config.search}/split" if found.w_sup else found.split_folder)
+    found = from_parameters(SearchConfig,
+                            {k: v for k, v in parameters.items()
+                             if k in SearchConfig.__dataclass_fields__})
+    return dataclasses.replace(found, folder=config.folder, resume=False,
+                               split_folder=f"{config.search}/split" if found.w_sup
+                               else found.split_folder)
 
 def member_config(config: FrontConfig, searched: SearchConfig, name: str) -> RetrainConfig:
     "The training of one member of the front, in FOLDER/name."
     own = ("folder", "steps", "w_jig", "w_sup", "w_semi", "seed")
-    shared = {f.name: getattr(searched, f.name) for f in dataclasses.fields(RetrainConfig) if hasattr(searched, f.name) and f.name not in own}
-    return RetrainConfig(**shared, folder=f"{config.folder}/{name}", steps=config.steps, seed=config.seed, initialise=config.initialise,
-                         architecture=f"{config.folder}/{name}.json", supernet=f"{config.search}/supernet.safetensors")
+    shared = {f.name: getattr(searched, f.name) for f in dataclasses.fields(RetrainConfig)
+              if hasattr(searched, f.name) and f.name not in own}
+    return RetrainConfig(**shared, folder=f"{config.folder}/{name}", steps=config.steps,
+                         seed=config.seed, initialise=config.initialise,
+                         architecture=f"{config.folder}/{name}.json",
+                         supernet=f"{config.search}/supernet.safetensors")
 
 # %% ../nbs/56_front.ipynb #17b67596
-def derive_front(config: FrontConfig, searched: SearchConfig, data: TrainingData, table: CostTable) -> tuple[dict, list]:
+def derive_front(config: FrontConfig, searched: SearchConfig, data: TrainingData,
+                 table: CostTable) -> tuple[dict, list]:
     "Architectures by name, and the rows of the dynamic network at each budget; nothing is trained."
     plain, architectures, dynamic = plain_images(searched, data), {}, []
     for budget in sorted(set(config.budgets)):
         model = load_supernet(config.search)
         closing = calibrate_closing(model, table, budget, plain)
         statistics = gate_statistics(model, data.val, table)
-        provenance = {"stage": "front", "search": searched.seed, "data": data.train.spec.name, "size": list(table.size), "budget": budget, "cost": table.kind}
+        provenance = {"stage": "front", "search": searched.seed, "data": data.train.spec.name,
+                      "size": list(table.size), "budget": budget, "cost": table.kind}
         found = derive_within(table, statistics, budget, searched.keep_operations, provenance)
         architectures[f"derived-{budget:g}"] = found
-        dynamic.append({"kind": "dynamic", "name": f"dynamic-{budget:g}", "budget": budget, "closing": closing,
-                        "cost_share": statistics.realised.mean().item() / table.full, "miou": evaluate(model, data.val, progress=False).miou})
+        dynamic.append({"kind": "dynamic", "name": f"dynamic-{budget:g}", "budget": budget,
+                        "closing": closing, "cost_share": statistics.realised.mean().item()
+                        / table.full, "miou": evaluate(model, data.val, progress=False).miou})
         target = static_cost(table, found.kept)
         for i in range(config.random):
             architectures[f"random-{budget:g}-{i}"] = random_architecture(
@@ -83,7 +96,8 @@ def derive_front(config: FrontConfig, searched: SearchConfig, data: TrainingData
     return architectures, dynamic
 
 # %% ../nbs/56_front.ipynb #60286c22
-def train_member(config: FrontConfig, searched: SearchConfig, name: str, architecture: Architecture):
+def train_member(config: FrontConfig, searched: SearchConfig, name: str,
+                 architecture: Architecture):
     "The trained network of one member."
     member = member_config(config, searched, name)
     save_architecture(architecture, member.architecture)
@@ -93,13 +107,16 @@ def trained_once(member: RetrainConfig):
     "The trained network; read from its folder when it was trained there with the same parameters."
     made = FilePath(member.folder)/"retrain-record.json"
     wanted = json.loads(json.dumps(dataclasses.asdict(member)))
-    if made.exists() and RunRecord.load(made).parameters == wanted: return load_network(member.folder)
+    if made.exists() and RunRecord.load(made).parameters == wanted:
+        return load_network(member.folder)
     return retrain(member).trained.model
 
-def member_row(name: str, architecture: Architecture, network, dataset: PairDataset, table: CostTable) -> dict:
+def member_row(name: str, architecture: Architecture, network, dataset: PairDataset,
+               table: CostTable) -> dict:
     cost = count_cost(network, table.size)
-    return {"kind": name.split("-")[0], "name": name, "gflops": cost.gflops, "parameters": cost.parameters,
-            "cost_share": static_cost(table, architecture.kept) / table.full, "miou": evaluate(network, dataset, progress=False).miou}
+    return {"kind": name.split("-")[0], "name": name, "gflops": cost.gflops,
+            "parameters": cost.parameters, "cost_share": static_cost(table, architecture.kept)
+            / table.full, "miou": evaluate(network, dataset, progress=False).miou}
 
 # %% ../nbs/56_front.ipynb #fe1ebfb2
 class Front(dict):
@@ -107,7 +124,8 @@ class Front(dict):
     __getattr__ = dict.__getitem__
 
 def front(config: FrontConfig) -> Front:
-    "Derive, train and measure a front; leaves NAME.json and NAME/ for each member and front-record.json in `config.folder`."
+    """Derive, train and measure a front; leaves NAME.json and NAME/ for each member and
+    front-record.json in `config.folder`."""
     from tqdm.auto import tqdm
     timer, searched = Timer(), search_config(config)
     data = load_training_data(dataclasses.replace(searched, w_sup=1.))
@@ -121,32 +139,47 @@ def front(config: FrontConfig) -> Front:
     for name, architecture in (bar := tqdm(architectures.items(), desc="front", leave=False)):
         bar.set_postfix_str(name)
         inherited = inherited_network(architecture, state, plain)
-        with timer("training"): network = train_member(config, searched, name, architecture) if config.steps else inherited
-        rows.append({**member_row(name, architecture, network, dataset, table), "budget": float(name.split("-")[1]),
+        with timer("training"):
+            network = (train_member(config, searched, name, architecture) if config.steps
+                       else inherited)
+        rows.append({**member_row(name, architecture, network, dataset, table),
+                     "budget": float(name.split("-")[1]),
                      "inherited_miou": evaluate(inherited, dataset, progress=False).miou})
-        print(f"front: {name:14} {rows[-1]['gflops']:.4f} GFLOPs, {config.split} mIoU {rows[-1]['miou']:.3f}, inherited {rows[-1]['inherited_miou']:.3f}", flush=True)
+        print(f"front: {name:14} {rows[-1]['gflops']:.4f} GFLOPs, {config.split} mIoU "
+              f"{rows[-1]['miou']:.3f}, inherited {rows[-1]['inherited_miou']:.3f}", flush=True)
     rows += baseline_rows(config, searched, dataset, table)
-    record = RunRecord("front", FilePath(config.folder).name, dataclasses.asdict(config), config.seed,
-                       {"cost": table.kind, "full_cost": table.full, "dataset": dataset.spec.name, "split": config.split, "rows": rows, "ranks": ranks(rows)}, timer.seconds)
+    record = RunRecord("front", FilePath(config.folder).name, dataclasses.asdict(config),
+                       config.seed,
+                       {"cost": table.kind, "full_cost": table.full, "dataset": dataset.spec.name,
+                        "split": config.split, "rows": rows, "ranks": ranks(rows)}, timer.seconds)
     record.save(config.folder)
     return Front(architectures=architectures, rows=rows, record=record, data=data)
 
-def baseline_rows(config: FrontConfig, searched: SearchConfig, dataset: PairDataset, table: CostTable) -> list:
+def baseline_rows(config: FrontConfig, searched: SearchConfig, dataset: PairDataset,
+                  table: CostTable) -> list:
     "Hand-crafted networks, trained on the labelled images with the members' steps and schedule."
     rows = []
     for name in config.baselines:
-        alone = dict(architecture=name, supernet=None, initialise="scratch", w_jig=0., w_semi=0., drop_path=0.)
+        alone = dict(architecture=name, supernet=None, initialise="scratch", w_jig=0., w_semi=0.,
+                     drop_path=0.)
         network = trained_once(dataclasses.replace(member_config(config, searched, name), **alone))
         cost = count_cost(network, table.size)
-        rows.append({"kind": "baseline", "name": name, "gflops": cost.gflops, "parameters": cost.parameters, "miou": evaluate(network, dataset, progress=False).miou})
+        rows.append({"kind": "baseline", "name": name, "gflops": cost.gflops,
+                     "parameters": cost.parameters,
+                     "miou": evaluate(network, dataset, progress=False).miou})
     return rows
 
 # %% ../nbs/56_front.ipynb #40505094
 def ranks(rows: list) -> dict: # budget -> figures
-    "Rank of each derived network among the random ones of its budget, and how far above their mean it is (in mIoU, 0 to 1)."
+    """Rank of each derived network among the random ones of its budget, and how far above their
+    mean it is (in mIoU, 0 to 1)."""
     found = {}
     for derived in (row for row in rows if row["kind"] == "derived"):
-        rivals = [row["miou"] for row in rows if row["kind"] == "random" and row["budget"] == derived["budget"]]
-        if rivals: found[f"{derived['budget']:g}"] = {"rank": 1 + sum(m > derived["miou"] for m in rivals), "of": 1 + len(rivals),
-                                                      "above_mean": derived["miou"] - sum(rivals) / len(rivals)}
+        rivals = [row["miou"] for row in rows if row["kind"] == "random" and row["budget"]
+                  == derived["budget"]]
+        if rivals:
+            found[f"{derived['budget']:g}"] = {"rank": 1 + sum(m > derived["miou"] for m in rivals),
+                                               "of": 1 + len(rivals),
+                                               "above_mean": derived["miou"] - sum(rivals)
+                                               / len(rivals)}
     return found

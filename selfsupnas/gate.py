@@ -15,10 +15,13 @@ from torch.nn import functional as F
 CLOSED = 1e-4 # a gate under this is closed: its path is not computed. Source: Li et al., CVPR 2020
 
 def gate_activation(logits: torch.Tensor, # any shape
-                    leak: float = 0.1, # share of the gradient that passes where the gate is shut; 0 = none, as published
+                    # share of the gradient that passes where the gate is shut; 0 = none, as
+                    # published
+                    leak: float = 0.1,
                     closing: float | torch.Tensor = CLOSED, # what is not over this is shut
                    ) -> torch.Tensor: # same shape, 0 or in (closing, 1)
-    "tanh(logits) where that is over `closing`; else exactly 0, and the gradient is `leak` times tanh's."
+    """tanh(logits) where that is over `closing`; else exactly 0, and the gradient is `leak` times
+    tanh's."""
     value = torch.tanh(logits)
     shut = torch.where(value > closing, 0, value)
     return torch.where(value > closing, value, 0) + leak * (shut - shut.detach())
@@ -40,7 +43,8 @@ def put(rows: torch.Tensor, # (number of True, ...)
 
 # %% ../nbs/21_gate.ipynb #d06e26c4
 class Gate(nn.Module):
-    "Soft conditional gate: (B,channels,H,W) -> (B,paths) in [0, 1). Source: Li et al., CVPR 2020; the leak and the factor are ours."
+    """Soft conditional gate: (B,channels,H,W) -> (B,paths) in [0, 1). Source: Li et al., CVPR 2020;
+    the leak and the factor are ours."""
     def __init__(self, channels: int, # of the cell's input
                  paths: int, # outgoing paths, 1 to 3
                  shrink: int = 4, # the input is averaged over shrink x shrink before anything else
@@ -49,23 +53,29 @@ class Gate(nn.Module):
         super().__init__()
         self.shrink, self.leak, self.scale = shrink, leak, 8 / (channels // 2)
         self.register_buffer("closing", torch.tensor(CLOSED))
-        self.reduce = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False), nn.BatchNorm2d(channels // 2), nn.ReLU())
+        self.reduce = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False),
+                                    nn.BatchNorm2d(channels // 2), nn.ReLU())
         self.logits = nn.Linear(channels // 2, paths)
         nn.init.constant_(self.logits.bias, bias)
 
     def forward(self, features: torch.Tensor, # (B,C,H,W)
-                present: torch.Tensor | None = None, # (B,) bool: images that have an input here; None = all
+                # (B,) bool: images that have an input here; None = all
+                present: torch.Tensor | None = None,
                ) -> torch.Tensor: # (B,paths); exactly 0 for absent images
         x = take(features, present)
         size = [-(-n // self.shrink) for n in x.shape[-2:]]
-        single = self.training and len(x) == size[0] * size[1] == 1 # batch norm needs two values: this image keeps its pixels
-        if not single and min(x.shape[-2:]) >= self.shrink: x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
+        # batch norm needs two values: this image keeps its pixels
+        single = self.training and len(x) == size[0] * size[1] == 1
+        if not single and min(x.shape[-2:]) >= self.shrink:
+            x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
         elif not single: x = F.adaptive_avg_pool2d(x, size)
-        return put(gate_activation(self.logits(self.scale * self.reduce(x).mean((2, 3))), self.leak, self.closing), present)
+        return put(gate_activation(self.logits(self.scale * self.reduce(x).mean((2, 3))), self.leak,
+                                   self.closing), present)
 
 # %% ../nbs/21_gate.ipynb #b0d0df63
 class StaticGate(nn.Module):
-    "One value per path for all images: (B,C,H,W) -> (B,paths) in [0, 1). After Liu et al., DARTS, ICLR 2019."
+    """One value per path for all images: (B,C,H,W) -> (B,paths) in [0, 1). After Liu et al., DARTS,
+    ICLR 2019."""
     def __init__(self, channels: int, paths: int, shrink: int = 4, # not used: called like Gate
                  bias: float = 1.5, leak: float = 0.1): # see Gate
         super().__init__()
@@ -73,31 +83,36 @@ class StaticGate(nn.Module):
         self.register_buffer("closing", torch.tensor(CLOSED))
         self.logits = nn.Parameter(torch.full((paths,), bias))
 
-    def forward(self, features: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # (B,paths)
+    def forward(self, features: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        # (B,paths)
         gates = gate_activation(self.logits, self.leak, self.closing).expand(len(features), -1)
         return gates if present is None else gates * present[:, None]
 
 GATES = {"conditional": Gate, "static": StaticGate} # what a search may ask for by name
 
-def make_gate(kind: str, channels: int, paths: int, **options) -> nn.Module: # options: shrink, bias, leak
+def make_gate(kind: str, channels: int, paths: int, **options) -> nn.Module:
+    # options: shrink, bias, leak
     "A gate of that kind; raises ValueError that lists the known kinds."
     if kind not in GATES: raise ValueError(f"gate must be one of {', '.join(GATES)}, not {kind!r}")
     return GATES[kind](channels, paths, **options)
 
 def set_closing(model: nn.Module, closing: float): # from CLOSED to under 1
-    "Give all gates of a network the same closing threshold; it is a buffer, saved with the weights."
+    """Give all gates of a network the same closing threshold; it is a buffer, saved with the
+    weights."""
     for module in model.modules():
         if isinstance(module, tuple(GATES.values())): module.closing.fill_(closing)
 
 # %% ../nbs/21_gate.ipynb #36854638
 class watch_gates:
-    "`with watch_gates(model) as gates: model(x)` fills gates[name] = (B,paths) for each gate; the last call counts."
+    """`with watch_gates(model) as gates: model(x)` fills gates[name] = (B,paths) for each gate; the
+    last call counts."""
     def __init__(self, model: nn.Module): self.model = model
 
     def __enter__(self) -> dict:
         gates = {}
         def watch(name): return lambda module, args, output: gates.__setitem__(name, output)
-        self.hooks = [m.register_forward_hook(watch(name)) for name, m in self.model.named_modules() if isinstance(m, tuple(GATES.values()))]
+        self.hooks = [m.register_forward_hook(watch(name)) for name, m in self.model.named_modules()
+                      if isinstance(m, tuple(GATES.values()))]
         return gates
 
     def __exit__(self, *_):
@@ -105,9 +120,12 @@ class watch_gates:
 
 # %% ../nbs/21_gate.ipynb #17bdbc5d
 class hold_gates:
-    "`with hold_gates(model, values): ...` replaces the gates by fixed values, by name; absent images stay at 0."
-    def __init__(self, model: nn.Module, values: dict): # name of a Gate in model -> (paths,) or (B,paths) tensor in [0, 1]
-        modules = {name: m for name, m in model.named_modules() if isinstance(m, tuple(GATES.values()))}
+    """`with hold_gates(model, values): ...` replaces the gates by fixed values, by name; absent
+    images stay at 0."""
+    def __init__(self, model: nn.Module, values: dict):
+        # name of a Gate in model -> (paths,) or (B,paths) tensor in [0, 1]
+        modules = {name: m for name, m in model.named_modules()
+                   if isinstance(m, tuple(GATES.values()))}
         unknown = sorted(set(values) - set(modules))
         if unknown: raise ValueError(f"no gate named {unknown[0]!r}; known: {', '.join(modules)}")
         self.modules, self.values = modules, values
@@ -119,7 +137,8 @@ class hold_gates:
                 present = args[1] if len(args) > 1 else None
                 return fixed if present is None else fixed * present[:, None]
             return hook
-        self.hooks = [self.modules[name].register_forward_hook(hold(v)) for name, v in self.values.items()]
+        self.hooks = [self.modules[name].register_forward_hook(hold(v))
+                      for name, v in self.values.items()]
 
     def __exit__(self, *_):
         for hook in self.hooks: hook.remove()

@@ -12,10 +12,12 @@ from typing import Iterable, NamedTuple
 
 # %% ../nbs/15_grid.ipynb #51258656
 STRIDES = (4, 8, 16, 32) # of the scales 0, 1, 2, 3
-STEP = {"keep": 0, "up": -1, "down": 1} # kind of path -> change of scale, in the order in which gates list them
+# kind of path -> change of scale, in the order in which gates list them
+STEP = {"keep": 0, "up": -1, "down": 1}
 
 class Path(NamedTuple):
-    "An edge of the grid: it leaves the cell at (layer, scale). In a searched cell, a candidate operation as well."
+    """An edge of the grid: it leaves the cell at (layer, scale). In a searched cell, a candidate
+    operation as well."""
     layer: int
     scale: int
     kind: str # keep, up or down; of a candidate, the operation's name
@@ -23,21 +25,25 @@ class Path(NamedTuple):
 # %% ../nbs/15_grid.ipynb #96502d13
 @dataclass(frozen=True)
 class SearchSpace:
-    "The grid's size. Raises ValueError when it cannot hold a network. Source: Li et al., CVPR 2020."
+    """The grid's size. Raises ValueError when it cannot hold a network. Source: Li et al., CVPR
+    2020."""
     num_classes: int # K, without the ignored class
     layers: int = 6 # L, 1 or more
     channels: int = 16 # C0 at stride 4; C0 * 2**s at scale s; even, since gates halve it
-    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # candidate operations, summed in each cell
+    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # summed in each cell
     search_operations: bool = False # each candidate of a cell carries a gate of its own
 
     def __post_init__(self):
         object.__setattr__(self, "operations", tuple(self.operations))
         for name, least in (("num_classes", 2), ("layers", 1), ("channels", 2)):
-            if getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.channels % 2: raise ValueError(f"channels must be even, not {self.channels}")
-        if not self.operations: raise ValueError("operations is empty: a cell needs at least one candidate")
+        if not self.operations:
+            raise ValueError("operations is empty: a cell needs at least one candidate")
         if len(set(self.operations)) < len(self.operations) or set(self.operations) & set(STEP):
-            raise ValueError(f"operations must differ from one another and from {', '.join(STEP)}, not {self.operations}")
+            raise ValueError(f"operations must differ from one another and from {', '.join(STEP)}, "
+                             f"not {self.operations}")
 
     def channels_at(self, scale: int) -> int: return self.channels * 2**scale
     def scales_at(self, layer: int) -> range: return range(min(layer + 1, len(STRIDES)))
@@ -45,39 +51,49 @@ class SearchSpace:
     def kinds_at(self, layer: int, scale: int) -> tuple[str, ...]:
         "Kinds of path that leave the cell at (layer, scale)."
         if layer == self.layers: return ("keep",)
-        return tuple(kind for kind, step in STEP.items() if scale + step in self.scales_at(layer + 1))
+        return tuple(kind for kind, step in STEP.items()
+                     if scale + step in self.scales_at(layer + 1))
 
     def cells(self) -> list[tuple[int, int]]:
         "All (layer, scale), layer by layer."
-        return [(layer, scale) for layer in range(self.layers + 1) for scale in self.scales_at(layer)]
+        return [(layer, scale) for layer in range(self.layers + 1)
+                for scale in self.scales_at(layer)]
 
     def paths(self) -> list[Path]:
-        return [Path(layer, scale, kind) for layer, scale in self.cells() for kind in self.kinds_at(layer, scale)]
+        return [Path(layer, scale, kind) for layer, scale in self.cells()
+                for kind in self.kinds_at(layer, scale)]
 
     def gated_at(self, layer: int, scale: int) -> tuple[str, ...]:
-        "What the gate of a cell has a value for: its paths and, where operations are searched, its candidates."
+        """What the gate of a cell has a value for: its paths and, where operations are searched,
+        its candidates."""
         return self.kinds_at(layer, scale) + (self.operations if self.search_operations else ())
 
     def gated(self) -> list[Path]:
         "Everything that a gate decides: all paths and all candidates that are searched."
-        return [Path(layer, scale, kind) for layer, scale in self.cells() for kind in self.gated_at(layer, scale)]
+        return [Path(layer, scale, kind) for layer, scale in self.cells()
+                for kind in self.gated_at(layer, scale)]
 
 # %% ../nbs/15_grid.ipynb #a59563a6
 def trace_route(space: SearchSpace,
-                open_paths: Iterable[Path], # any subset of space.gated(), of which candidates play no part; others raise ValueError
-               ) -> dict[tuple[int, int], tuple[str, ...]]: # live cell -> kinds open; () = passes its input along keep
+                # any subset of space.gated(), of which candidates play no part; others raise
+                # ValueError
+                open_paths: Iterable[Path],
+               # live cell -> kinds open; () = passes its input along keep
+               ) -> dict[tuple[int, int], tuple[str, ...]]:
     "The cells that something arrives at, layer by layer, with the open paths that leave each."
     kinds_open = defaultdict(set)
     for path in open_paths:
         if space.search_operations and path.kind in space.operations: continue
-        if path.kind not in space.kinds_at(path.layer, path.scale) or path.scale not in space.scales_at(path.layer):
+        if (path.kind not in space.kinds_at(path.layer, path.scale)
+            or path.scale not in space.scales_at(path.layer)):
             raise ValueError(f"{path} is not a path of {space}")
         kinds_open[path.layer, path.scale].add(path.kind)
     live, arriving = {}, {0}
     for layer in range(space.layers + 1):
         leaving = set()
         for scale in sorted(arriving):
-            kinds = tuple(kind for kind in space.kinds_at(layer, scale) if kind in kinds_open[layer, scale])
+            kinds = tuple(kind for kind in space.kinds_at(layer, scale)
+                          if kind in kinds_open[layer, scale])
             live[layer, scale] = kinds
             leaving |= {scale + STEP[kind] for kind in kinds or ("keep",)}
         arriving = leaving

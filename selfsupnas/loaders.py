@@ -67,8 +67,8 @@ class Stream:
             try: return self.dataset[self.source(k + step)]
             except UnreadableFile:
                 if not self.dataset.skip_unreadable: raise
-        raise ValueError(f"not one of {len(self.indices)} images of {self.dataset.spec.name} can be "
-                         "read")
+        raise ValueError(f"not one of {len(self.indices)} images of {self.dataset.spec.name} "
+                         "can be " "read")
 
     def __getitem__(self, k:int) -> dict: # name -> uint8 image (3, h, w), label (h, w), bool valid
         image, label = self.pair(k)

@@ -12,25 +12,33 @@ from .space import RoutingNetwork
 
 # %% ../nbs/25_network.ipynb #93c2da68
 class StaticNetwork(RoutingNetwork):
-    "The network of one architecture: images (B,3,H,W) -> logits (B,K,H,W). Weights are fresh; see `inherit`."
+    """The network of one architecture: images (B,3,H,W) -> logits (B,K,H,W). Weights are fresh; see
+    `inherit`."""
     def __init__(self, architecture: Architecture):
         space = architecture.space
         def cell(layer, scale, kinds):
-            weights = {path.kind: weight for path, weight in architecture.kept.items() if path[:2] == (layer, scale)}
-            return Cell(space.channels_at(scale), architecture.operations_at(layer, scale), kinds, weights)
-        super().__init__(space, {(layer, scale): cell(layer, scale, kinds) for (layer, scale), kinds in architecture.live.items() if kinds},
+            weights = {path.kind: weight for path, weight in architecture.kept.items()
+                       if path[:2] == (layer, scale)}
+            return Cell(space.channels_at(scale), architecture.operations_at(layer, scale),
+                        kinds, weights)
+        super().__init__(space, {(layer, scale): cell(layer, scale, kinds)
+                                 for (layer, scale), kinds in architecture.live.items() if kinds},
                          architecture.coarsest)
         self.architecture = architecture
 
 # %% ../nbs/25_network.ipynb #cell-08
-def inherit(network: StaticNetwork, supernet_state: dict # state_dict of the supernet that was searched
+def inherit(network: StaticNetwork,
+            supernet_state: dict # state_dict of the supernet that was searched
            ) -> StaticNetwork:
-    "Copy the supernet's weights and batch-norm statistics into `network`. Raises ValueError when one is missing or differs in shape."
+    """Copy the supernet's weights and batch-norm statistics into `network`. Raises ValueError when
+    one is missing or differs in shape."""
     own = network.state_dict()
     for name, tensor in own.items():
         given = supernet_state.get(name)
-        if given is None: raise ValueError(f"the supernet's weights lack {name}: another search space?")
+        if given is None:
+            raise ValueError(f"the supernet's weights lack {name}: another search space?")
         if given.shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(given.shape)} in the supernet, {tuple(tensor.shape)} in the network: another search space?")
+            raise ValueError(f"{name} is {tuple(given.shape)} in the supernet, "
+                             f"{tuple(tensor.shape)} in the network: another search space?")
     network.load_state_dict({name: supernet_state[name] for name in own})
     return network

@@ -11,12 +11,15 @@ from typing import Callable
 from torch import nn
 
 # %% ../nbs/20_operations.ipynb #cell-07
-def separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    "Depthwise kernel_size x kernel_size, pointwise 1x1, batch norm: (B,in,H,W) -> (B,out,ceil(H/stride),ceil(W/stride))."
+def separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
+              dilation: int = 1) -> nn.Sequential:
+    """Depthwise kernel_size x kernel_size, pointwise 1x1, batch norm: (B,in,H,W) ->
+    (B,out,ceil(H/stride),ceil(W/stride))."""
     padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=False),
-        nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, dilation,
+                                   groups=in_channels, bias=False),
+                         nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                         nn.BatchNorm2d(out_channels))
 
 # %% ../nbs/20_operations.ipynb #cell-08
 def separable_twice(channels: int, kernel_size: int = 3, dilation: int = 1) -> nn.Sequential:
@@ -26,11 +29,13 @@ def separable_twice(channels: int, kernel_size: int = 3, dilation: int = 1) -> n
 
 # %% ../nbs/20_operations.ipynb #163fb2ac
 def mbconv(channels: int, kernel_size: int = 3, expansion: int = 4) -> nn.Sequential:
-    "Inverted residual without its shortcut: (B,C,H,W) -> same. Source: Sandler et al., CVPR 2018; they widen sixfold."
+    """Inverted residual without its shortcut: (B,C,H,W) -> same. Source: Sandler et al., CVPR 2018;
+    they widen sixfold."""
     wide = channels * expansion
     return nn.Sequential(
         nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
-        nn.Conv2d(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
+        nn.Conv2d(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide, bias=False),
+                         nn.BatchNorm2d(wide), nn.ReLU(),
         nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
 # %% ../nbs/20_operations.ipynb #3dba271c
@@ -45,14 +50,18 @@ OPERATIONS: dict[str, Callable[[int], nn.Module]] = {
     "dil_sep_conv_3x3": lambda channels: separable_twice(channels, 3, dilation=2),
     "mbconv_3x3": mbconv,
     "mbconv_5x5": lambda channels: mbconv(channels, 5),
-    "conv_3x3": lambda channels: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)),
-    "avg_pool_3x3": lambda channels: pooling(channels, nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+    "conv_3x3": lambda channels: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1,
+                                                         bias=False), nn.BatchNorm2d(channels)),
+    "avg_pool_3x3": lambda channels: pooling(channels,
+                                             nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
     "max_pool_3x3": lambda channels: pooling(channels, nn.MaxPool2d(3, 1, 1)),
     "identity": lambda channels: nn.Identity(),
 }
 
 # %% ../nbs/20_operations.ipynb #cell-12
 def make_operation(name: str, channels: int) -> nn.Module:
-    "The candidate `name` for (B,channels,H,W) features; raises ValueError that lists the known names."
-    if name not in OPERATIONS: raise ValueError(f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}")
+    """The candidate `name` for (B,channels,H,W) features; raises ValueError that lists the known
+    names."""
+    if name not in OPERATIONS:
+        raise ValueError(f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}")
     return OPERATIONS[name](channels)

@@ -19,14 +19,18 @@ class PageRun(NamedTuple):
     pictures: dict # file name -> path
 
 def page_runs(folders) -> list: # PageRun
-    "The runs in some folders, with names that tell them apart; raises FileNotFoundError for a folder without a record."
+    """The runs in some folders, with names that tell them apart; raises FileNotFoundError for a
+    folder without a record."""
     records = [record for folder in folders for record in read_records(folder)]
     places = [FilePath(record["file"]).parent.resolve() for record in records]
-    shared = len(FilePath(*_common(places)).parts) if len(set(places)) > 1 else len(places[0].parts) - 1
+    shared = (len(FilePath(*_common(places)).parts) if len(set(places)) > 1
+              else len(places[0].parts) - 1)
     def name(record, place):
         own = "/".join(place.parts[shared:]) or record["stage"]
-        return own if places.count(place) == 1 else f"{own} {record['stage']}" # several records in one folder
-    return [PageRun(name(record, place), record, {p.name: p for p in sorted(place.glob("*.png"))}) for record, place in zip(records, places)]
+        # several records in one folder
+        return own if places.count(place) == 1 else f"{own} {record['stage']}"
+    return [PageRun(name(record, place), record, {p.name: p for p in sorted(place.glob("*.png"))})
+            for record, place in zip(records, places)]
 
 def _common(places) -> list: # the parts with which all paths begin
     ends = [parts for parts in zip(*(place.parts for place in places))]
@@ -43,26 +47,35 @@ def flat(mapping: dict, prefix: str = "") -> dict: # dotted name -> value
     return out
 
 def first_alike(mapping: dict) -> dict:
-    "The first row of an evaluation under one name in all runs: it is the network evaluated, whatever that is called."
-    def renamed(rows): return {"evaluated" if k == 0 else name: row for k, (name, row) in enumerate(rows.items())}
-    return {key: renamed(value) if key in ("rows", "latency") and isinstance(value, dict) else value for key, value in (mapping or {}).items()}
+    """The first row of an evaluation under one name in all runs: it is the network evaluated,
+    whatever that is called."""
+    def renamed(rows):
+        return {"evaluated" if k == 0 else name: row for k, (name, row) in enumerate(rows.items())}
+    return {key: renamed(value) if key in ("rows", "latency") and isinstance(value, dict) else value
+            for key, value in (mapping or {}).items()}
 
-def section_rows(runs: list, section: str) -> tuple: # rows that differ (dicts by run name), and what is the same everywhere (dict)
+def section_rows(runs: list, section: str) -> tuple:
+    # rows that differ (dicts by run name), and what is the same everywhere (dict)
     "One row for each entry of a section of the records in which the runs differ."
     parts = [flat(first_alike(run.record.get(section))) for run in runs]
     names = list(dict.fromkeys(name for part in parts for name in part))
-    same = {name: parts[0][name] for name in names if all(name in part and part[name] == parts[0][name] for part in parts)}
-    rows = [{"": name, **{run.name: show_value(part.get(name)) for run, part in zip(runs, parts)}} for name in names if name not in same]
+    same = {name: parts[0][name] for name in names
+            if all(name in part and part[name] == parts[0][name] for part in parts)}
+    rows = [{"": name, **{run.name: show_value(part.get(name)) for run, part in zip(runs, parts)}}
+            for name in names if name not in same]
     return rows, same
 
 def show_value(value) -> str:
     "A cell of the page: four digits of a number, a dash for nothing."
     if value is None: return "–"
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return (f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str)
+            else json.dumps(value))
 
 # %% ../nbs/67_page.ipynb #8972a44e
-STYLE = """body{font:14px/1.4 sans-serif;margin:2em;color:#222} table{border-collapse:collapse;margin:.5em 0} td,th{padding:.2em .8em;border-bottom:1px solid #ddd;vertical-align:top}
-th{background:#f4f4f4} img{max-width:100%} .pictures td{width:50%} p.same{color:#555;max-width:60em}"""
+STYLE = """body{font:14px/1.4 sans-serif;margin:2em;color:#222} img{max-width:100%}
+table{border-collapse:collapse;margin:.5em 0} th{background:#f4f4f4}
+td,th{padding:.2em .8em;border-bottom:1px solid #ddd;vertical-align:top}
+.pictures td{width:50%} p.same{color:#555;max-width:60em}"""
 
 def picture_table(runs: list) -> str: # HTML
     "A row for each picture that a run left, a column for each run."
@@ -70,21 +83,35 @@ def picture_table(runs: list) -> str: # HTML
     def cell(run, name):
         if name not in run.pictures: return "<td>–</td>"
         data = base64.b64encode(run.pictures[name].read_bytes()).decode()
-        return f'<td><img alt="{html.escape(f"{name} of {run.name}")}" src="data:image/png;base64,{data}"></td>'
+        alt = html.escape(f"{name} of {run.name}")
+        return f'<td><img alt="{alt}" src="data:image/png;base64,{data}"></td>'
     head = "<tr><th></th>" + "".join(f"<th>{html.escape(run.name)}</th>" for run in runs) + "</tr>"
-    return '<table class="pictures">' + head + "".join(f"<tr><th>{html.escape(name)}</th>{''.join(cell(run, name) for run in runs)}</tr>" for name in names) + "</table>"
+    rows = [f"<tr><th>{html.escape(name)}</th>{''.join(cell(run, name) for run in runs)}</tr>"
+            for name in names]
+    return '<table class="pictures">' + head + "".join(rows) + "</table>"
 
 def write_page(folders, to="report.html") -> FilePath:
-    "One HTML file with tables and pictures of all runs in `folders`. Raises FileNotFoundError or ValueError that names a file."
+    """One HTML file with tables and pictures of all runs in `folders`. Raises FileNotFoundError or
+    ValueError that names a file."""
     runs, parts = page_runs(folders), []
-    for title, section in (("Parameters", "parameters"), ("Figures", "figures"), ("Timings", "timings"), ("Versions and hardware", "versions"), ("", "hardware")):
+    for title, section in (("Parameters", "parameters"), ("Figures", "figures"),
+                           ("Timings", "timings"), ("Versions and hardware", "versions"),
+                           ("", "hardware")):
         rows, same = section_rows(runs, section)
         if title: parts.append(f"<h2>{title}</h2>")
         if rows: parts.append(to_html(rows, ["", *(run.name for run in runs)]))
-        if same: parts.append('<p class="same">The same in all: ' + html.escape(", ".join(f"{name} {show_value(value)}" for name, value in same.items())) + "</p>")
-    about = [{"run": run.name, **{key: show_value(run.record.get(key)) for key in ("stage", "seed", "commit", "created", "file")}} for run in runs]
-    parts = ["<h1>Runs</h1>", to_html(about, list(about[0])), *parts, "<h2>Pictures</h2>", picture_table(runs)]
+        if same:
+            parts.append('<p class="same">The same in all: '
+                         + html.escape(", ".join(f"{name} {show_value(value)}"
+                                                 for name, value in same.items())) + "</p>")
+    about = [{"run": run.name,
+              **{key: show_value(run.record.get(key))
+                 for key in ("stage", "seed", "commit", "created", "file")}} for run in runs]
+    parts = ["<h1>Runs</h1>", to_html(about, list(about[0])), *parts, "<h2>Pictures</h2>",
+             picture_table(runs)]
     to = FilePath(to)
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(f"<!doctype html><meta charset=utf-8><title>selfsupnas: {len(runs)} runs</title><style>{STYLE}</style>\n" + "\n".join(parts) + "\n", encoding="utf8")
+    title = f"<title>selfsupnas: {len(runs)} runs</title>"
+    to.write_text(f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n"
+                  + "\n".join(parts) + "\n", encoding="utf8")
     return to

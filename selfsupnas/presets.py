@@ -24,24 +24,38 @@ def preset_names() -> list: # sorted
     "The names that `load` knows."
     return sorted(path.stem for path in presets_folder().glob("*.json"))
 
-def load(name: str) -> StaticNetwork: # in evaluation mode; network.architecture.provenance says what it is
+def load(name: str) -> StaticNetwork:
+    # in evaluation mode; network.architecture.provenance says what it is
     "The trained network of a preset; ValueError that lists the known names."
-    if name not in preset_names(): raise ValueError(f"there is no preset {name!r}; known: {', '.join(preset_names()) or 'none'}")
+    if name not in preset_names():
+        raise ValueError(f"there is no preset {name!r}; known: "
+                         f"{', '.join(preset_names()) or 'none'}")
     network = StaticNetwork(load_architecture(presets_folder()/f"{name}.json"))
-    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(presets_folder()/f"{name}.safetensors").items()})
+    network.load_state_dict({k: v.float() if v.is_floating_point() else v
+                             for k, v in load_file(presets_folder()/f"{name}.safetensors").items()})
     return network.eval()
 
 # %% ../nbs/65_presets.ipynb #40eef32c
 def save_preset(name: str, retrained, evaluated, # folders of the two stages
                 to=None) -> FilePath: # a folder; None: the package's
-    "Write NAME.json and NAME.safetensors. Raises FileNotFoundError for a folder that lacks its record, ValueError for a network without an architecture."
-    trained, tested = (RunRecord.load(FilePath(folder)/f"{stage}-record.json") for folder, stage in ((retrained, "retrain"), (evaluated, "evaluate")))
+    """Write NAME.json and NAME.safetensors. Raises FileNotFoundError for a folder that lacks its
+    record, ValueError for a network without an architecture."""
+    trained, tested = (RunRecord.load(FilePath(folder)/f"{stage}-record.json")
+                       for folder, stage in ((retrained, "retrain"), (evaluated, "evaluate")))
     network = load_network(retrained)
-    if not isinstance(network, StaticNetwork): raise ValueError(f"{retrained} holds {trained.parameters['architecture']}: presets are networks of the grid")
+    if not isinstance(network, StaticNetwork):
+        raise ValueError(f"{retrained} holds {trained.parameters['architecture']}: presets are "
+                         "networks of the grid")
     row = next(iter(tested.figures["rows"].values()))
-    provenance = {**network.architecture.provenance, "data": tested.figures["dataset"], "size": tested.figures["size"], "classes": list(row["iou"]), "labelled_images": trained.figures["labelled_images"],
-                  "steps": trained.parameters["steps"], "seed": trained.seed, f"{tested.figures['split']}_miou": row["miou"], "gflops": row["gflops"], "commit": trained.commit}
+    provenance = {**network.architecture.provenance, "data": tested.figures["dataset"],
+                  "size": tested.figures["size"], "classes": list(row["iou"]),
+                  "labelled_images": trained.figures["labelled_images"],
+                  "steps": trained.parameters["steps"], "seed": trained.seed,
+                  f"{tested.figures['split']}_miou": row["miou"], "gflops": row["gflops"],
+                  "commit": trained.commit}
     to = FilePath(to or presets_folder())
     to.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in network.state_dict().items()}, to/f"{name}.safetensors")
-    return save_architecture(dataclasses.replace(network.architecture, provenance=provenance), to/f"{name}.json")
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v
+               for k, v in network.state_dict().items()}, to/f"{name}.safetensors")
+    return save_architecture(dataclasses.replace(network.architecture, provenance=provenance),
+                             to/f"{name}.json")

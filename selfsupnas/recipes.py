@@ -32,42 +32,58 @@ from .voc import VOC_SPEC
 
 # %% ../nbs/66_recipes.ipynb #27050313
 def passes(config: TrainingConfig, semi: bool = True) -> dict: # kind of pass -> images
-    "How many images one step sends through the network, before (`semi` False) and after w_semi begins to rise."
+    """How many images one step sends through the network, before (`semi` False) and after w_semi
+    begins to rise."""
     kind, semi = CONSISTENCY[config.consistency], semi and config.w_semi > 0
     views = kind.strong_views + (kind.perturbed or kind.teacher != "ema")
     segmented = config.batch_labelled + semi * views * config.batch_unlabelled
     return {"segmented": segmented, # labelled, strong and weak views, with gradient
             "jigsaw": config.batch_jigsaw if config.w_jig else 0, # with gradient, not classified
-            "perturbed": config.batch_unlabelled if semi and kind.perturbed else 0, # decoded once more, with gradient
-            "peer": segmented if config.w_semi and kind.peer else 0, # through the second network, with gradient
-            "taught": config.batch_unlabelled if semi and kind.teacher == "ema" else 0} # by the averaged teacher, without gradient
+            # decoded once more, with gradient
+            "perturbed": config.batch_unlabelled if semi and kind.perturbed else 0,
+            # through the second network, with gradient
+            "peer": segmented if config.w_semi and kind.peer else 0,
+            # by the averaged teacher, without gradient
+            "taught": config.batch_unlabelled if semi and kind.teacher == "ema" else 0}
 
 # %% ../nbs/66_recipes.ipynb #17fc4c23
 @lru_cache
 def view_table(space: SearchSpace, size: tuple, gate: str) -> CostTable: # size: (H,W) of a view
-    "Multiply-adds of the parts of the grid for one image; they do not depend on the depth, and so are measured on a grid of 4 layers."
-    return dataclasses.replace(measure_costs(dataclasses.replace(space, layers=min(space.layers, 4)), size, gate=gate), space=space)
+    """Multiply-adds of the parts of the grid for one image; they do not depend on the depth, and so
+    are measured on a grid of 4 layers."""
+    return dataclasses.replace(
+        measure_costs(dataclasses.replace(space, layers=min(space.layers, 4)), size, gate=gate),
+        space=space)
 
 def step_flops(config: TrainingConfig, table: CostTable, # at the size of a view
                share: float = 1., # of the grid's cost that is executed
                semi: bool = True) -> float: # multiply-adds
-    "Multiply-adds of one optimiser step: three times the forward passes that have a gradient, but for the first convolution, and once those that have none."
+    """Multiply-adds of one optimiser step: three times the forward passes that have a gradient, but
+    for the first convolution, and once those that have none."""
     n, space, (h, w) = passes(config, semi), table.space, table.size
-    classifier, first = 9 * space.channels * space.num_classes * -(-h // 4) * -(-w // 4), 27 * space.channels * -(-h // 2) * -(-w // 2)
+    classifier, first = (9 * space.channels * space.num_classes * -(-h // 4) * -(-w // 4),
+                         27 * space.channels * -(-h // 2) * -(-w // 2))
     entering = n["segmented"] + n["peer"] + n["jigsaw"]
-    with_gradient = entering * share * table.full - n["jigsaw"] * classifier + n["perturbed"] * (sum(table.raise_from) + table.head)
+    with_gradient = (entering * share * table.full - n["jigsaw"] * classifier
+                     + n["perturbed"] * (sum(table.raise_from) + table.head))
     return 3 * with_gradient - entering * first + n["taught"] * share * table.full
 
 # %% ../nbs/66_recipes.ipynb #7eb883da
-def executed_share(config: TrainingConfig, done: float) -> float: # done: share of the steps; -> share of the grid's cost
-    "What a search executes if its cost follows the budget; 1 throughout where nothing holds the executed cost."
+def executed_share(config: TrainingConfig, done: float) -> float:
+    # done: share of the steps; -> share of the grid's cost
+    """What a search executes if its cost follows the budget; 1 throughout where nothing holds the
+    executed cost."""
     if not getattr(config, "controlled", False): return 1.
     return 1 + (config.budget - 1) * ramp_up(done, *config.cost_ramp, "linear")
 
-def run_flops(config: TrainingConfig, table: CostTable, share: float = 1., # of the grid's cost: 1 for the supernet
-              follow: bool = True) -> float: # does the executed cost follow the budget? False: no path ever closes
+def run_flops(config: TrainingConfig, table: CostTable,
+              share: float = 1., # of the grid's cost: 1 for the supernet
+              # does the executed cost follow the budget? False: no path ever closes
+              follow: bool = True) -> float:
     "Multiply-adds of all steps of a run; validation is not in it."
-    ends = [[step_flops(config, table, share * executed, semi) for executed in (0, 1)] for semi in (False, True)] # linear in what is executed
+    # linear in what is executed
+    ends = [[step_flops(config, table, share * executed, semi) for executed in (0, 1)]
+            for semi in (False, True)]
     total, moments = 0., 1000
     for done in ((k + .5) / moments for k in range(moments)):
         least, most = ends[done >= config.ramp[0]]
@@ -75,65 +91,94 @@ def run_flops(config: TrainingConfig, table: CostTable, share: float = 1., # of 
     return config.steps / moments * total
 
 # %% ../nbs/66_recipes.ipynb #607ded09
-def saved_bytes(forward, # function without arguments that returns what a backward pass could start from
-                module: nn.Module, precision: str = "no") -> int: # precision: as in TrainingConfig; both kinds of half take the same
-    "Bytes that autograd keeps of `forward()`, each storage once, without parameters and buffers of `module`."
-    own, kept = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}, {}
+def saved_bytes(
+        forward, # function without arguments that returns what a backward pass could start from
+        # precision: as in TrainingConfig; both kinds of half take the same
+        module: nn.Module, precision: str = "no") -> int:
+    """Bytes that autograd keeps of `forward()`, each storage once, without parameters and buffers
+    of `module`."""
+    own, kept = ({t.untyped_storage().data_ptr()
+                  for t in (*module.parameters(), *module.buffers())}, {})
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage.nbytes()
         return tensor
     half = nullcontext() if precision == "no" else torch.autocast("cpu", torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half: result = forward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+        result = forward()
     del result # only now: a storage that is given back could be counted twice
     return sum(kept.values())
 
-def trunk_bytes(model: RoutingNetwork, precision: str, side: int) -> int: # for one image of side x side
+def trunk_bytes(model: RoutingNetwork, precision: str, side: int) -> int:
+    # for one image of side x side
     "What is kept of stem, cells and decoder."
     image = torch.randn(1, 3, side, side)
     return saved_bytes(lambda: model.encode(image), model, precision)
 
-def answer_bytes(model: RoutingNetwork, precision: str, side: int) -> dict: # part -> bytes for one image of side x side
-    "What is kept of classifier and loss (`answer`), and of the decoder with them (`again`), as perturbed features need it."
-    image, label, size = torch.randn(1, 3, side, side), torch.zeros(1, side, side, dtype=torch.long), (side, side)
+def answer_bytes(model: RoutingNetwork, precision: str, side: int) -> dict:
+    # part -> bytes for one image of side x side
+    """What is kept of classifier and loss (`answer`), and of the decoder with them (`again`), as
+    perturbed features need it."""
+    image, label, size = (torch.randn(1, 3, side, side),
+                          torch.zeros(1, side, side, dtype=torch.long), (side, side))
     with torch.no_grad(): signals = model.walk(image)
-    signals = {scale: signal._replace(features=signal.features.requires_grad_()) for scale, signal in signals.items()}
+    signals = {scale: signal._replace(features=signal.features.requires_grad_())
+               for scale, signal in signals.items()}
     finest = model.decode(signals, size)[0].detach().requires_grad_()
     def answer(features): return pixel_cross_entropy(model.classify(features, size), label)
-    return {"answer": saved_bytes(lambda: answer(finest), model, precision), "again": saved_bytes(lambda: answer(model.decode(signals, size)[0]), model, precision)}
+    return {"answer": saved_bytes(lambda: answer(finest), model, precision),
+            "again": saved_bytes(lambda: answer(model.decode(signals, size)[0]), model, precision)}
 
 # %% ../nbs/66_recipes.ipynb #320ce7d8
 @lru_cache
-def saved_lines(space: SearchSpace, gate: str, precision: str) -> tuple: # {part: bytes a pixel}, bytes that do not grow, parameters
+def saved_lines(space: SearchSpace, gate: str, precision: str) -> tuple:
+    # {part: bytes a pixel}, bytes that do not grow, parameters
     "The lines through what a supernet keeps of images of 96x96 and 128x128."
     def line(measure, model): # through the two
         low, high = (measure(model, precision, side) for side in (96, 128))
         return (slope := (high - low) / (128**2 - 96**2)), max(0., low - slope * 96**2)
-    model, brief = (supernet(part, gate=gate).train() for part in (space, dataclasses.replace(space, layers=3)))
-    slopes = {part: line(lambda *a: answer_bytes(*a)[part], brief)[0] for part in ("answer", "again")}
+    model, brief = (supernet(part, gate=gate).train()
+                    for part in (space, dataclasses.replace(space, layers=3)))
+    slopes = {part: line(lambda *a: answer_bytes(*a)[part], brief)[0]
+              for part in ("answer", "again")}
     slopes["trunk"], constant = line(trunk_bytes, model)
     return slopes, constant, sum(p.numel() for p in model.parameters())
 
 def grid_pixels(size: tuple) -> float: # (H,W) -> pixels
-    "H * W, the more for features that are rounded up: what the grid computes for a size that 32 does not divide."
-    return sum(2**scale * h * w for scale, (h, w) in enumerate(feature_sizes(size))) * 16 / sum(2.**-scale for scale in range(4))
+    """H * W, the more for features that are rounded up: what the grid computes for a size that 32
+    does not divide."""
+    return (sum(2**scale * h * w for scale, (h, w) in enumerate(feature_sizes(size))) * 16
+            / sum(2.**-scale for scale in range(4)))
 
 def step_memory(config: TrainingConfig, space: SearchSpace, size: tuple, # (H,W) of a view
-                share: float = 1.) -> float: # share: of the grid's cost that the trained network has; -> bytes
-    "Least memory of a training step: what is kept for the backward pass, weights, gradients, optimiser, averaged copy."
+                # share: of the grid's cost that the trained network has; -> bytes
+                share: float = 1.) -> float:
+    """Least memory of a training step: what is kept for the backward pass, weights, gradients,
+    optimiser, averaged copy."""
     n, networks = passes(config), 1 + (config.w_semi > 0 and CONSISTENCY[config.consistency].peer)
-    slopes, constant, parameters = saved_lines(space, getattr(config, "gate", "conditional"), config.precision)
+    slopes, constant, parameters = saved_lines(space, getattr(config, "gate", "conditional"),
+                                               config.precision)
     segmented = n["segmented"] + n["peer"]
-    trunk, answers = (segmented + n["jigsaw"]) * share * slopes["trunk"], segmented * slopes["answer"] + n["perturbed"] * slopes["again"]
-    copies = 3 + {"sgd": 1, "adamw": 2}[config.optimiser] # weights, gradients, averaged copy, and the optimiser's
-    return grid_pixels(size) * trunk + size[0] * size[1] * answers + networks * share * (constant + 4 * copies * parameters)
+    trunk, answers = ((segmented + n["jigsaw"]) * share * slopes["trunk"],
+                      segmented * slopes["answer"] + n["perturbed"] * slopes["again"])
+    # weights, gradients, averaged copy, and the optimiser's
+    copies = 3 + {"sgd": 1, "adamw": 2}[config.optimiser]
+    return (grid_pixels(size) * trunk + size[0] * size[1] * answers
+            + networks * share * (constant + 4 * copies * parameters))
 
 # %% ../nbs/66_recipes.ipynb #63422614
-def measure_rate(config: SearchConfig, # with size: drawn scenes are resized to it; channels and batches as in the run, layers may be fewer
-                 steps: int = 5) -> tuple: # multiply-adds a second, seconds of a step (median), multiply-adds of a step
-    "Train a supernet on drawn scenes for a few steps with all terms and all paths open, on the device that training would use."
-    config = dataclasses.replace(config, data="streetscenes", root=None, split_folder=None, crop=None, label_fraction=1 / 10, steps=steps, logs=1, resume=False,
-                                 ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9, budget_gain=0., w_harden=0.)
+def measure_rate(
+        # with size: drawn scenes are resized to it; channels and batches as in the run, layers may
+        # be fewer
+        config: SearchConfig,
+        # multiply-adds a second, seconds of a step (median), multiply-adds of a step
+        steps: int = 5) -> tuple:
+    """Train a supernet on drawn scenes for a few steps with all terms and all paths open, on the
+    device that training would use."""
+    config = dataclasses.replace(config, data="streetscenes", root=None, split_folder=None,
+                                 crop=None, label_fraction=1 / 10, steps=steps, logs=1,
+                                 resume=False, ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9,
+                                 budget_gain=0., w_harden=0.)
     with tempfile.TemporaryDirectory() as config.folder:
         data = load_training_data(config)
         table = make_table(config, data)
@@ -142,7 +187,8 @@ def measure_rate(config: SearchConfig, # with size: drawn scenes are resized to 
     return step_flops(config, table) / seconds, seconds, step_flops(config, table)
 
 # %% ../nbs/66_recipes.ipynb #af023144
-RATES = (1e12, 3e12, 1e13) # multiply-adds a second that a GPU may sustain: assumptions, see measure_rate
+# multiply-adds a second that a GPU may sustain: assumptions, see measure_rate
+RATES = (1e12, 3e12, 1e13)
 
 @dataclass(frozen=True)
 class Estimate:
@@ -152,32 +198,51 @@ class Estimate:
     open: float # of all steps, if no path ever closed
     memory: float # bytes, at least
 
-    def hours(self, rate: float) -> float: return self.run / rate / 3600 # rate: multiply-adds a second, sustained
+    def hours(self, rate: float) -> float:
+        return self.run / rate / 3600 # rate: multiply-adds a second, sustained
 
 def estimate(config: TrainingConfig, # with crop or size
-             space: SearchSpace, share: float = 1.) -> Estimate: # share: of the grid's cost that the trained network has; 1: the supernet
-    "Multiply-adds and memory of a search, or of retraining a network of that cost; ValueError without crop and size."
+             # share: of the grid's cost that the trained network has; 1: the supernet
+             space: SearchSpace, share: float = 1.) -> Estimate:
+    """Multiply-adds and memory of a search, or of retraining a network of that cost; ValueError
+    without crop and size."""
     size = config.crop or config.size
     if not size: raise ValueError("how large is a view? set crop=(height, width), or size")
     table = view_table(space, tuple(size), getattr(config, "gate", "conditional"))
-    return Estimate(step_flops(config, table, share), run_flops(config, table, share), run_flops(config, table, share, follow=False), step_memory(config, space, size, share))
+    return Estimate(step_flops(config, table, share), run_flops(config, table, share),
+                    run_flops(config, table, share, follow=False),
+                    step_memory(config, space, size, share))
 
 # %% ../nbs/66_recipes.ipynb #1f466bf0
-SETS = {"cityscapes": dict(spec=CITYSCAPES_SPEC, crop=(768, 768), fractions=(1 / 16, 1 / 8, 1 / 4, 1 / 2)), # data -> classes, (H,W) of a view, label fractions
+SETS = {"cityscapes": dict(spec=CITYSCAPES_SPEC, crop=(768, 768),
+                           # data -> classes, (H,W) of a view, label fractions
+                           fractions=(1 / 16, 1 / 8, 1 / 4, 1 / 2)),
         "voc_aug": dict(spec=VOC_SPEC, crop=(321, 321), fractions=(1 / 16, 1 / 8, 1 / 4))}
 LAYERS, CHANNELS, BUDGET = (16, 33), 64, 0.4
 SHARED = { # parameter -> value, why
     "zoom": ((0.5, 2.0), "published"),
-    "batch_labelled": (8, "published"), "batch_unlabelled": (8, "as many as labelled ones, as UniMatch (Yang et al., CVPR 2023)"),
-    "optimiser": ("sgd", "published, with momentum 0.9"), "lr": (0.05, "published for a start from scratch"), "weight_decay": (1e-4, "published"),
+    "batch_labelled": (8, "published"),
+          "batch_unlabelled": (8, "as many as labelled ones, as "
+                               "UniMatch (Yang et al., CVPR " "2023)"),
+    "optimiser": ("sgd", "published, with momentum 0.9"),
+          "lr": (0.05, "published for a start from " "scratch"),
+          "weight_decay": (1e-4, "published"),
     "clip": (5.0, "published"), "jigsaw_n": (3, "nine tiles, 72 permutations"),
-    "consistency": ("fixmatch", "unimatch and cps cost more: nbs/66_recipes.ipynb"), "threshold": (0.95, "UniMatch V2's, on both sets"),
+    "consistency": ("fixmatch", "unimatch and cps cost more: nbs/66_recipes.ipynb"),
+          "threshold": (0.95, "UniMatch V2's, on both sets"),
     "ema_decay": (0.996, "UniMatch V2"), "precision": ("bf16", "halves the memory; no: 32 bits"),
-    "workers": (8, "as many as keep up: selfsupnas.timing.time_loader"), "logs": (200, "a checkpoint each"), "resume": (True, "the same command goes on after a stop")}
+    "workers": (8, "as many as keep up: selfsupnas.timing.time_loader"),
+          "logs": (200, "a checkpoint each"),
+          "resume": (True, "the same command goes on after a " "stop")}
 STAGES = {
-    "search": {"steps": (190_000, "published"), "warmup": (1000 / 190_000, "published: 1000 steps"), "channels": (CHANNELS, "published"),
-               "budget": (BUDGET, "of the executed cost"), "w_cost": (0.8, "published"), "cost_ramp": ((0.4, 0.42), "published")},
-    "retrain": {"steps": (560_000, "published, the long schedule"), "warmup": (1000 / 560_000, "published: 1000 steps"), "drop_path": (0.3, "published, for the long schedule")}}
+    "search": {"steps": (190_000, "published"),
+               "warmup": (1000 / 190_000, "published: 1000 " "steps"),
+               "channels": (CHANNELS, "published"),
+               "budget": (BUDGET, "of the executed cost"), "w_cost": (0.8, "published"),
+               "cost_ramp": ((0.4, 0.42), "published")},
+    "retrain": {"steps": (560_000, "published, the long schedule"),
+                "warmup": (1000 / 560_000, "published: 1000 steps"),
+                "drop_path": (0.3, "published, for the long schedule")}}
 
 def recipes() -> dict: # name -> stage -> parameter -> (value, why)
     "All recipes, at the smallest label fraction."
@@ -186,18 +251,28 @@ def recipes() -> dict: # name -> stage -> parameter -> (value, why)
         for layers in LAYERS:
             name = f"{data}-{layers}"
             def stage(which, **own):
-                both = dict(folder=(f"runs/{name}/{which}", ""), data=(data, ""), crop=(about["crop"], "published" if data == "cityscapes" else "UniMatch"),
-                            batch_jigsaw=(8, "as many as of the others") if layers == 16 else (4, "fewer than of the others, to save memory"))
+                both = dict(folder=(f"runs/{name}/{which}", ""), data=(data, ""),
+                            crop=(about["crop"], "published" if data == "cityscapes"
+                                  else "UniMatch"), batch_jigsaw=(8, "as many as of the others")
+                            if layers == 16 else (4, "fewer than of the others, to save memory"))
                 return {**both, **SHARED, **STAGES[which], **own}
             found = f"runs/{name}/search"
-            made[name] = {"search": stage("search", layers=(layers, "published"), label_fraction=(about["fractions"][0], "of the training labels")),
-                          "retrain": stage("retrain", architecture=(f"{found}/architecture.json", "what the search leaves"), split_folder=(f"{found}/split", "the labels of the search, no others"))}
+            made[name] = {"search": stage("search", layers=(layers, "published"),
+                                          label_fraction=(about["fractions"][0],
+                                                          "of the training labels")),
+                          "retrain": stage("retrain",
+                                           architecture=(f"{found}/architecture.json",
+                                                         "what the search leaves"),
+                                           split_folder=(f"{found}/split", "the labels of the "
+                                                         "search, no others"))}
     return made
 
 # %% ../nbs/66_recipes.ipynb #12c658f0
-def recipe_config(name: str, stage: str) -> SearchConfig | RetrainConfig: # name: of recipes(), stage: search or retrain
+def recipe_config(name: str, stage: str) -> SearchConfig | RetrainConfig:
+    # name: of recipes(), stage: search or retrain
     "A recipe as its stage takes it, checked."
-    return from_parameters({"search": SearchConfig, "retrain": RetrainConfig}[stage], {k: value for k, (value, _) in recipes()[name][stage].items()})
+    return from_parameters({"search": SearchConfig, "retrain": RetrainConfig}[stage],
+                           {k: value for k, (value, _) in recipes()[name][stage].items()})
 
 @lru_cache
 def recipe_estimate(name: str, stage: str) -> Estimate:
@@ -209,29 +284,47 @@ def recipe_estimate(name: str, stage: str) -> Estimate:
 # %% ../nbs/66_recipes.ipynb #4e4bafd0
 def recipe_text(name: str, stage: str) -> str:
     "The parameter file of a recipe: YAML, with what the run will take in its header."
-    config, e, parameters = recipe_config(name, stage), recipe_estimate(name, stage), recipes()[name][stage]
-    other, fractions = f"runs/{name}-1_8", [f"1/{1 / f:.0f}" for f in SETS[config.data]["fractions"]]
+    config, e, parameters = (recipe_config(name, stage), recipe_estimate(name, stage),
+                             recipes()[name][stage])
+    other, fractions = (f"runs/{name}-1_8",
+                        [f"1/{1 / f:.0f}" for f in SETS[config.data]["fractions"]])
     add = {"search": f"-p label_fraction 0.125 -p folder {other}/search",
-           "retrain": f"-p folder {other}/retrain -p architecture {other}/search/architecture.json -p split_folder {other}/search/split"}[stage]
-    words = {"search": ("search", "with all paths open"), "retrain": ("retraining", f"and {BUDGET:.0%} of the grid's cost")}[stage]
+           "retrain": f"-p folder {other}/retrain -p architecture {other}/search/architecture.json "
+           f"-p split_folder {other}/search/split"}[stage]
+    words = {"search": ("search", "with all paths open"),
+             "retrain": ("retraining", f"and {BUDGET:.0%} of the grid's cost")}[stage]
     hours = [f"{float(f'{e.hours(rate):.2g}'):g} at {rate / 1e12:g}e12" for rate in RATES]
-    closed = f" ({e.open:.1e} if no path ever closed)" if e.run < e.open else f", for a network of {BUDGET:.0%} of the grid's cost"
-    head = [f"NOT RUN: what follows is estimated. A full-size {words[0]} on {SETS[config.data]['spec'].name}, {recipes()[name]['search']['layers'][0]} layers, {CHANNELS} channels.",
-            f"Multiply-adds: {e.step:.1e} a step, {e.run:.1e} all {config.steps:,} steps{closed}; validation is not in it.",
-            f"Memory: {e.memory / 1e9:.0f} GB (1e9 bytes) at least, on the device that trains, for views of {config.crop[0]}x{config.crop[1]} {words[1]}.",
-            f"GPU hours: {', '.join(hours)} multiply-adds a second, sustained. The rates are assumptions; measure yours with selfsupnas.recipes.measure_rate.",
-            f"Start: mkdir -p {config.folder} && papermill nbs/runs/{stage}.ipynb {config.folder}/{stage}.ipynb -f nbs/runs/recipes/{name}-{stage}.yaml",
-            "Data: in the folder that SELFSUPNAS_DATA names, or add -p root FOLDER." + " For a published list of labelled images add -p split_folder FOLDER." * (stage == "search"),
-            f"Label fractions of the literature: {', '.join(fractions)}; this file is for {fractions[0]}. For 1/8, add {add}",
-            "What is called published below is by Li et al. (CVPR 2020), on Cityscapes, from scratch, with 16 layers; that it suits other data or depths is a guess.",
-            "Written by selfsupnas.recipes.write_recipes; nbs/66_recipes.ipynb says how the estimates are made and checked. Do not edit: copy."]
-    lines = [f"{k}: {json.dumps(value)}" + (f" # {why}" if why else "") for k, (value, why) in parameters.items()]
+    closed = (f" ({e.open:.1e} if no path ever closed)" if e.run < e.open
+              else f", for a network of {BUDGET:.0%} of the grid's cost")
+    head = [f"NOT RUN: what follows is estimated. A full-size {words[0]} on "
+            f"{SETS[config.data]['spec'].name}, {recipes()[name]['search']['layers'][0]} layers, "
+            f"{CHANNELS} channels.",
+            f"Multiply-adds: {e.step:.1e} a step, {e.run:.1e} all {config.steps:,} steps{closed}; "
+            "validation is not in it.",
+            f"Memory: {e.memory / 1e9:.0f} GB (1e9 bytes) at least, on the device that trains, for "
+            f"views of {config.crop[0]}x{config.crop[1]} {words[1]}.",
+            f"GPU hours: {', '.join(hours)} multiply-adds a second, sustained. The rates are "
+            "assumptions; measure yours with selfsupnas.recipes.measure_rate.",
+            f"Start: mkdir -p {config.folder} && papermill nbs/runs/{stage}.ipynb "
+            f"{config.folder}/{stage}.ipynb -f nbs/runs/recipes/{name}-{stage}.yaml",
+            "Data: in the folder that SELFSUPNAS_DATA names, or add -p root FOLDER."
+            + " For a published list of labelled images add -p split_folder FOLDER."
+            * (stage == "search"),
+            f"Label fractions of the literature: {', '.join(fractions)}; this file is for "
+            f"{fractions[0]}. For 1/8, add {add}",
+            "What is called published below is by Li et al. (CVPR 2020), on Cityscapes, from "
+            "scratch, with 16 layers; that it suits other data or depths is a guess.",
+            "Written by selfsupnas.recipes.write_recipes; nbs/66_recipes.ipynb says how the "
+            "estimates are made and checked. Do not edit: copy."]
+    lines = [f"{k}: {json.dumps(value)}" + (f" # {why}" if why else "")
+             for k, (value, why) in parameters.items()]
     return "".join(f"# {line}\n" for line in head) + "\n".join(lines) + "\n"
 
 def write_recipes(folder) -> list: # of paths
     "Write every recipe into `folder` as NAME-STAGE.yaml."
     folder = FilePath(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {folder/f"{name}-{stage}.yaml": recipe_text(name, stage) for name, stages in recipes().items() for stage in stages}
+    texts = {folder/f"{name}-{stage}.yaml": recipe_text(name, stage)
+             for name, stages in recipes().items() for stage in stages}
     for path, text in texts.items(): path.write_text(text, "utf8")
     return list(texts)

@@ -224,11 +224,13 @@ def to_html(rows:list, # dicts, from `summarise`
 # %% ../nbs/61_report.ipynb #d0f156d8
 def comparison_table(results:list, # of `selfsupnas.campaign.compared`
                     ) -> str: # markdown
-    "Test and validation mIoU over seeds, GFLOPs, parameters and latency; by fraction, then by test mIoU."
+    """Test and validation mIoU over seeds, GFLOPs, parameters and latency; by fraction, then by
+    test mIoU."""
     rows = summarise(results, ["fraction", "network", "arm"],
                      ["test_miou", "val_miou", "gflops", "parameter_count", "latency_ms"])
     networks = {}
-    for row in rows: networks.setdefault((row["fraction"], row["network"]), []).extend(row["latency_ms"].values)
+    for row in rows:
+        networks.setdefault((row["fraction"], row["network"]), []).extend(row["latency_ms"].values)
     for row in rows: # a busy machine only adds to a latency: the least of a network's runs
         row.update(gflops=row["gflops"].mean, millions=row["parameter_count"].mean / 1e6,
                    latency=min(networks[row["fraction"], row["network"]]))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, build_baseline
-from .core import RunRecord, Timer, write_json
+from .core import RunRecord, Timer, check_fields, write_json
 from .cost import count_cost
 from .evaluation import evaluate
 from .network import StaticNetwork, inherit
@@ -25,35 +25,47 @@ from .training import TrainingConfig, TrainingData, image_size, load_training_da
 # %% ../nbs/54_retrain.ipynb #ed0ce7e5
 @dataclass
 class RetrainConfig(TrainingConfig):
-    "Parameters of the retraining stage; those that it shares with the search are in TrainingConfig."
+    """Parameters of the retraining stage; those that it shares with the search are in
+    TrainingConfig."""
     folder: str = "runs/retrain"
-    architecture: str = "runs/search/architecture.json" # what to train: a file, or the name of a hand-crafted network (selfsupnas.baselines)
+    architecture: str = "runs/search/architecture.json" # a file, or a hand-crafted network's name
     initialise: str = "scratch" # or inherit: the weights of the supernet that was searched
-    supernet: str | None = None # its weights (.safetensors), for inherit; None: those beside the architecture
+    supernet: str | None = None # weights to inherit; None: those beside the architecture
     steps: int = 1000 # optimiser steps
-    w_jig: float = 0.1 # less than in the search: a small network has little to spare; 0 removes the term
+    w_jig: float = 0.1 # less than in the search: a small network has little to spare
 
     def __post_init__(self):
         super().__post_init__()
         if not self.w_sup: raise ValueError("retraining needs labels: w_sup must be over 0")
-        if self.initialise not in ("scratch", "inherit"): raise ValueError(f"initialise must be scratch or inherit, not {self.initialise!r}")
+        check_fields(self, choices={"initialise": ("scratch", "inherit")})
         if self.architecture not in BASELINES: return
-        for name, right, is_right in (("w_jig", "0", not self.w_jig), ("initialise", "scratch", self.initialise == "scratch"), ("drop_path", "0", not self.drop_path),
-                                      ("consistency", "another kind than unimatch", not self.w_semi or self.consistency != "unimatch")):
-            if not is_right: raise ValueError(f"{self.architecture} is no routing network: {name} must be {right}, not {getattr(self, name)!r}")
+        for name, right, is_right in (("w_jig", "0", not self.w_jig),
+                                      ("initialise", "scratch", self.initialise == "scratch"),
+                                      ("drop_path", "0", not self.drop_path),
+                                      ("consistency", "another kind than unimatch", not self.w_semi
+                                       or self.consistency != "unimatch")):
+            if not is_right:
+                raise ValueError(f"{self.architecture} is no routing network: {name} must be "
+                                 f"{right}, not {getattr(self, name)!r}")
 
 # %% ../nbs/54_retrain.ipynb #8181a4e7
-def initial_network(config: RetrainConfig, spec) -> torch.nn.Module: # spec: SegmentationSpec of the data
-    "Fresh weights from the seed and all factors 1, or the supernet's weights and its gates as factors; ValueError for other classes than the data's."
+def initial_network(config: RetrainConfig, spec) -> torch.nn.Module:
+    # spec: SegmentationSpec of the data
+    """Fresh weights from the seed and all factors 1, or the supernet's weights and its gates as
+    factors; ValueError for other classes than the data's."""
     torch.manual_seed(config.seed)
-    if config.architecture in BASELINES: return build_baseline(config.architecture, spec.num_classes)
+    if config.architecture in BASELINES:
+        return build_baseline(config.architecture, spec.num_classes)
     architecture = load_architecture(config.architecture)
     if architecture.space.num_classes != spec.num_classes:
-        raise ValueError(f"{config.architecture} has {architecture.space.num_classes} classes, {spec.name} {spec.num_classes}: "
-                         "search on this data, or change num_classes in a copy of the file")
+        raise ValueError(f"{config.architecture} has {architecture.space.num_classes} classes, "
+                         f"{spec.name} {spec.num_classes}: " "search on this data, or change "
+                         "num_classes in a copy of the file")
     if config.initialise == "scratch": return StaticNetwork(architecture.unweighted())
-    weights = FilePath(config.supernet or FilePath(config.architecture).with_name("supernet.safetensors"))
-    if not weights.exists(): raise FileNotFoundError(f"initialise='inherit' needs the supernet's weights at {weights}")
+    weights = FilePath(config.supernet
+                       or FilePath(config.architecture).with_name("supernet.safetensors"))
+    if not weights.exists():
+        raise FileNotFoundError(f"initialise='inherit' needs the supernet's weights at {weights}")
     return inherit(StaticNetwork(architecture), load_file(weights))
 
 # %% ../nbs/54_retrain.ipynb #234a364f
@@ -61,33 +73,48 @@ class Retrained(dict):
     "Result of `retrain`: trained, record, data."
     __getattr__ = dict.__getitem__
 
-def retrain(config: RetrainConfig) -> Retrained:
-    "Train the network; leaves network.safetensors, architecture.json, history.json, split/ and retrain-record.json in `config.folder`."
+def retrain(config: RetrainConfig,
+            watch=None, # called with the log rows after each new one: selfsupnas.widgets.live_plot
+           ) -> Retrained:
+    """Train the network; leaves network.safetensors, architecture.json, history.json, split/ and
+    retrain-record.json in `config.folder`."""
     timer, folder = Timer(), FilePath(config.folder)
-    if config.architecture not in BASELINES: load_architecture(config.architecture) # a missing file is told before data is loaded
+    if config.architecture not in BASELINES:
+        load_architecture(config.architecture) # a missing file is told before data is loaded
     data = load_training_data(config)
     network = initial_network(config, data.train.spec)
-    with timer("training"): trained = train(network, config, data)
+    with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
-        cost, metrics = count_cost(trained.model, image_size(data.train, config.crop)), evaluate(trained.model, data.val, progress=False)
-        figures = {"num_classes": data.train.spec.num_classes, "gflops": cost.gflops, "parameters": cost.parameters, "val_miou": metrics.miou, "val_pixel_accuracy": metrics.pixel_accuracy,
-                   "labelled_images": len(data.split.labelled), "unlabelled_images": len(data.split.unlabelled), "unreadable_files": data.unreadable}
+        cost, metrics = (count_cost(trained.model, image_size(data.train, config.crop)),
+                         evaluate(trained.model, data.val, progress=False))
+        figures = {"num_classes": data.train.spec.num_classes, "gflops": cost.gflops,
+                   "parameters": cost.parameters, "val_miou": metrics.miou,
+                   "val_pixel_accuracy": metrics.pixel_accuracy,
+                   "labelled_images": len(data.split.labelled),
+                   "unlabelled_images": len(data.split.unlabelled),
+                   "unreadable_files": data.unreadable}
         figures.update(jigsaw_figures(trained, data.val, config))
-    if config.architecture not in BASELINES: save_architecture(trained.model.architecture, folder/"architecture.json")
-    save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, folder/"network.safetensors")
+    if config.architecture not in BASELINES:
+        save_architecture(trained.model.architecture, folder/"architecture.json")
+    save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()},
+              folder/"network.safetensors")
     write_json(folder/"history.json", trained.history)
-    record = RunRecord("retrain", folder.name, dataclasses.asdict(config), config.seed, figures, {**timer.seconds, "step_ms": trained.step_ms})
+    record = RunRecord("retrain", folder.name, dataclasses.asdict(config), config.seed, figures,
+                       {**timer.seconds, "step_ms": trained.step_ms})
     record.save(folder)
     return Retrained(trained=trained, record=record, data=data)
 
 # %% ../nbs/54_retrain.ipynb #95a2473b
 def load_network(folder) -> torch.nn.Module: # in evaluation mode
-    "The network that a retraining left in `folder`; raises FileNotFoundError naming what is missing."
+    """The network that a retraining left in `folder`; raises FileNotFoundError naming what is
+    missing."""
     folder = FilePath(folder)
     made, weights = folder/"retrain-record.json", folder/"network.safetensors"
     record = RunRecord.load(made) if made.exists() else None
-    if record and record.parameters["architecture"] in BASELINES: network = build_baseline(record.parameters["architecture"], record.figures["num_classes"])
+    if record and record.parameters["architecture"] in BASELINES:
+        network = build_baseline(record.parameters["architecture"], record.figures["num_classes"])
     else: network = StaticNetwork(load_architecture(folder/"architecture.json"))
-    if not weights.exists(): raise FileNotFoundError(f"no weights at {weights}; `selfsupnas retrain` writes them")
+    if not weights.exists():
+        raise FileNotFoundError(f"no weights at {weights}; `selfsupnas retrain` writes them")
     network.load_state_dict(load_file(weights))
     return network.eval()

@@ -102,7 +102,8 @@ def draw_wall(scene:Scene, # painted on in place
               ends:tuple, # x0, z0, x1, z1 of the ground line, metres
               floors:tuple, # heights of the floors' lower edges and the eaves, metres
               look:tuple, # colour, texture, shade of the wall
-              panes:tuple, # (glass, door) colours, width share, height share, column in metres, shop or not
+              # (glass, door) colours, width share, height share, column in metres, shop or not
+              panes:tuple,
              ):
     "One wall with its rows of windows."
     (x0, z0, x1, z1), (colour, texture, shade) = ends, look

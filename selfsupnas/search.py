@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SearchConfig', 'GateStatistics', 'gate_statistics', 'solve_jigsaws', 'jigsaw_figures', 'BudgetTerms', 'closing_of',
            'plain_images', 'calibrate_closing', 'halves', 'make_turns', 'Searched', 'make_space', 'make_table',
-           'search', 'check_budget', 'inherited_network', 'derive_within', 'search_figures', 'reopened',
-           'load_supernet']
+           'save_supernet', 'search', 'check_budget', 'inherited_network', 'derive_within', 'search_figures',
+           'reopened', 'load_supernet']
 
 # %% ../nbs/51_search.ipynb #a368b656
 import dataclasses
@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import Architecture, derive, load_architecture, save_architecture
 from .augment import WeakView, normalise
-from .budget import (CostTable, budget_loss, expected_cost, follow_budget, measure_costs, realised_cost, static_cost,
-                               undecided)
-from .core import RunRecord, Timer, write_json
+from .budget import (CostTable, budget_loss, expected_cost, follow_budget, measure_costs,
+                               realised_cost, static_cost, undecided)
+from .core import RunRecord, Timer, check_fields, write_json
 from .cost import COSTS, count_cost
 from .evaluation import evaluate, same_size_batches
 from .gate import CLOSED, GATES, set_closing, watch_gates
@@ -33,7 +33,8 @@ from .network import StaticNetwork, inherit
 from .permutations import permutation_set
 from .space import RoutingNetwork, gates_by_path, supernet
 from .splits import LabelSplit
-from .training import Trained, TrainingConfig, TrainingData, image_size, load_training_data, ramp_up, train
+from .training import (Trained, TrainingConfig, TrainingData, image_size,
+                                 load_training_data, ramp_up, train)
 
 # %% ../nbs/51_search.ipynb #d43f4756
 @dataclass
@@ -42,30 +43,33 @@ class SearchConfig(TrainingConfig):
     folder: str = "runs/search"
     layers: int = 6 # L of the grid (published: 16 or 33)
     channels: int = 16 # C0 at stride 4 (published: 64)
-    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # candidates of a cell, see selfsupnas.operations
+    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # of a cell: selfsupnas.operations
     search_operations: bool = False # candidates carry gates, too: what a cell computes is searched
-    keep_operations: int | None = None # of a searched cell in the derived network, at most; None: what the budget allows
+    keep_operations: int | None = None # of a derived cell, at most; None: what the budget allows
     gate: str = "conditional" # or static: one value for all images
     leak: float = 0.1 # slope of a shut gate, see selfsupnas.gate; 0 = published
-    update: str = "joint" # or alternating: gates learn on a held-out half, every other step (first-order DARTS)
-    cost: str = "flops" # what is budgeted: flops (multiply-adds), parameters, or latency (measured on this device)
-    budget: float = 0.5 # mu: share of the full grid's cost, for the search and for the derived network
+    update: str = "joint" # or alternating: gates learn on a held-out half (first-order DARTS)
+    cost: str = "flops" # what is budgeted: flops (multiply-adds), parameters or latency (measured)
+    budget: float = 0.5 # mu: share of the full grid's cost, of search and derived network
     budget_of: str = "realised" # or expected (published)
-    budget_gain: float = 0.03 # of the control that holds the realised cost to the budget, see selfsupnas.budget; 0: none (published)
-    w_cost: float = 6.0 # weight of the budget term; 0 removes it, and the control (published: 0.5 to 0.8 with long schedules)
-    cost_ramp: tuple[float, float] = (0.15, 0.4) # shares of the steps at which the budget begins to act and is whole
-    w_harden: float = 1.5 # weight of the term that makes gates decide, see selfsupnas.budget; 0 removes it, for dynamic inference
-    harden_ramp: tuple[float, float] = (0.4, 0.8) # shares of the steps at which w_harden begins to rise and is whole
+    budget_gain: float = 0.03 # of the control that holds cost to the budget; 0: none (published)
+    w_cost: float = 6.0 # of the budget; 0 removes it and the control (published: 0.5 to 0.8)
+    cost_ramp: tuple[float, float] = (0.15, 0.4) # the budget rises between these shares
+    w_harden: float = 1.5 # of the term that makes gates decide; 0 removes it, for dynamic inference
+    harden_ramp: tuple[float, float] = (0.4, 0.8) # w_harden rises between these shares
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.budget <= 1: raise ValueError(f"budget must be in (0, 1], a share of the full grid's cost, not {self.budget}")
-        for name, known in (("budget_of", ("expected", "realised")), ("update", ("joint", "alternating")), ("gate", GATES), ("cost", COSTS)):
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("w_cost", "w_harden", "budget_gain", "leak"):
-            if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if self.keep_operations is not None and not (self.search_operations and self.keep_operations >= 1):
-            raise ValueError(f"keep_operations must be 1 or more, with search_operations, not {self.keep_operations}")
+        if not 0 < self.budget <= 1:
+            raise ValueError("budget must be in (0, 1], a share of the full grid's cost, not "
+                             f"{self.budget}")
+        check_fields(self, finite=("w_cost", "w_harden", "budget_gain", "leak"),
+                     choices=dict(budget_of=("expected", "realised"), gate=GATES, cost=COSTS,
+                                  update=("joint", "alternating")))
+        if (self.keep_operations is not None
+            and not (self.search_operations and self.keep_operations >= 1)):
+            raise ValueError("keep_operations must be 1 or more, with search_operations, not "
+                             f"{self.keep_operations}")
 
     @property
     def controlled(self) -> bool: # is the closing threshold moved?
@@ -88,24 +92,32 @@ def gate_statistics(model, dataset, table: CostTable, batch_size: int = 8) -> Ga
         with watch_gates(model) as gates: model(normalise(images).to(device))
         found = gates_by_path(table.space, gates)
         for path, g in found.items(): by_path.setdefault(path, []).append(g.cpu())
-        expected.append(expected_cost(table, found).cpu()); realised.append(realised_cost(table, found).cpu())
+        expected.append(expected_cost(table, found).cpu())
+        realised.append(realised_cost(table, found).cpu())
     values = {path: torch.cat(g) for path, g in by_path.items()}
     weights = {path: (g.sum() / (g > 0).sum().clamp(min=1)).item() for path, g in values.items()}
-    return GateStatistics({path: g.mean().item() for path, g in values.items()}, weights, torch.cat(expected), torch.cat(realised))
+    return GateStatistics({path: g.mean().item() for path, g in values.items()}, weights,
+                          torch.cat(expected), torch.cat(realised))
 
 # %% ../nbs/51_search.ipynb #1fc6b8c4
 @torch.no_grad()
 def solve_jigsaws(model, head, images: torch.Tensor, # (B,3,H,W) uint8
-                  config: TrainingConfig, draws: torch.Generator) -> dict: # shuffled, truth and guess (B,n*n), restored
-    "Shuffle images, let the head say which tile each place shows, and put the picture back by its answer."
+                  # shuffled, truth and guess (B,n*n), restored
+                  config: TrainingConfig, draws: torch.Generator) -> dict:
+    """Shuffle images, let the head say which tile each place shows, and put the picture back by its
+    answer."""
     permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
     shuffled, which = cut_and_shuffle(normalise(images), permutations, draws)
     level = min(STRIDES.index(config.jigsaw_stride), model.coarsest)
-    guess = jigsaw_guess(head(model.encode(shuffled.to(next(model.parameters()).device))[level]), permutations).cpu()
-    return {"shuffled": shuffled, "truth": permutations[which], "guess": guess, "restored": unshuffle(shuffled, guess)}
+    guess = jigsaw_guess(head(model.encode(shuffled.to(next(model.parameters()).device))[level]),
+                         permutations).cpu()
+    return {"shuffled": shuffled, "truth": permutations[which], "guess": guess,
+            "restored": unshuffle(shuffled, guess)}
 
-def jigsaw_figures(trained: Trained, dataset, config: TrainingConfig, rounds: int = 3) -> dict: # for a record; shares from 0 to 1
-    "How many jigsaws of held-out images the head puts back, each image shuffled `rounds` times; nothing without a head."
+def jigsaw_figures(trained: Trained, dataset, config: TrainingConfig, rounds: int = 3) -> dict:
+    # for a record; shares from 0 to 1
+    """How many jigsaws of held-out images the head puts back, each image shuffled `rounds` times;
+    nothing without a head."""
     if trained.head is None: return {}
     draws, right = torch.Generator().manual_seed(config.seed), []
     for _ in range(rounds):
@@ -113,68 +125,85 @@ def jigsaw_figures(trained: Trained, dataset, config: TrainingConfig, rounds: in
             solved = solve_jigsaws(trained.model, trained.head, images, config, draws)
             right.append(solved["guess"] == solved["truth"])
     right, tiles = torch.cat(right), config.jigsaw_n ** 2
-    return {"jigsaw_val_accuracy": right.all(1).float().mean().item(), "jigsaw_val_tiles": right.float().mean().item(),
-            "jigsaw_chance": 1 / len(permutation_set(config.jigsaw_n, config.jigsaw_permutations)), "jigsaw_tiles_chance": 1 / tiles}
+    return {"jigsaw_val_accuracy": right.all(1).float().mean().item(),
+            "jigsaw_val_tiles": right.float().mean().item(),
+            "jigsaw_chance": 1 / len(permutation_set(config.jigsaw_n, config.jigsaw_permutations)),
+            "jigsaw_tiles_chance": 1 / tiles}
 
 # %% ../nbs/51_search.ipynb #254a708a
 class BudgetTerms:
-    "The terms of a search that concern its gates, for `train`: weights and values at each point; moves the closing threshold."
+    """The terms of a search that concern its gates, for `train`: weights and values at each point;
+    moves the closing threshold."""
     def __init__(self, model: RoutingNetwork, table: CostTable, config: SearchConfig):
         self.model, self.table, self.config = model, table, config
 
     def weights(self, share: float) -> dict: # of the steps done -> weight of each term
         c = self.config
-        return {"cost": c.w_cost * ramp_up(share, *c.cost_ramp, "linear"), "harden": c.w_harden * ramp_up(share, *c.harden_ramp, "linear")}
+        return {"cost": c.w_cost * ramp_up(share, *c.cost_ramp, "linear"),
+                "harden": c.w_harden * ramp_up(share, *c.harden_ramp, "linear")}
 
     def __call__(self, gates: dict, # name -> (B,paths), from watch_gates
                  share: float) -> tuple[dict, dict]: # terms, figures
         c, by_path = self.config, gates_by_path(self.table.space, gates)
         expected, realised = expected_cost(self.table, by_path), realised_cost(self.table, by_path)
-        spent, begun = realised.mean().item() / self.table.full, ramp_up(share, *c.cost_ramp, "linear")
+        spent, begun = (realised.mean().item() / self.table.full,
+                        ramp_up(share, *c.cost_ramp, "linear"))
         target = 1 + (c.budget - 1) * begun if c.controlled else c.budget
         closing = closing_of(self.model)
-        if c.controlled and begun: set_closing(self.model, follow_budget(closing, spent, target, c.budget_gain))
+        if c.controlled and begun:
+            set_closing(self.model, follow_budget(closing, spent, target, c.budget_gain))
         terms = {"cost": budget_loss(self.table, expected, realised, target, c.budget_of)}
         if c.w_harden: terms["harden"] = undecided(by_path)
-        return terms, {"expected": expected.detach().mean() / self.table.full, "realised": spent, "closing": closing,
-                       "gates": torch.stack([g.detach().mean() for g in by_path.values()])}
+        return (terms, {"expected": expected.detach().mean() / self.table.full, "realised": spent,
+                        "closing": closing,
+                        "gates": torch.stack([g.detach().mean() for g in by_path.values()])})
 
 def closing_of(model) -> float:
     "The closing threshold that all gates of a network share."
     return next(m for m in model.modules() if isinstance(m, tuple(GATES.values()))).closing.item()
 
 # %% ../nbs/51_search.ipynb #fea295da
-def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) -> torch.Tensor: # (count,3,H,W) uint8
+def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) -> torch.Tensor:
+    # (count,3,H,W) uint8
     "Training images as they are used: no zoom, no flip, no label; a crop where the run has one."
-    stream = Stream(data.train, data.both, WeakView(config.crop, (1., 1.), 0.), config.seed, kind="unlabelled", strong_views=0)
+    stream = Stream(data.train, data.both, WeakView(config.crop, (1., 1.), 0.), config.seed,
+                    kind="unlabelled", strong_views=0)
     return torch.stack([stream[k]["weak"] for k in range(min(count, len(data.both)))])
 
 @torch.no_grad()
-def calibrate_closing(model: RoutingNetwork, table: CostTable, budget: float, # share of the full grid's cost
+def calibrate_closing(model: RoutingNetwork, table: CostTable,
+                      budget: float, # share of the full grid's cost
                       images: torch.Tensor, # (n,3,H,W) uint8
                      ) -> float:
-    "Set and return the least closing threshold with which the mean realised cost of `images` is within the budget."
+    """Set and return the least closing threshold with which the mean realised cost of `images` is
+    within the budget."""
     model.eval()
     def spent(closing):
         set_closing(model, closing)
         costs = []
         for batch in images.split(16):
-            with watch_gates(model) as gates: model(normalise(batch).to(next(model.parameters()).device))
+            with watch_gates(model) as gates:
+                model(normalise(batch).to(next(model.parameters()).device))
             costs.append(realised_cost(table, gates_by_path(table.space, gates)))
         return torch.cat(costs).mean().item() / table.full
     if spent(CLOSED) <= budget: return CLOSED
     low, high = CLOSED, 1.
-    for _ in range(10): low, high = (low, middle) if spent(middle := (low + high) / 2) <= budget else (middle, high)
+    for _ in range(10):
+        low, high = (low, middle) if spent(middle := (low + high) / 2) <= budget else (middle, high)
     set_closing(model, high)
     return high
 
 # %% ../nbs/51_search.ipynb #d15bd998
 def halves(data: TrainingData, seed: int) -> tuple[TrainingData, TrainingData]:
-    "The training images in two halves, labelled and unlabelled each; raises ValueError for fewer than 2 labelled images."
+    """The training images in two halves, labelled and unlabelled each; raises ValueError for fewer
+    than 2 labelled images."""
     draw = np.random.default_rng(seed)
-    if len(data.split.labelled) == 1: raise ValueError("update='alternating' halves the labelled images, and there is only 1: raise label_fraction")
+    if len(data.split.labelled) == 1:
+        raise ValueError("update='alternating' halves the labelled images, and there is only 1: "
+                         "raise label_fraction")
     mixed = [draw.permutation(ids).tolist() for ids in (data.split.labelled, data.split.unlabelled)]
-    parts = [LabelSplit(*(ids[i::2] for ids in mixed), data.split.fraction, data.split.seed, data.split.dataset) for i in (0, 1)]
+    parts = [LabelSplit(*(ids[i::2] for ids in mixed), data.split.fraction, data.split.seed,
+                        data.split.dataset) for i in (0, 1)]
     return tuple(dataclasses.replace(data, split=part) for part in parts)
 
 def make_turns(data: TrainingData, config: SearchConfig) -> list | None: # for `train`
@@ -190,15 +219,26 @@ class Searched(dict):
     __getattr__ = dict.__getitem__
 
 def make_space(config: SearchConfig, num_classes: int) -> SearchSpace:
-    return SearchSpace(num_classes, config.layers, config.channels, config.operations, config.search_operations)
+    return SearchSpace(num_classes, config.layers, config.channels, config.operations,
+                       config.search_operations)
 
 def make_table(config: SearchConfig, data: TrainingData) -> CostTable:
-    "The costs of the configured space, at the size of the data; latency on the device that will train."
+    """The costs of the configured space, at the size of the data; latency on the device that will
+    train."""
     device = "cuda" if config.cost == "latency" and torch.cuda.is_available() else "cpu"
-    return measure_costs(make_space(config, data.train.spec.num_classes), image_size(data.train, config.crop), config.cost, config.gate, device=device)
+    return measure_costs(make_space(config, data.train.spec.num_classes),
+                         image_size(data.train, config.crop), config.cost, config.gate,
+                         device=device)
 
-def search(config: SearchConfig) -> Searched:
-    "Run the search; leaves architecture.json, supernet.safetensors, history.json, split/ and search-record.json in `config.folder`."
+def save_supernet(model: RoutingNetwork, folder):
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()},
+              FilePath(folder)/"supernet.safetensors")
+
+def search(config: SearchConfig,
+           watch=None, # called with the log rows after each new one: selfsupnas.widgets.live_plot
+          ) -> Searched:
+    """Run the search; leaves architecture.json, supernet.safetensors, history.json, split/ and
+    search-record.json in `config.folder`."""
     timer, folder = Timer(), FilePath(config.folder)
     data = load_training_data(config)
     with timer("cost table"): table = make_table(config, data)
@@ -206,65 +246,88 @@ def search(config: SearchConfig) -> Searched:
     torch.manual_seed(config.seed)
     model = supernet(table.space, gate=config.gate, leak=config.leak)
     with timer("training"):
-        trained = train(model, config, data, BudgetTerms(model, table, config) if config.w_cost or config.w_harden else None, make_turns(data, config))
-    save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, folder/"supernet.safetensors")
+        terms = BudgetTerms(model, table, config) if config.w_cost or config.w_harden else None
+        trained = train(model, config, data, terms, make_turns(data, config), watch)
+    save_supernet(trained.model, folder)
     write_json(folder/"history.json", trained.history)
     with timer("derivation"):
         plain = plain_images(config, data)
         if config.controlled:
             calibrate_closing(trained.model, table, config.budget, plain)
-            save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, folder/"supernet.safetensors")
+            save_supernet(trained.model, folder)
         statistics = gate_statistics(trained.model, data.val, table)
-        architecture = derive_within(table, statistics, config.budget, config.keep_operations, {
-            "stage": "search", "data": data.train.spec.name, "size": list(table.size), "seed": config.seed, "budget": config.budget,
-            "cost": config.cost, "steps": config.steps})
+        architecture = derive_within(table, statistics, config.budget, config.keep_operations,
+                                     {"stage": "search", "data": data.train.spec.name,
+                                      "size": list(table.size), "seed": config.seed,
+                                      "budget": config.budget, "cost": config.cost,
+                                      "steps": config.steps})
         derived = inherited_network(architecture, trained.model.state_dict(), plain)
     save_architecture(architecture, folder/"architecture.json")
-    with timer("validation"): figures = search_figures(config, data, trained, table, derived, statistics)
-    record = RunRecord("search", folder.name, dataclasses.asdict(config), config.seed, figures, {**timer.seconds, "step_ms": trained.step_ms})
+    with timer("validation"):
+        figures = search_figures(config, data, trained, table, derived, statistics)
+    record = RunRecord("search", folder.name, dataclasses.asdict(config), config.seed, figures,
+                       {**timer.seconds, "step_ms": trained.step_ms})
     record.save(folder)
-    return Searched(trained=trained, table=table, statistics=statistics, architecture=architecture, derived=derived, record=record, data=data)
+    return Searched(trained=trained, table=table, statistics=statistics, architecture=architecture,
+                    derived=derived, record=record, data=data)
 
 # %% ../nbs/51_search.ipynb #1efd2830
 def check_budget(table: CostTable, budget: float):
-    "Raise ValueError for a budget that not even the empty route meets: before the search, not after it."
+    """Raise ValueError for a budget that not even the empty route meets: before the search, not
+    after it."""
     least = static_cost(table, []) / table.full
     if budget < least:
-        raise ValueError(f"budget {budget} is out of reach: stem, decoder and classifier alone are {least:.3f} of the full grid; ask for more than that, or for more layers")
+        raise ValueError(f"budget {budget} is out of reach: stem, decoder and classifier alone are "
+                         f"{least:.3f} of the full grid; ask for more than that, or for more "
+                         "layers")
 
-def inherited_network(architecture: Architecture, supernet_state: dict, images: torch.Tensor # (n,3,H,W) uint8: training images, no labels
+def inherited_network(architecture: Architecture, supernet_state: dict,
+                      images: torch.Tensor # (n,3,H,W) uint8: training images, no labels
                      ) -> StaticNetwork: # in evaluation mode
     "The derived network with the supernet's weights, its batch-norm statistics taken on `images`."
     network = inherit(StaticNetwork(architecture), {k: v.cpu() for k, v in supernet_state.items()})
     torch.optim.swa_utils.update_bn([normalise(batch) for batch in images.split(16)], network)
     return network.eval()
 
-def derive_within(table: CostTable, statistics: GateStatistics, budget: float, # share of the full grid's cost
+def derive_within(table: CostTable, statistics: GateStatistics,
+                  budget: float, # share of the full grid's cost
                   keep_operations: int | None, provenance: dict) -> Architecture:
     "The architecture that the gates say, within the budget, each part with its weight."
-    found = derive(table.space, statistics.importance, lambda paths: static_cost(table, paths), budget * table.full, keep_operations)
+    found = derive(table.space, statistics.importance, lambda paths: static_cost(table, paths),
+                   budget * table.full, keep_operations)
     def weighed(kept): return {path: statistics.weights[path] for path in kept}
     return Architecture(found.space, weighed(found.paths), provenance, weighed(found.operations))
 
-def search_figures(config, data, trained: Trained, table, derived: StaticNetwork, statistics: GateStatistics) -> dict:
+# %% ../nbs/51_search.ipynb #c0fe5101
+def search_figures(config, data, trained: Trained, table, derived: StaticNetwork,
+                   statistics: GateStatistics) -> dict:
     "What the record says of a search; validation images only."
     counted, units = count_cost(derived, table.size), static_cost(table, derived.architecture.kept)
-    figures = {"cost": table.kind, "full_cost": table.full, "budget_cost": config.budget * table.full, "derived_cost": units,
+    figures = {"cost": table.kind, "full_cost": table.full,
+               "budget_cost": config.budget * table.full, "derived_cost": units,
                "derived_gflops": counted.gflops, "derived_parameters": counted.parameters,
-               "expected_share": statistics.expected.mean().item() / table.full, "realised_share": statistics.realised.mean().item() / table.full,
-               "closing_threshold": closing_of(trained.model), "paths": len(table.space.paths()), "paths_kept": len(derived.architecture.paths),
-               "paths_closed_for_all": sum(statistics.importance[path] == 0 for path in table.space.paths()),
-               **reopened(trained.history, table.space), "unreadable_files": data.unreadable, **jigsaw_figures(trained, data.val, config)}
+               "expected_share": statistics.expected.mean().item() / table.full,
+               "realised_share": statistics.realised.mean().item() / table.full,
+               "closing_threshold": closing_of(trained.model), "paths": len(table.space.paths()),
+               "paths_kept": len(derived.architecture.paths),
+               "paths_closed_for_all": sum(statistics.importance[path] == 0
+                                           for path in table.space.paths()),
+               **reopened(trained.history, table.space), "unreadable_files": data.unreadable,
+               **jigsaw_figures(trained, data.val, config)}
     if table.kind == "flops":
         figures.update(full_gflops=table.full / 1e9, budget_gflops=config.budget * table.full / 1e9)
-        if counted.flops != units: raise RuntimeError(f"derived network: {counted.flops:,} multiply-adds by fvcore, {units:,} by the table")
+        if counted.flops != units:
+            raise RuntimeError(f"derived network: {counted.flops:,} multiply-adds by fvcore, "
+                               f"{units:,} by the table")
     if config.search_operations: figures["candidates_kept"] = len(derived.architecture.operations)
-    for name, network in (("supernet_val_miou", trained.model), ("derived_inherited_val_miou", derived)):
+    for name, network in (("supernet_val_miou", trained.model),
+                          ("derived_inherited_val_miou", derived)):
         figures[name] = evaluate(network, data.val, progress=False).miou if config.w_sup else None
     return figures
 
 def reopened(history: list, space: SearchSpace) -> dict: # figures
-    "How many paths were shut for all images of a log row, and how many of these were open again at the end."
+    """How many paths were shut for all images of a log row, and how many of these were open again
+    at the end."""
     rows = [row["gates"][:] for row in history if "gates" in row]
     if not rows: return {}
     paths = [space.gated().index(path) for path in space.paths()]
@@ -276,7 +339,10 @@ def load_supernet(folder) -> RoutingNetwork: # in evaluation mode
     "The supernet that a search left in `folder`; raises FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     parameters = RunRecord.load(folder/"search-record.json").parameters
-    model, weights = supernet(load_architecture(folder/"architecture.json").space, gate=parameters["gate"], leak=parameters["leak"]), folder/"supernet.safetensors"
-    if not weights.exists(): raise FileNotFoundError(f"no weights at {weights}; `selfsupnas search` writes them")
+    model, weights = (supernet(load_architecture(folder/"architecture.json").space,
+                               gate=parameters["gate"], leak=parameters["leak"]),
+                      folder/"supernet.safetensors")
+    if not weights.exists():
+        raise FileNotFoundError(f"no weights at {weights}; `selfsupnas search` writes them")
     model.load_state_dict(load_file(weights))
     return model.eval()

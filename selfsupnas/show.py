@@ -35,7 +35,8 @@ def as_picture(image, # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
     if x.dtype.kind == "f":
         if not np.isfinite(x).all() or x.min() < -1e-3 or x.max() > 1 + 1e-3:
             raise ValueError(f"a float image has values in 0..1, this one {x.min():.2f}.."
-                             f"{x.max():.2f}; was it normalised for a network? Show the uint8 image")
+                             f"{x.max():.2f}; was it normalised for a network? Show the uint8 "
+                             "image")
         return (x.clip(0, 1) * 255).round().astype(np.uint8)
     if x.min() < 0 or x.max() > 255:
         raise ValueError(f"an integer image has values in 0..255, this one {x.min()}..{x.max()}")

@@ -19,21 +19,27 @@ from .operations import separable
 
 # %% ../nbs/23_space.ipynb #cell-04
 def stem(channels: int) -> nn.Sequential: # (B,3,H,W) -> (B,channels,ceil(H/4),ceil(W/4))
-    "Three 3x3 convolutions, strides 2, 1, 2, separable after the first. Source: Li et al., CVPR 2020."
-    return nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-                         separable(channels, channels), nn.ReLU(), separable(channels, channels, stride=2), nn.ReLU())
+    """Three 3x3 convolutions, strides 2, 1, 2, separable after the first. Source: Li et al., CVPR
+    2020."""
+    return nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels),
+                         nn.ReLU(), separable(channels, channels), nn.ReLU(),
+                         separable(channels, channels, stride=2), nn.ReLU())
 
-def feature_sizes(size) -> list[tuple[int, int]]: # (H,W) of the image -> (h,w) at strides 4, 8, 16, 32
+def feature_sizes(size) -> list[tuple[int, int]]:
+    # (H,W) of the image -> (h,w) at strides 4, 8, 16, 32
     "Sizes of the features at each scale, rounded up."
     return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in STRIDES]
 
 # %% ../nbs/23_space.ipynb #cell-07
 class Decoder(nn.Module):
-    "Signals by scale -> fused features, finest first, each (B, C0*2**s, h_s, w_s). Source: Li et al., CVPR 2020."
+    """Signals by scale -> fused features, finest first, each (B, C0*2**s, h_s, w_s). Source: Li et
+    al., CVPR 2020."""
     def __init__(self, channels: int, coarsest: int):
         super().__init__()
-        self.up = nn.ModuleList(Up(channels * 2**scale) for scale in range(1, coarsest + 1)) # up[s-1]: s -> s-1
-        self.last = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        # up[s-1]: s -> s-1
+        self.up = nn.ModuleList(Up(channels * 2**scale) for scale in range(1, coarsest + 1))
+        self.last = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False),
+                                  nn.BatchNorm2d(channels), nn.ReLU())
 
     def forward(self, signals: dict[int, Signal], sizes) -> list[torch.Tensor]:
         coarsest = max(signals)
@@ -43,67 +49,86 @@ class Decoder(nn.Module):
             raised = put(self.up[scale - 1](take(features, present), sizes[scale - 1]), present)
             beside = [signals[scale - 1]] if scale - 1 in signals else []
             fused.insert(0, merge([Signal(raised, present)] + beside))
-        absent = [fused[0].features.new_zeros(len(fused[0].features), up.project[0].in_channels, *size)
+        absent = [fused[0].features.new_zeros(len(fused[0].features), up.project[0].in_channels,
+                                              *size)
                   for up, size in zip(self.up[coarsest:], sizes[coarsest + 1:])]
         return [self.last(fused[0].features)] + [signal.features for signal in fused[1:]] + absent
 
 # %% ../nbs/23_space.ipynb #2fbdc993
 class RoutingNetwork(nn.Module):
-    "Stem, cells on the grid, decoder, classifier: images (B,3,H,W) -> logits (B,K,H,W), any H, W of 32 or more."
-    def __init__(self, space: SearchSpace, cells: dict, # (layer, scale) -> module: Signal, finer size -> {kind: Signal}
+    """Stem, cells on the grid, decoder, classifier: images (B,3,H,W) -> logits (B,K,H,W), any H, W
+    of 32 or more."""
+    def __init__(self, space: SearchSpace,
+                 cells: dict, # (layer, scale) -> module: Signal, finer size -> {kind: Signal}
                  coarsest: int = 3): # coarsest scale that can reach the decoder
         super().__init__()
         self.space, self.coarsest = space, coarsest
         self.stem = stem(space.channels)
-        self.cells = nn.ModuleDict({f"{layer}_{scale}": cell for (layer, scale), cell in cells.items()})
+        self.cells = nn.ModuleDict({f"{layer}_{scale}": cell
+                                    for (layer, scale), cell in cells.items()})
         self.decoder = Decoder(space.channels, coarsest)
         self.classifier = nn.Conv2d(space.channels, space.num_classes, 3, padding=1)
 
     def walk(self, images: torch.Tensor) -> dict[int, Signal]: # scale -> what leaves the last layer
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < STRIDES[-1]:
-            raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not {tuple(images.shape)}")
+            raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not "
+                             f"{tuple(images.shape)}")
         sizes = feature_sizes(images.shape[-2:])
         here = {0: Signal(self.stem(images))}
         for layer in range(self.space.layers + 1):
             leaving = defaultdict(list)
             for scale, signal in here.items():
                 name = f"{layer}_{scale}"
-                out = self.cells[name](signal, sizes[scale - 1] if scale else None) if name in self.cells else {"keep": signal}
+                out = (self.cells[name](signal, sizes[scale - 1] if scale else None)
+                       if name in self.cells else {"keep": signal})
                 for kind, passed in out.items(): leaving[scale + STEP[kind]].append(passed)
             here = {scale: merge(signals) for scale, signals in sorted(leaving.items())}
         return here
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
-        "Fused features at strides 4, 8, ... of the network; zeros at scales that no image's route reaches."
+        """Fused features at strides 4, 8, ... of the network; zeros at scales that no image's route
+        reaches."""
         return self.decode(self.walk(images), images.shape[-2:])
 
-    def decode(self, signals: dict[int, Signal], size) -> list[torch.Tensor]: # from walk, (H,W) of the images -> fused features
+    def decode(self, signals: dict[int, Signal], size) -> list[torch.Tensor]:
+        # from walk, (H,W) of the images -> fused features
         return self.decoder(signals, feature_sizes(size))
 
-    def classify(self, finest: torch.Tensor, size) -> torch.Tensor: # fused features at stride 4, (H,W) -> logits (B,K,H,W)
-        return F.interpolate(self.classifier(finest), size=size, mode="bilinear", align_corners=False)
+    def classify(self, finest: torch.Tensor, size) -> torch.Tensor:
+        # fused features at stride 4, (H,W) -> logits (B,K,H,W)
+        return F.interpolate(self.classifier(finest), size=size, mode="bilinear",
+                             align_corners=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor: return self.classify(self.encode(images)[0], images.shape[-2:])
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.encode(images)[0], images.shape[-2:])
 
     def drop_path(self, p: float): # in [0, 1)
-        "Let training drop operations with a probability that grows with the layer to `p`. Source: Li et al., CVPR 2020."
-        for name, cell in self.cells.items(): cell.drop_path = p * int(name.split("_")[0]) / self.space.layers
+        """Let training drop operations with a probability that grows with the layer to `p`. Source:
+        Li et al., CVPR 2020."""
+        for name, cell in self.cells.items():
+            cell.drop_path = p * int(name.split("_")[0]) / self.space.layers
 
 # %% ../nbs/23_space.ipynb #411e801d
-def supernet(space: SearchSpace, **gate_options) -> RoutingNetwork: # gate, shrink, bias, leak of selfsupnas.gate
+def supernet(space: SearchSpace, **gate_options) -> RoutingNetwork:
+    # gate, shrink, bias, leak of selfsupnas.gate
     "A gated cell at every crossing of the grid."
-    return RoutingNetwork(space, {
-        (layer, scale): GatedCell(space.channels_at(scale), space.operations, space.kinds_at(layer, scale), space.search_operations, **gate_options)
-        for layer, scale in space.cells()})
+    return RoutingNetwork(space,
+                          {(layer, scale): GatedCell(space.channels_at(scale), space.operations,
+                                                     space.kinds_at(layer, scale),
+                                                     space.search_operations, **gate_options)
+                           for layer, scale in space.cells()})
 
 # %% ../nbs/23_space.ipynb #518e88ad
 def gate_name(layer: int, scale: int) -> str: return f"cells.{layer}_{scale}.gate"
 
 def gates_by_path(space: SearchSpace, gates: dict # from watch_gates: name -> (B,paths)
-                 ) -> dict: # Path -> (B,) gates; a cell that was not reached has no gate: 0 for every image
+                 # Path -> (B,) gates; a cell that was not reached has no gate: 0 for every image
+                 ) -> dict:
     "Gates of each path of the grid, and of each searched candidate, by image."
     known = {gate_name(*cell) for cell in space.cells()}
-    if not gates or set(gates) - known: raise ValueError(f"these are not gates of {space}: {sorted(set(gates) - known)[:2]}; watch the network itself, not a module around it")
+    if not gates or set(gates) - known:
+        raise ValueError(f"these are not gates of {space}: {sorted(set(gates) - known)[:2]}; watch "
+                         "the network itself, not a module around it")
     some = next(iter(gates.values()))
     by_path = {}
     for path in space.gated():
@@ -115,5 +140,7 @@ def gates_by_path(space: SearchSpace, gates: dict # from watch_gates: name -> (B
 def gates_from_paths(space: SearchSpace, values: dict # Path -> number; what is missing is shut
                     ) -> dict: # for hold_gates: name -> (paths,)
     "The gates to hold for a given route."
-    return {gate_name(layer, scale): torch.tensor([float(values.get(Path(layer, scale, kind), 0)) for kind in space.gated_at(layer, scale)])
+    return {gate_name(layer,
+                      scale): torch.tensor([float(values.get(Path(layer, scale, kind), 0))
+                                            for kind in space.gated_at(layer, scale)])
             for layer, scale in space.cells()}

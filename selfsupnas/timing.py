@@ -16,11 +16,14 @@ from .training import load_training_data, make_batches, train
 
 # %% ../nbs/57_timing.ipynb #019103be
 def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
-    "Median step time (ms) of the search with no term removed and with each removed, interleaved; leaves terms-record.json in `config.folder`."
-    config = dataclasses.replace(config, ramp=(0., 0.), cost_ramp=(0., 0.), logs=1, w_cost=1e-9, budget_gain=0., w_harden=0.)
+    """Median step time (ms) of the search with no term removed and with each removed, interleaved;
+    leaves terms-record.json in `config.folder`."""
+    config = dataclasses.replace(config, ramp=(0., 0.), cost_ramp=(0., 0.), logs=1, w_cost=1e-9,
+                                 budget_gain=0., w_harden=0.)
     data = load_training_data(config)
     table = make_table(config, data)
-    removed = {"none": (), "w_jig": ("w_jig",), "w_semi": ("w_semi",), "w_cost": ("w_cost",), "all": ("w_jig", "w_semi", "w_cost")}
+    removed = {"none": (), "w_jig": ("w_jig",), "w_semi": ("w_semi",), "w_cost": ("w_cost",),
+               "all": ("w_jig", "w_semi", "w_cost")}
     times = {name: [] for name in removed}
     for _ in range(rounds):
         for name, weights in removed.items():
@@ -28,13 +31,15 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
             model = supernet(table.space, gate=config.gate)
             cost = BudgetTerms(model, table, variant) if variant.w_cost else None
             times[name].append(train(model, variant, data, cost).step_ms)
-    record = RunRecord("terms", FilePath(config.folder).name, dataclasses.asdict(config), config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
+    record = RunRecord("terms", FilePath(config.folder).name, dataclasses.asdict(config),
+                       config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
     record.save(config.folder)
     return record
 
 # %% ../nbs/57_timing.ipynb #fb96d64c
 def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
-    "Median ms of a search step with all terms, and of the loader alone making a step's batches; leaves loader-record.json in `config.folder`."
+    """Median ms of a search step with all terms, and of the loader alone making a step's batches;
+    leaves loader-record.json in `config.folder`."""
     config = dataclasses.replace(config, ramp=(0., 0.), logs=1)
     data = load_training_data(config)
     table = make_table(config, data)
@@ -43,7 +48,8 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
         model = supernet(table.space, gate=config.gate)
         return train(model, alone, data, BudgetTerms(model, table, config)).step_ms
     def batches():
-        many, begun = dataclasses.replace(config, steps=20 + 10 * config.steps), 20 # the first fill the workers' queues
+        # the first fill the workers' queues
+        many, begun = dataclasses.replace(config, steps=20 + 10 * config.steps), 20
         drawn = make_batches(many, data)
         for _ in range(begun): next(drawn)
         start = time.perf_counter()
@@ -51,7 +57,9 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
         return 1e3 * (time.perf_counter() - start) / (many.steps - begun)
     times = [(step(), batches()) for _ in range(rounds)]
     step_ms, loader_ms = (sorted(column)[rounds // 2] for column in zip(*times))
-    record = RunRecord("loader", FilePath(config.folder).name, dataclasses.asdict(config), config.seed, {},
-                       {"step_ms": step_ms, "loader_ms": loader_ms, "loader_times_faster": step_ms / loader_ms})
+    record = RunRecord("loader", FilePath(config.folder).name, dataclasses.asdict(config),
+                       config.seed, {},
+                       {"step_ms": step_ms, "loader_ms": loader_ms,
+                        "loader_times_faster": step_ms / loader_ms})
     record.save(config.folder)
     return record

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'ramp_up', 'learning_rate', 'TrainingData', 'image_size', 'load_training_data', 'make_batches',
            'Trainee', 'perturbed_too', 'make_trainee', 'UnlabelledViews', 'objective', 'save_checkpoint',
-           'load_checkpoint', 'make_optimiser', 'RunLog', 'Trained', 'train']
+           'load_checkpoint', 'delayed_interrupt', 'make_optimiser', 'RunLog', 'Trained', 'make_parts', 'step_weights',
+           'seed_step', 'train']
 
 # %% ../nbs/50_training.ipynb #54575671
-import copy, dataclasses, functools, itertools, json, math, os, time
+import contextlib, copy, dataclasses, functools, itertools, json, math, os, signal, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -20,12 +21,13 @@ from torch import nn
 from .augment import WeakView, cutmix, cutmix_boxes
 from .cell import Signal
 from .consistency import CONSISTENCY, consistency_loss, perturb_features
-from .core import RunRecord, seed_everything, write_json
+from .core import RunRecord, check_fields, seed_everything, write_json
 from .data import load_dataset
 from .evaluation import eval_mode, evaluate, readable_pairs
 from .gate import watch_gates
 from .grid import STRIDES
-from .jigsaw import JIGSAW_HEADS, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss, make_jigsaw_head
+from .jigsaw import (JIGSAW_HEADS, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss,
+                               make_jigsaw_head)
 from .loaders import Stream, draw_batches, to_device
 from .losses import pixel_cross_entropy
 from .pairs import PairDataset, common_size, preload, resize_pair
@@ -38,16 +40,16 @@ from .teacher import AdaptiveThreshold, EMATeacher
 class TrainingConfig:
     "Parameters of a training stage."
     folder: str = "runs/train" # where everything is written
-    data: str = "streetscenes" # or bluemarble, camvid, cityscapes, cityscapes_extra, cityscapes_coarse, voc, voc_aug, folder
+    data: str = "streetscenes" # or bluemarble, camvid, cityscapes, voc, folder...: selfsupnas.data
     root: str | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
-    size: tuple[int, int] | None = None # (height, width) that images are resized to; None: as they are
+    size: tuple[int, int] | None = None # (height, width) to resize images to; None: as they are
     crop: tuple[int, int] | None = None # (height, width) of a training view; None: the image's
-    zoom: tuple[float, float] = (0.75, 2.0) # least and greatest random zoom of a view (published: 0.5 to 2)
-    category_ratio: float = 1.0 # a labelled view where one class fills more is drawn again (mmsegmentation: 0.75); 1: any view
+    zoom: tuple[float, float] = (0.75, 2.0) # random zoom of a view; published: 0.5 to 2
+    category_ratio: float = 1.0 # a view that one class fills more is drawn again (elsewhere 0.75)
     label_fraction: float = 1 / 40 # of the training set whose labels are used
-    split_folder: str | None = None # labeled.txt and unlabeled.txt of an earlier run, or published; None: drawn from label_fraction and seed
-    skip_unreadable: bool = False # pass over damaged files, count them and name them; False: they end the run
-    cache_gb: float = 4.0 # memory for decoded images of a set, in 1e9 bytes; a larger set is decoded for every view
+    split_folder: str | None = None # with (un)labeled.txt; None: label_fraction and seed draw one
+    skip_unreadable: bool = False # pass over damaged files and name them; False: they end the run
+    cache_gb: float = 4.0 # for decoded images of a set, 1e9 bytes; more are decoded at each view
     seed: int = 0 # of everything that is random
     steps: int = 500 # optimiser steps (published: 190,000 of batch 8)
     batch_labelled: int = 8 # images of a step, with labels
@@ -56,42 +58,42 @@ class TrainingConfig:
     optimiser: str = "adamw" # or sgd (published: sgd with lr 0.05)
     lr: float = 3e-3 # peak learning rate
     weight_decay: float = 1e-4 # not on batch norm and biases
-    warmup: float = 0.05 # share of the steps over which the learning rate rises; then polynomial decay of power 0.9
+    warmup: float = 0.05 # share of the steps in which lr rises; then polynomial decay of power 0.9
     clip: float = 5.0 # largest gradient norm
-    w_sup: float = 1.0 # weight of the supervised term; 0 removes it: with w_semi 0, too, no label is read
+    w_sup: float = 1.0 # weight of the supervised term; 0, with w_semi 0: no label is read
     w_jig: float = 0.5 # weight of the jigsaw term; 0 removes it
     w_semi: float = 1.0 # weight of the consistency term; 0 removes it
-    ramp: tuple[float, float] = (0.1, 0.4) # shares of the steps at which w_semi begins to rise and is whole
+    ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps
     jigsaw_n: int = 2 # tiles a side
     jigsaw_head: str = "permutation" # or position: which tile each place shows
-    jigsaw_permutations: int | None = None # size of the permutation set; None: 24, 72, 240 for n = 2, 3, 4
-    jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # least and greatest random zoom of a view that becomes a jigsaw
+    jigsaw_permutations: int | None = None # None: 24, 72, 240 for n = 2, 3, 4
+    jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # random zoom of a view that becomes a jigsaw
     jigsaw_stride: int = 8 # of the fused feature that the head reads: 8 or 16
     consistency: str = "fixmatch" # or mean_teacher, unimatch, cps
     threshold: float = 0.8 # confidence from which a pseudo-label counts
-    adaptive_threshold: bool = False # let the threshold follow the teacher's confidence, from that value on, with the memory of ema_decay
+    adaptive_threshold: bool = False # the threshold follows the teacher's confidence
     cutmix_p: float = 0.5 # share of strong views that get a box from another image
-    ema_decay: float = 0.98 # of the teacher, which is also the network that is kept (published, long runs: 0.996)
-    drop_path: float = 0.0 # probability, at the last layer and step, that an operation is left out for an image (published, long runs: 0.3)
+    ema_decay: float = 0.98 # of the teacher, the network that is kept (published, long runs: 0.996)
+    drop_path: float = 0.0 # share of operations left out, last layer and step (published: 0.3)
     precision: str = "no" # fp16 or bf16 where a GPU has them
     workers: int = 0 # processes that make views
     logs: int = 20 # log lines in a run
     resume: bool = False # go on from the folder's checkpoint
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("batch_labelled", 1), ("batch_unlabelled", 1), ("batch_jigsaw", 1), ("logs", 1), ("workers", 0)):
-            if getattr(self, name) < least: raise ValueError(f"{name} must be {least} or more, not {getattr(self, name)}")
-        for name in ("w_sup", "w_jig", "w_semi", "lr", "cache_gb"):
-            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("category_ratio", "cutmix_p"):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        if self.consistency not in CONSISTENCY: raise ValueError(f"consistency must be one of {', '.join(CONSISTENCY)}, not {self.consistency!r}")
-        if self.optimiser not in ("adamw", "sgd"): raise ValueError(f"optimiser must be adamw or sgd, not {self.optimiser!r}")
-        if self.jigsaw_head not in JIGSAW_HEADS: raise ValueError(f"jigsaw_head must be one of {', '.join(JIGSAW_HEADS)}, not {self.jigsaw_head!r}")
-        if self.jigsaw_stride not in STRIDES: raise ValueError(f"jigsaw_stride must be one of {STRIDES}, not {self.jigsaw_stride}")
-        if not 0 <= self.drop_path < 1: raise ValueError(f"drop_path must be in [0, 1), not {self.drop_path}")
-        if not self.w_sup and not self.w_jig: raise ValueError("w_sup and w_jig are both 0: nothing would be learned")
-        if not self.w_sup and self.w_semi: raise ValueError("w_sup=0 needs w_semi=0: a teacher that no label taught has no labels to give")
+        check_fields(self, least=dict(steps=1, batch_labelled=1, batch_unlabelled=1, batch_jigsaw=1,
+                                      logs=1, workers=0),
+                     finite=("w_sup", "w_jig", "w_semi", "lr", "cache_gb"),
+                     shares=("category_ratio", "cutmix_p"),
+                     choices=dict(consistency=CONSISTENCY, optimiser=("adamw", "sgd"),
+                                  jigsaw_head=JIGSAW_HEADS, jigsaw_stride=STRIDES))
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), not {self.drop_path}")
+        if not self.w_sup and not self.w_jig:
+            raise ValueError("w_sup and w_jig are both 0: nothing would be learned")
+        if not self.w_sup and self.w_semi:
+            raise ValueError("w_sup=0 needs w_semi=0: a teacher that no label taught has no labels "
+                             "to give")
 
 # %% ../nbs/50_training.ipynb #cell-06
 def ramp_up(share: float, # of the steps done, 0 to 1
@@ -106,7 +108,8 @@ def ramp_up(share: float, # of the steps done, 0 to 1
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     "Linear warm-up over a share of the steps, then polynomial decay of power 0.9."
     rise = max(1, round(warmup * steps))
-    return peak * ((step + 1) / rise if step < rise else (1 - (step - rise) / max(1, steps - rise)) ** 0.9)
+    return (peak * ((step + 1) / rise if step < rise
+                    else (1 - (step - rise) / max(1, steps - rise)) ** 0.9))
 
 # %% ../nbs/50_training.ipynb #c1829a98
 @dataclass
@@ -117,11 +120,13 @@ class TrainingData:
     split: LabelSplit
 
     @property
-    def unlabelled(self) -> list: # with every label in use there is still an image without its label to learn from
+    def unlabelled(self) -> list:
+        # with every label in use there is still an image without its label to learn from
         return self.split.unlabelled or self.split.labelled
 
     @property
-    def both(self) -> list: # ids of the split, in the order of the set: a split file may name a part of it
+    def both(self) -> list:
+        # ids of the split, in the order of the set: a split file may name a part of it
         named = {*self.split.labelled, *self.split.unlabelled}
         return [name for name in self.train.ids if name in named]
 
@@ -130,22 +135,30 @@ class TrainingData:
         return len(self.train.unreadable) + len(self.val.unreadable)
 
     def examples(self, count: int) -> tuple: # ids, images (n,3,H,W) uint8, labels (n,H,W) int64
-        "The first readable validation images, resized to the size of the first where sizes differ: for pictures."
-        ids, images, labels = zip(*itertools.islice(readable_pairs(self.val, range(len(self.val))), count))
-        pairs = [resize_pair(x.permute(1, 2, 0).numpy(), y.numpy().astype(np.uint8), labels[0].shape) for x, y in zip(images, labels)]
+        """The first readable validation images, resized to the size of the first where sizes
+        differ: for pictures."""
+        ids, images, labels = zip(
+            *itertools.islice(readable_pairs(self.val, range(len(self.val))), count))
+        pairs = [resize_pair(x.permute(1, 2, 0).numpy(), y.numpy().astype(np.uint8),
+                             labels[0].shape) for x, y in zip(images, labels)]
         images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
         return ids, images.permute(0, 3, 1, 2).contiguous(), labels.long()
 
 def image_size(dataset: PairDataset, crop: tuple | None) -> tuple: # (H, W)
-    "The size at which multiply-adds are counted: that of the images, or of a crop where they differ; else ValueError."
+    """The size at which multiply-adds are counted: that of the images, or of a crop where they
+    differ; else ValueError."""
     size = common_size(dataset) or crop
-    if not size: raise ValueError(f"the images of {dataset.spec.name} differ in size: set crop=(height, width) for views, or size to resize all images")
+    if not size:
+        raise ValueError(f"the images of {dataset.spec.name} differ in size: set crop=(height, "
+                         "width) for views, or size to resize all images")
     return tuple(size)
 
 def load_training_data(config: TrainingConfig) -> TrainingData:
     "Load the sets, make or reload the split, and write it to `config.folder`/split."
-    train, val = (load_dataset(config.data, name, config.root, config.size) for name in ("train", "val"))
-    for dataset in (train, val): dataset.cache_gb, dataset.skip_unreadable = config.cache_gb, config.skip_unreadable
+    train, val = (load_dataset(config.data, name, config.root, config.size)
+                  for name in ("train", "val"))
+    for dataset in (train, val):
+        dataset.cache_gb, dataset.skip_unreadable = config.cache_gb, config.skip_unreadable
     image_size(train, config.crop)
     if config.split_folder: split = load_split(config.split_folder, train)
     elif config.w_sup: split = make_split(train, config.label_fraction, config.seed)
@@ -156,36 +169,53 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
 
 # %% ../nbs/50_training.ipynb #ed79a330
 def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0, every: int = 1):
-    "Yields {labelled or plain, unlabelled, jigsaw: uint8 batch} for each `every`th step from `start`; a removed term's batch is absent."
+    """Yields {labelled or plain, unlabelled, jigsaw: uint8 batch} for each `every`th step from
+    `start`; a removed term's batch is absent."""
     def stream(ids, zoom, seed=config.seed, flip=0.5, category_ratio=1.0, **kind):
-        return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio), seed, **kind)
-    if config.w_sup: streams = {"labelled": (stream(data.split.labelled, config.zoom, category_ratio=config.category_ratio), config.batch_labelled)}
-    else: streams = {"plain": (stream(data.both, config.zoom, kind="unlabelled", strong_views=0), config.batch_labelled)}
+        return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio),
+                      seed, **kind)
+    if config.w_sup:
+        streams = {"labelled": (stream(data.split.labelled, config.zoom,
+                                       category_ratio=config.category_ratio),
+                                config.batch_labelled)}
+    else:
+        streams = {"plain": (stream(data.both, config.zoom, kind="unlabelled", strong_views=0),
+                             config.batch_labelled)}
     strong_views = CONSISTENCY[config.consistency].strong_views
-    if config.w_semi: streams["unlabelled"] = stream(data.unlabelled, config.zoom, kind="unlabelled", strong_views=strong_views), config.batch_unlabelled
-    if config.w_jig: streams["jigsaw"] = stream(data.both, config.jigsaw_zoom, config.seed + 1, flip=0.), config.batch_jigsaw
+    if config.w_semi:
+        streams["unlabelled"] = (stream(data.unlabelled, config.zoom, kind="unlabelled",
+                                        strong_views=strong_views), config.batch_unlabelled)
+    if config.w_jig:
+        streams["jigsaw"] = (stream(data.both, config.jigsaw_zoom, config.seed + 1, flip=0.),
+                             config.batch_jigsaw)
     return draw_batches(streams, range(start, config.steps, every), config.workers)
 
 # %% ../nbs/50_training.ipynb #c290d7cc
 class Trainee(nn.Module):
     "The network and, where the run has them, the head of the pretext task and a second network."
-    def __init__(self, model: nn.Module, head: nn.Module | None = None, level: int = 1, # level: index of the fused feature
+    def __init__(self, model: nn.Module, head: nn.Module | None = None,
+                 level: int = 1, # level: index of the fused feature
                  peer: nn.Module | None = None):
         super().__init__()
         self.model, self.head, self.level, self.peer = model, head, level, peer
 
     def forward(self, images: torch.Tensor, # (B,3,H,W): first those to segment, then jigsaws
                 segment: int, # how many to segment
-                perturb: int = 0): # how many of them, the last, to decode once more from perturbed features
-        "{logits: (segment,K,H,W), and where wanted perturbed: (perturb,K,H,W), jigsaw: the head's logits, peer: (segment,K,H,W)}."
+                # how many of them, the last, to decode once more from perturbed features
+                perturb: int = 0):
+        """{logits: (segment,K,H,W), and where wanted perturbed: (perturb,K,H,W), jigsaw: the head's
+        logits, peer: (segment,K,H,W)}."""
         if self.head is None and not perturb: out = {"logits": self.model(images)}
         else:
             size, signals = images.shape[-2:], self.model.walk(images)
-            if perturb: signals = {scale: perturbed_too(signal, slice(segment - perturb, segment)) for scale, signal in signals.items()}
+            if perturb:
+                signals = {scale: perturbed_too(signal, slice(segment - perturb, segment))
+                           for scale, signal in signals.items()}
             fused = self.model.decode(signals, size)
             out = {"logits": self.model.classify(fused[0][:segment], size)}
             if perturb: out["perturbed"] = self.model.classify(fused[0][len(images):], size)
-            if segment < len(images): out["jigsaw"] = self.head(fused[self.level][segment:len(images)])
+            if segment < len(images):
+                out["jigsaw"] = self.head(fused[self.level][segment:len(images)])
         if self.peer is not None: out["peer"] = self.peer(images[:segment])
         return out
 
@@ -195,9 +225,11 @@ def perturbed_too(signal: Signal, rows: slice) -> Signal:
     return Signal(torch.cat([signal.features, perturb_features(signal.features[rows])]), present)
 
 def make_trainee(model: nn.Module, config: TrainingConfig) -> Trainee:
-    "With a head for the pretext task if the run has one; at the network's coarsest scale where jigsaw_stride is beyond it."
+    """With a head for the pretext task if the run has one; at the network's coarsest scale where
+    jigsaw_stride is beyond it."""
     peer = copy.deepcopy(model) if config.w_semi and CONSISTENCY[config.consistency].peer else None
-    for name, module in peer.named_modules() if peer is not None else (): # another start, or the two would agree for ever
+    # another start, or the two would agree for ever
+    for name, module in peer.named_modules() if peer is not None else ():
         if ".gate" not in name and hasattr(module, "reset_parameters"): module.reset_parameters()
     if not config.w_jig: return Trainee(model, peer=peer)
     level = min(STRIDES.index(config.jigsaw_stride), model.coarsest)
@@ -208,13 +240,16 @@ def make_trainee(model: nn.Module, config: TrainingConfig) -> Trainee:
 # %% ../nbs/50_training.ipynb #efa3ee7f
 class UnlabelledViews:
     "The views of one unlabelled batch that a kind of consistency compares, and how each was mixed."
-    def __init__(self, batch: dict, # weak, valid, diagnosis_label, strong and perhaps strong2, on the device
-                 kind, generator: torch.Generator, p: float): # kind: of CONSISTENCY; p: share of views that get a box
+    def __init__(self, batch: dict, # weak, valid, diagnosis_label, strong, perhaps strong2
+                 kind, # of CONSISTENCY
+                 generator: torch.Generator, p: float): # p: share of views that get a box
         self.batch, self.kind, self.boxes = batch, kind, {}
         for name in ("strong", "strong2")[:kind.strong_views]:
-            self.boxes[name] = cutmix_boxes(len(batch["weak"]), batch["weak"].shape[-2:], generator, p=p).to(batch["weak"].device)
+            self.boxes[name] = cutmix_boxes(len(batch["weak"]), batch["weak"].shape[-2:], generator,
+                                            p=p).to(batch["weak"].device)
 
-    def mix(self, name, x): # the view, its label or its mask, as the box of that view has it; `perturbed` is not mixed
+    def mix(self, name, x):
+        "A view, its label or its mask, as the view's box has it; `perturbed` is not mixed."
         name = "strong" if name == "peer" else name
         return cutmix(x, x.roll(1, 0), self.boxes[name]) if name in self.boxes else x
 
@@ -228,22 +263,28 @@ class UnlabelledViews:
              threshold: float): # -> loss, diagnostics
         def mixed(key): return {name: self.mix(name, self.batch[key]) for name in self.kind.weights}
         goals = {name: self.mix(name, taught[name].detach()) for name in self.kind.weights}
-        return consistency_loss(self.kind, student, goals, mixed("valid"), threshold, mixed("diagnosis_label"))
+        return consistency_loss(self.kind, student, goals, mixed("valid"), threshold,
+                                mixed("diagnosis_label"))
 
 # %% ../nbs/50_training.ipynb #17128a64
-def objective(network: nn.Module, trainee: Trainee, # what is called (perhaps wrapped for several processes), and what is in it
+def objective(network: nn.Module, # the trainee, perhaps wrapped for several processes
+              trainee: Trainee,
               teacher: EMATeacher,
               batches: dict, # from make_batches, on the device
               weights: dict, # sup, jig, semi, ... -> weight at this step
-              config: TrainingConfig, permutations, generator: torch.Generator, # of boxes and jigsaws
-              cost: Callable | None = None, # gates by name, (B,paths) of segmented images -> terms, figures
+              config: TrainingConfig, permutations,
+              generator: torch.Generator, # of boxes and jigsaws
+              cost: Callable | None = None, # gates (B,paths) by name -> terms, figures
               threshold: AdaptiveThreshold | None = None): # None: config.threshold
     "The terms (scalars) and the figures of one step."
     terms, figures = {}, {}
-    parts = {"labelled": batches["labelled"]["image"]} if "labelled" in batches else {"plain": batches["plain"]["weak"]}
+    parts = ({"labelled": batches["labelled"]["image"]} if "labelled" in batches
+             else {"plain": batches["plain"]["weak"]})
     if weights["semi"]:
-        views = UnlabelledViews(batches["unlabelled"], CONSISTENCY[config.consistency], generator, config.cutmix_p)
-        if views.kind.teacher == "ema": taught = dict.fromkeys(views.kind.weights, teacher.model.model(views.batch["weak"]))
+        views = UnlabelledViews(batches["unlabelled"], CONSISTENCY[config.consistency], generator,
+                                config.cutmix_p)
+        if views.kind.teacher == "ema":
+            taught = dict.fromkeys(views.kind.weights, teacher.model.model(views.batch["weak"]))
         parts.update(views.images())
     sizes, images = list(map(len, parts.values())), list(parts.values())
     if weights["jig"]:
@@ -251,17 +292,24 @@ def objective(network: nn.Module, trainee: Trainee, # what is called (perhaps wr
         images.append(shuffled)
     perturb = sizes[-1] if weights["semi"] and views.kind.perturbed else 0
     with watch_gates(trainee.model) as gates: out = network(torch.cat(images), sum(sizes), perturb)
-    by_part = {name: dict(zip(parts, out[name].split(sizes))) for name in ("logits", "peer") if name in out}
-    if weights["sup"]: terms["sup"] = sum(pixel_cross_entropy(logits["labelled"], batches["labelled"]["label"]) for logits in by_part.values())
+    by_part = {name: dict(zip(parts, out[name].split(sizes))) for name in ("logits", "peer")
+               if name in out}
+    if weights["sup"]:
+        terms["sup"] = sum(pixel_cross_entropy(logits["labelled"], batches["labelled"]["label"])
+                           for logits in by_part.values())
     if weights["jig"]:
         terms["jig"] = jigsaw_loss(out["jigsaw"], truth, permutations)
         figures["jig_accuracy"] = jigsaw_accuracy(out["jigsaw"], truth, permutations)[0]
     if weights["semi"]:
-        student = {**by_part["logits"], "perturbed": out.get("perturbed"), "peer": by_part.get("peer", {}).get("strong")}
-        if views.kind.teacher == "student": taught = dict.fromkeys(views.kind.weights, student["weak"])
-        if views.kind.teacher == "peer": taught = {"strong": by_part["peer"]["weak"], "peer": student["weak"]}
+        student = {**by_part["logits"], "perturbed": out.get("perturbed"),
+                   "peer": by_part.get("peer", {}).get("strong")}
+        if views.kind.teacher == "student":
+            taught = dict.fromkeys(views.kind.weights, student["weak"])
+        if views.kind.teacher == "peer":
+            taught = {"strong": by_part["peer"]["weak"], "peer": student["weak"]}
         if threshold is not None: threshold.update(taught["strong"].detach(), views.batch["valid"])
-        terms["semi"], seen = views.loss({name: student[name] for name in views.kind.weights}, taught, threshold.value if threshold else config.threshold)
+        terms["semi"], seen = views.loss({name: student[name] for name in views.kind.weights},
+                                         taught, threshold.value if threshold else config.threshold)
         figures.update(kept=seen["share_kept"], pseudo_accuracy=seen["pseudo_label_accuracy"])
         if threshold is not None: figures["threshold"] = threshold.value
     if cost: # before its weight rises, too: the log should show gates from the start
@@ -270,27 +318,58 @@ def objective(network: nn.Module, trainee: Trainee, # what is called (perhaps wr
     return terms, figures
 
 # %% ../nbs/50_training.ipynb #c0833504
-def save_checkpoint(path, state: dict) -> Path:
-    "Write tensors and plain values, atomically."
+def save_checkpoint(path, step: int, # steps done
+                    parts: dict, # name -> what has a state_dict
+                    config: TrainingConfig, interrupted: bool = False) -> Path:
+    "Write the state of every part, atomically."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, aside)
+    torch.save({"step": step, "interrupted": interrupted,
+                "parameters": json.loads(json.dumps(dataclasses.asdict(config))),
+                **{name: part.state_dict() for name, part in parts.items()}}, aside)
     os.replace(aside, path)
     return path
 
-def load_checkpoint(path, config: TrainingConfig) -> dict:
-    "Read a checkpoint without executing anything in it; raises ValueError if it belongs to other parameters."
+def load_checkpoint(path, parts: dict, config: TrainingConfig) -> int: # steps done; 0: begin
+    """Give every part its state, if `config.resume` or the run was interrupted. Executes nothing
+    that the file holds; raises ValueError if it belongs to other parameters."""
+    if not Path(path).exists(): return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    differ = [k for k, v in state["parameters"].items() if k not in ("resume", "folder", "workers", "cache_gb") and now.get(k) != v]
-    if differ: raise ValueError(f"{path} was written with other parameters: " + ", ".join(f"{k}={state['parameters'][k]!r}" for k in differ))
-    return state
+    differ = [k for k, v in state["parameters"].items()
+              if k not in ("resume", "folder", "workers", "cache_gb") and now.get(k) != v]
+    if not config.resume and (differ or not state["interrupted"]): return 0
+    if differ:
+        raise ValueError(f"{path} was written with other parameters: "
+                         + ", ".join(f"{k}={state['parameters'][k]!r}" for k in differ))
+    for name, part in parts.items(): part.load_state_dict(state[name])
+    why = "resumed" if config.resume else "interrupted before, goes on"
+    print(f"{why} at step {state['step']} from {path}; remove it to begin anew")
+    return state["step"]
+
+# %% ../nbs/50_training.ipynb #c0fe5001
+@contextlib.contextmanager
+def delayed_interrupt(): # gives the list of signals that came
+    "Interrupts (ctrl-C, the stop button, SIGTERM) are noted; a second one acts at once."
+    came = []
+    def note(number, frame):
+        came.append(number)
+        if len(came) > 1: restore(); signal.raise_signal(number)
+    def restore():
+        for number, handler in before.items(): signal.signal(number, handler)
+    before = {}
+    if threading.current_thread() is threading.main_thread(): # elsewhere Python allows no handlers
+        before = {number: signal.signal(number, note) or signal.SIG_DFL
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+    try: yield came
+    finally: restore()
 
 # %% ../nbs/50_training.ipynb #cell-20
 def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     "AdamW or SGD with momentum 0.9; no weight decay on tensors of one dimension."
-    groups = [{"params": [p for p in trainee.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
+    groups = [{"params": [p for p in trainee.parameters() if p.dim() > 1],
+               "weight_decay": config.weight_decay},
               {"params": [p for p in trainee.parameters() if p.dim() <= 1], "weight_decay": 0.}]
     if config.optimiser == "sgd": return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=config.lr)
@@ -301,16 +380,23 @@ class RunLog:
     def __init__(self, config: TrainingConfig):
         self.config, self.rows, self.seconds, self.window = config, [], [], []
 
+    def state_dict(self) -> dict: return {"rows": self.rows, "window": self.window}
+    def load_state_dict(self, state: dict): self.rows, self.window = state["rows"], state["window"]
+
     def check(self, loss, terms, step, checkpoint):
         "Raise FloatingPointError when the loss is not finite."
         if torch.isfinite(loss): return
         values = ", ".join(f"{name} {float(term.detach()):.4g}" for name, term in terms.items())
-        raise FloatingPointError(f"the loss is not finite at step {step} ({values}); lower lr ({self.config.lr}) or the weight of that term; "
-                                 + (f"{checkpoint} holds the last log line's state" if checkpoint.exists() else "no checkpoint was due yet"))
+        raise FloatingPointError(f"the loss is not finite at step {step} ({values}); lower lr "
+                                 f"({self.config.lr}) or the weight of that term; "
+                                 + (f"{checkpoint} holds the last log line's state"
+                                    if checkpoint.exists() else "no checkpoint was due yet"))
 
-    def add(self, step: int, terms: dict, figures: dict, weights: dict, seconds: float) -> dict | None: # the row, when one is due
+    def add(self, step: int, terms: dict, figures: dict, weights: dict,
+            seconds: float) -> dict | None: # the row, when one is due
         self.seconds.append(seconds)
-        self.window.append({**{k: float(v.detach()) for k, v in terms.items()}, **{k: torch.as_tensor(v).tolist() for k, v in figures.items()}})
+        self.window.append({**{k: float(v.detach()) for k, v in terms.items()},
+                            **{k: torch.as_tensor(v).tolist() for k, v in figures.items()}})
         every = max(1, self.config.steps // self.config.logs)
         if (step + 1) % every and step + 1 < self.config.steps: return None
         row = {"step": step + 1, **{f"w_{k}": w for k, w in weights.items() if k != "sup"}}
@@ -321,71 +407,101 @@ class RunLog:
         self.rows.append(row); self.window = []
         return row
 
-    def validates(self) -> bool: return len(self.rows) % 5 == 0 or self.rows[-1]["step"] == self.config.steps
+    def finish(self, row: dict, model: nn.Module, val: PairDataset, bar, watch: Callable | None):
+        "Validate where it is due, and say and show what the row holds."
+        due = len(self.rows) % 5 == 0 or row["step"] == self.config.steps
+        row["val_miou"] = (evaluate(model, val, progress=False).miou
+                           if due and self.config.w_sup else None)
+        bar.set_postfix_str(self.show(row), refresh=False)
+        if watch: watch(self.rows)
 
     def show(self, row: dict) -> str: # prints it, too: a bar is lost in a batch run's log
-        names = ("sup", "jig", "semi", "cost", "jig_accuracy", "kept", "expected", "realised", "val_miou")
+        names = ("sup", "jig", "semi", "cost", "jig_accuracy", "kept", "expected", "realised",
+                 "val_miou")
         line = "  ".join(f"{name} {row[name]:.3f}" for name in names if row.get(name) is not None)
         print(f"step {row['step']:5}  {line}", flush=True)
         return line
 
 # %% ../nbs/50_training.ipynb #51f9a885
 class Trained(dict):
-    "Result of `train`: model and head (averaged weights, evaluation mode), history (log rows), seconds and step_ms of the steps made now (None: all were made before)."
+    """Result of `train`: model and head (averaged weights, evaluation mode), history (log rows),
+    seconds and step_ms of the steps made now (None: all were made before)."""
     __getattr__ = dict.__getitem__
 
+def make_parts(model: nn.Module, config: TrainingConfig, device) -> dict: # name -> part
+    "All that changes in a training, and that a checkpoint holds."
+    trainee = make_trainee(model, config).to(device, memory_format=torch.channels_last)
+    parts = {"trainee": trainee, "teacher": EMATeacher(trainee, config.ema_decay),
+             "optimiser": make_optimiser(trainee, config), "log": RunLog(config)}
+    if config.w_semi and config.adaptive_threshold:
+        parts["threshold"] = AdaptiveThreshold(config.threshold, config.ema_decay)
+    return parts
+
+def step_weights(config: TrainingConfig, share: float, # of the steps done
+                 cost: Callable | None) -> dict: # term -> weight
+    semi = config.w_semi * ramp_up(share, *config.ramp)
+    return {"sup": config.w_sup, "jig": config.w_jig, "semi": semi,
+            **(cost.weights(share) if cost else {})}
+
+def seed_step(seed: int, step: int) -> torch.Generator: # of boxes and jigsaws
+    "Seed torch, too: drop path and perturbed features draw from it."
+    number = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    torch.manual_seed(number)
+    return torch.Generator().manual_seed(number)
+
+# %% ../nbs/50_training.ipynb #c0fe5003
 def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in place
           config: TrainingConfig, data: TrainingData,
-          cost: Callable | None = None, # of gates and the share of the steps done -> terms, figures; with `weights(share)`: see selfsupnas.search
-          turns: list | None = None, # (data, which parameters by name): they take steps in turn; None: all parameters, all data
+          cost: Callable | None = None, # with `weights`; see selfsupnas.search.BudgetTerms
+          turns: list | None = None, # (data, which parameters by name), in turn; None: all, always
+          watch: Callable | None = None, # called with the log rows after each new one
          ) -> Trained:
-    "Train with the four-term objective and return the averaged network. Raises FloatingPointError for a loss that is not finite."
+    """Train with the four-term objective and return the averaged network. Raises FloatingPointError
+    for a loss that is not finite."""
     from accelerate import Accelerator
     from tqdm.auto import tqdm
     accelerator = Accelerator(mixed_precision=config.precision)
     seed_everything(config.seed)
-    trainee = make_trainee(model, config).to(accelerator.device, memory_format=torch.channels_last)
-    teacher, optimiser = EMATeacher(trainee, config.ema_decay), make_optimiser(trainee, config)
-    threshold = AdaptiveThreshold(config.threshold, config.ema_decay) if config.w_semi and config.adaptive_threshold else None
-    log, first, checkpoint = RunLog(config), 0, Path(config.folder)/"checkpoint.pt"
-    if config.resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint, config)
-        trainee.load_state_dict(state["trainee"]); teacher.load_state_dict(state["teacher"]); optimiser.load_state_dict(state["optimiser"])
-        if threshold is not None: threshold.load_state_dict(state["threshold"])
-        log.rows, first = state["history"], state["step"]
-        print(f"resumed at step {first} from {checkpoint}")
-    network, optimiser = accelerator.prepare(trainee, optimiser)
-    permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations) if config.w_jig else None
+    checkpoint = Path(config.folder)/"checkpoint.pt"
+    parts = make_parts(model, config, accelerator.device)
+    trainee, teacher, log, threshold = map(parts.get, ("trainee", "teacher", "log", "threshold"))
+    first = load_checkpoint(checkpoint, parts, config)
+    network, optimiser = accelerator.prepare(trainee, parts["optimiser"])
+    permutations = config.w_jig and permutation_set(config.jigsaw_n, config.jigsaw_permutations)
     turns = turns or [(data, lambda name: True)]
-    drawn = [make_batches(config, part, first + (k - first) % len(turns), len(turns)) for k, (part, _) in enumerate(turns)]
+    drawn = [make_batches(config, part, first + (k - first) % len(turns), len(turns))
+             for k, (part, _) in enumerate(turns)]
     network.train()
-    bar = tqdm(range(first, config.steps), total=config.steps, initial=first, desc=Path(config.folder).name, leave=False)
-    for step in bar:
-        turn, batches = step % len(turns), next(drawn[step % len(turns)])
-        start, share, drawing = time.perf_counter(), step / config.steps, int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
-        weights = {"sup": config.w_sup, "jig": config.w_jig, "semi": config.w_semi * ramp_up(share, *config.ramp), **(cost.weights(share) if cost else {})}
-        for group in optimiser.param_groups: group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
-        draws = torch.Generator().manual_seed(drawing)
-        torch.manual_seed(drawing) # of drop path and perturbed features
-        if config.drop_path: model.drop_path(config.drop_path * share)
-        batches = {name: to_device(batch, accelerator.device) for name, batch in batches.items()}
-        charge = cost and functools.partial(cost, share=share)
-        with accelerator.autocast():
-            terms, figures = objective(network, trainee, teacher, batches, weights, config, permutations, draws, charge, threshold)
-        loss = sum(weights[name] * term for name, term in terms.items())
-        log.check(loss, terms, step, checkpoint)
-        accelerator.backward(loss)
-        for name, parameter in trainee.named_parameters():
-            if not turns[turn][1](name): parameter.grad = None # another turn's: the optimiser passes over it
-        accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        optimiser.step(); optimiser.zero_grad(set_to_none=True)
-        teacher.update(trainee, step)
-        row = log.add(step, terms, figures, weights, time.perf_counter() - start)
-        if row is None: continue
-        row["val_miou"] = evaluate(teacher.model.model, data.val, progress=False).miou if config.w_sup and log.validates() else None
-        bar.set_postfix_str(log.show(row), refresh=False)
-        save_checkpoint(checkpoint, {"step": step + 1, "trainee": trainee.state_dict(), "teacher": teacher.state_dict(), "history": log.rows,
-                                     "optimiser": optimiser.state_dict(), "parameters": json.loads(json.dumps(dataclasses.asdict(config))),
-                                     "threshold": threshold and threshold.state_dict()})
+    bar = tqdm(range(first, config.steps), total=config.steps, initial=first,
+               desc=Path(config.folder).name, leave=False)
+    with delayed_interrupt() as came:
+        for step in bar:
+            batches, start = next(drawn[step % len(turns)]), time.perf_counter()
+            draws, share = seed_step(config.seed, step), step / config.steps
+            weights = step_weights(config, share, cost)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
+            if config.drop_path: model.drop_path(config.drop_path * share)
+            batches = {name: to_device(b, accelerator.device) for name, b in batches.items()}
+            charge = cost and functools.partial(cost, share=share)
+            with accelerator.autocast():
+                terms, figures = objective(network, trainee, teacher, batches, weights, config,
+                                           permutations, draws, charge, threshold)
+            loss = sum(weights[name] * term for name, term in terms.items())
+            log.check(loss, terms, step, checkpoint)
+            accelerator.backward(loss)
+            for name, parameter in trainee.named_parameters(): # another turn's: passed over
+                if not turns[step % len(turns)][1](name): parameter.grad = None
+            accelerator.clip_grad_norm_(network.parameters(), config.clip)
+            optimiser.step(); optimiser.zero_grad(set_to_none=True)
+            teacher.update(trainee, step)
+            row = log.add(step, terms, figures, weights, time.perf_counter() - start)
+            if row: log.finish(row, teacher.model.model, data.val, bar, watch)
+            if row or came: save_checkpoint(checkpoint, step + 1, parts, config, bool(came))
+            if came: break
+    if came:
+        print(f"stopped after step {step + 1} of {config.steps}; the same again goes on from there")
+        signal.raise_signal(came[0])
     kept = teacher.model.eval()
-    return Trained(model=kept.model, head=kept.head, history=log.rows, seconds=sum(log.seconds), step_ms=1e3 * float(np.median(log.seconds)) if log.seconds else None)
+    return Trained(model=kept.model, head=kept.head, history=log.rows, seconds=sum(log.seconds),
+                   step_ms=1e3 * float(np.median(log.seconds)) if log.seconds else None)

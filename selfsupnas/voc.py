@@ -44,7 +44,8 @@ def read_sbd(path) -> np.ndarray: # (H, W) uint8, numbers 0 to 20
     if "Segmentation" not in fields:
         names = [name for name in content if not name.startswith("__")]
         raise ValueError(f"{path} has no mask GTcls.Segmentation, only "
-                         f"{', '.join(names) or 'nothing'}: wanted are the files of SBD's folder cls/")
+                         f"{', '.join(names) or 'nothing'}: wanted are the files of SBD's folder "
+                         "cls/")
     return as_mask(found["Segmentation"].flat[0], path)
 
 # %% ../nbs/09_voc.ipynb #b1602576
@@ -139,11 +140,13 @@ def draw_voc(root, counts:dict, # train, val, extra (SBD alone), test -> number 
             image, label = draw_scene(800_000 + 10_000*part + i, VOC_SIZES[i % 3])
             Image.fromarray(image).save(base/"JPEGImages"/f"{name}.jpg", quality=90)
             mask = Image.fromarray(to[label])
-            most, least = (mask.filter(f(3)) for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+            most, least = (mask.filter(f(3))
+                           for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
             bordered = np.where(np.not_equal(most, least), 255, mask)
             if split in ("train", "val"):
                 write_mask(base/"SegmentationClass"/f"{name}.png", bordered, VOC_SPEC)
-            if split != "test": savemat(sbd/"cls"/f"{name}.mat", {"GTcls": {"Segmentation": to[label]}})
+            if split != "test":
+                savemat(sbd/"cls"/f"{name}.mat", {"GTcls": {"Segmentation": to[label]}})
         if split != "extra": write_names(lists/f"{split}.txt", names[split])
     extra = names.get("extra", [])
     write_names(sbd/"train.txt", names["train"][:1] + names["val"][:1] + extra[::2])

@@ -57,10 +57,18 @@ def test_every_module_comes_from_one_notebook():
     assert not [p.name for p in CHAPTERS if p.name[:2] != "00" and module_of(p) is None]
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=name)
-def test_export_cells_are_short(path):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_cell_fits_a_screen(path):
     for source, _ in cells(path):
-        if is_exported(source): assert len(source.splitlines()) <= 60, source.splitlines()[1]
+        lines = source.splitlines()
+        assert len(lines) <= 60, lines[:2]
+        assert not [line for line in lines if len(line) > 100], "wider than 100 columns"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_prose_comes_before_code(path):
+    for source, _ in cells(path, "markdown"):
+        assert [line for line in source.splitlines() if line.strip() and not line.startswith("#")], f"nothing but a heading: {source}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
