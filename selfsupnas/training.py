@@ -412,15 +412,16 @@ class RunLog:
         due = len(self.rows) % 5 == 0 or row["step"] == self.config.steps
         row["val_miou"] = (evaluate(model, val, progress=False).miou
                            if due and self.config.w_sup else None)
-        bar.set_postfix_str(self.show(row), refresh=False)
+        line = self.line(row)
+        bar.set_postfix_str(line, refresh=False)
         if watch: watch(self.rows)
+        else: print(line, flush=True) # a bar is lost in a batch run's log
 
-    def show(self, row: dict) -> str: # prints it, too: a bar is lost in a batch run's log
+    def line(self, row: dict) -> str:
         names = ("sup", "jig", "semi", "cost", "jig_accuracy", "kept", "expected", "realised",
                  "val_miou")
-        line = "  ".join(f"{name} {row[name]:.3f}" for name in names if row.get(name) is not None)
-        print(f"step {row['step']:5}  {line}", flush=True)
-        return line
+        told = [f"{name} {row[name]:.3f}" for name in names if row.get(name) is not None]
+        return "  ".join([f"step {row['step']:5}", *told])
 
 # %% ../nbs/50_training.ipynb #51f9a885
 class Trained(dict):
