@@ -6,7 +6,7 @@
 __all__ = ['TrainingConfig', 'ramp_up', 'learning_rate', 'TrainingData', 'image_size', 'load_training_data', 'make_batches',
            'Trainee', 'perturbed_too', 'make_trainee', 'UnlabelledViews', 'objective', 'save_checkpoint',
            'load_checkpoint', 'delayed_interrupt', 'make_optimiser', 'RunLog', 'Trained', 'make_parts', 'step_weights',
-           'seed_step', 'train']
+           'seed_step', 'train', 'taught_views']
 
 # %% ../nbs/50_training.ipynb #54575671
 import contextlib, copy, dataclasses, functools, itertools, json, math, os, signal, threading, time
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .augment import WeakView, cutmix, cutmix_boxes
+from .augment import WeakView, cutmix, cutmix_boxes, denormalise
 from .cell import Signal
 from .consistency import CONSISTENCY, consistency_loss, perturb_features
 from .core import RunRecord, check_fields, seed_everything, write_json
@@ -253,6 +253,9 @@ class UnlabelledViews:
         name = "strong" if name == "peer" else name
         return cutmix(x, x.roll(1, 0), self.boxes[name]) if name in self.boxes else x
 
+    def goals(self, taught: dict) -> dict: # name -> the teacher's logits, mixed as that view
+        return {name: self.mix(name, taught[name].detach()) for name in self.kind.weights}
+
     def images(self) -> dict: # name -> images for the student
         views = {name: self.mix(name, self.batch[name]) for name in self.boxes}
         weak = self.kind.perturbed or self.kind.teacher != "ema"
@@ -262,8 +265,7 @@ class UnlabelledViews:
              taught: dict, # name -> the teacher's logits on the weak view, not mixed
              threshold: float): # -> loss, diagnostics
         def mixed(key): return {name: self.mix(name, self.batch[key]) for name in self.kind.weights}
-        goals = {name: self.mix(name, taught[name].detach()) for name in self.kind.weights}
-        return consistency_loss(self.kind, student, goals, mixed("valid"), threshold,
+        return consistency_loss(self.kind, student, self.goals(taught), mixed("valid"), threshold,
                                 mixed("diagnosis_label"))
 
 # %% ../nbs/50_training.ipynb #17128a64
@@ -425,8 +427,9 @@ class RunLog:
 
 # %% ../nbs/50_training.ipynb #51f9a885
 class Trained(dict):
-    """Result of `train`: model and head (averaged weights, evaluation mode), history (log rows),
-    seconds and step_ms of the steps made now (None: all were made before)."""
+    """Result of `train`: model and head (averaged weights, evaluation mode), student (what took the
+    steps), history (log rows), seconds and step_ms of the steps made now (None: all were made
+    before)."""
     __getattr__ = dict.__getitem__
 
 def make_parts(model: nn.Module, config: TrainingConfig, device) -> dict: # name -> part
@@ -504,5 +507,21 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
         print(f"stopped after step {step + 1} of {config.steps}; the same again goes on from there")
         signal.raise_signal(came[0])
     kept = teacher.model.eval()
-    return Trained(model=kept.model, head=kept.head, history=log.rows, seconds=sum(log.seconds),
+    return Trained(model=kept.model, head=kept.head, student=trainee.eval().model,
+                   history=log.rows, seconds=sum(log.seconds),
                    step_ms=1e3 * float(np.median(log.seconds)) if log.seconds else None)
+
+# %% ../nbs/50_training.ipynb #c0fe5011
+def taught_views(trained: Trained, config: TrainingConfig, data: TrainingData) -> dict:
+    """weak, strong: an unlabelled batch as images (B,3,H,W) uint8; taught, student: probabilities
+    (B,K,H,W) of teacher and student, as `plot_views` takes them."""
+    device = next(trained.model.parameters()).device
+    batch = to_device(next(make_batches(config, data))["unlabelled"], device)
+    views = UnlabelledViews(batch, CONSISTENCY[config.consistency],
+                            torch.Generator().manual_seed(config.seed), config.cutmix_p)
+    strong = views.mix("strong", batch["strong"])
+    with torch.no_grad():
+        taught = views.mix("strong", trained.model(batch["weak"]))
+        student = trained.student(strong)
+    return {"weak": denormalise(batch["weak"]).cpu(), "strong": denormalise(strong).cpu(),
+            "taught": taught.softmax(1).cpu(), "student": student.softmax(1).cpu()}
