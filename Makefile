@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test test-browser drift notebook-tests pytest notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -135,6 +135,11 @@ notebook-tests: env ## every notebook runs from top to bottom
 pytest: env ## what guards rather than teaches: tests/
 	@echo "== pytest: tests/"
 	MPLBACKEND=Agg python -m pytest -q $(TESTS)
+
+# pytest counts what it drew as skipped. A git diff shows which figures are no longer the same.
+baselines: env ## draw the figures of tests/baseline anew, to be looked at
+	@echo "== baselines: into tests/baseline"
+	MPLBACKEND=Agg python -m pytest -q tests/test_figures.py -m mpl_image_compare --mpl-generate-path=tests/baseline
 
 test-browser: env ## the tour in a real JupyterLab in a real browser; needs chromium; SELFSUPNAS_SHOTS=FOLDER keeps screenshots
 	@echo "== test-browser: tests/test_browser.py"

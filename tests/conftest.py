@@ -7,6 +7,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    "Figures are compared with their baselines however pytest was called: without this, only with --mpl."
+    config.option.mpl = True
+
+
 @pytest.fixture(scope="session")
 def command():
     "command(*words, cwd=...) runs the installed console script and returns the CompletedProcess."
