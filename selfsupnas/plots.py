@@ -80,16 +80,19 @@ def draw_panel(ax, # matplotlib Axes
         name = f"{level[0]} {scale * level[1]:.3g} %"
         ax.axhline(scale * level[1], color="0.35", ls=(0, (1, 1.5)), lw=1.4, label=name)
     if len(names) > 1 or level:
-        ax.legend(fontsize=8, frameon=False, labelspacing=.2, handlelength=2.2, columnspacing=1,
-                  **dict(ncols=2, loc="lower left") if logarithmic else {})
+        many = len(ax.get_lines()) > 3
+        place = dict(ncols=2, loc="lower left" if logarithmic else "upper left")
+        ax.legend(fontsize=7 if many else 8, frameon=False, labelspacing=.2, handlelength=1.7,
+                  columnspacing=.8, **place if many or logarithmic else {})
+        if many and not logarithmic: ax.set_ylim(top=1.5 * max(drawn)) # room for the legend
     if logarithmic: log_axis(ax, "y", drawn)
-    if ax.get_yscale() == "log": ax.set_ylim(bottom=ax.get_ylim()[0] / 12) # room for the legend
+    if ax.get_yscale() == "log": ax.set_ylim(bottom=ax.get_ylim()[0] / 12) # here, too
+    elif min(drawn) >= 0: ax.set_ylim(bottom=0)
     ax.set_xlim(min(row["step"] for row in rows) - 1, max(row["step"] for row in rows) + 1)
     ax.set_title(title, fontsize=9)
     ax.set_xlabel("step", fontsize=8)
     ax.tick_params(labelsize=8, which="both")
     ax.grid(color="0.92")
-    if scale == 100: ax.set_ylim(bottom=0)
 
 # %% ../nbs/60_plots.ipynb #cell-15
 def plot_history(rows:list, # log lines: dicts with "step" and any keys of HISTORY_PANELS

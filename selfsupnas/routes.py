@@ -161,8 +161,8 @@ def plot_closed(space:SearchSpace,
                         label=f"{state}: {counts[state][-1]} at the end")
         under = over
     most = max(counts["open again"])
-    ax.set_title(f"{total} {name}; closed for every image: {max(counts['closed'])} at most; "
-                 f"open again: {most} at most", fontsize=9)
+    ax.set_title(f"of {total} {name}, at most {max(counts['closed'])} closed for every image, "
+                 f"{most} open again", fontsize=9)
     begun, last = counts["step"][0], counts["step"][-1]
     ax.set(ylim=(0, total), xlim=(begun, max(last, begun + 1)))
     ax.set_xlabel("step", fontsize=8)
@@ -255,7 +255,8 @@ def draw_searched(ax, # matplotlib Axes
                              va="center_baseline", color="k" if light else "w", zorder=5)
     keys = [Patch(fc=colour, ec="0.3", label=f"{chr(65 + i)}  {name}")
             for i, (name, colour) in enumerate(zip(names, colours))]
-    ax.legend(handles=keys, ncols=min(4, len(keys)), loc="upper center", bbox_to_anchor=(.5, -.14),
+    keys.append(Patch(fc="w", ec="0.3", label="not kept"))
+    ax.legend(handles=keys, ncols=min(5, len(keys)), loc="upper center", bbox_to_anchor=(.5, -.14),
               fontsize=8, frameon=False, handlelength=1.2)
     candidates = sum(len(names) for kinds in architecture.live.values() if kinds)
     ax.set_title(f"derived: {len(architecture.paths)} of {len(space.paths())} paths; in the cells "

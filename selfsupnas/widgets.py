@@ -88,13 +88,13 @@ class Explorer:
                 "this notebook in JupyterLab to move its controls"}
 
 # %% ../nbs/70_widgets.ipynb #c0fe7002
-def draw_progress(config: TrainingConfig, rows: list) -> bytes: # PNG
+def draw_progress(config: TrainingConfig, rows: list, dpi: int = 75) -> bytes: # PNG
     "Learning curves so far, and of a search the mean gates of the last log line."
     figures = [plot_history(rows, budget=getattr(config, "budget", None))]
     if gates := rows[-1].get("gates"):
         space = make_space(config, num_classes=2) # whatever the number, the paths are the same
         figures.append(plot_route(space, dict(zip(space.gated(), gates))))
-    return as_png(figures)
+    return as_png(figures, dpi)
 
 def live_plot(config: TrainingConfig): # -> what `search` and `retrain` take as `watch`
     "A picture under the cell, drawn anew at each log line; None where no front end is."
@@ -297,13 +297,16 @@ def explore_split(dataset, # a training set
         fig, axes = new_figure(1, 2, figsize=(8.6, 3))
         own, expected = present[rows].sum(0), present.mean(0) * len(rows)
         axes[0, 0].barh(range(len(own)), own, color=np.array(spec.palette) / 255, ec="0.3", lw=.5)
+        axes[0, 0].plot(expected, range(len(own)), "|", color="w", ms=12, mew=4)
         axes[0, 0].plot(expected, range(len(own)), "k|", ms=10, label="share of the whole set")
+        axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].set_yticks(range(len(own)), spec.classes, fontsize=7); axes[0, 0].invert_yaxis()
         axes[0, 0].set_xlabel(f"labelled images with the class, of {len(rows)}", fontsize=8)
         axes[0, 0].tick_params(labelsize=7)
-        axes[0, 0].legend(fontsize=7)
-        sheet, wall = ([Image.fromarray(overlay(*dataset[i], spec.palette, spec.ignore_index))
-                        for i in rows[:9]], Image.new("RGB", (390, 300), "white"))
+        axes[0, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 1.13), frameon=False)
+        sheet = [Image.fromarray(overlay(*dataset[i], spec.palette, spec.ignore_index))
+                 for i in rows[:9]]
+        wall = Image.new("RGB", (390, 100 * -(-len(sheet) // 3)), "white")
         for k, picture in enumerate(sheet):
             # images may differ in size
             wall.paste(picture.resize((130, 100)), (k % 3 * 130, k // 3 * 100))

@@ -13,7 +13,7 @@ that no tolerance tells them apart. It happened in matplotlib 3.11, with a new F
 and 3.10 are as far from it and equal to one another); before 3.11 these tests are skipped, and say
 so. Should a later matplotlib move the text again, they fail: `make baselines`, and look at each.
 """
-import importlib, inspect, pkgutil, random, shutil, subprocess, sys
+import importlib, inspect, io, pkgutil, random, shutil, subprocess, sys
 from dataclasses import replace
 
 import matplotlib
@@ -32,17 +32,18 @@ from selfsupnas.evaluation import Metrics, confusion_figure
 from selfsupnas.grid import Path, SearchSpace
 from selfsupnas.pairs import PairDataset
 from selfsupnas.pictures import (plot_class_iou, plot_cost_accuracy, plot_jigsaw,
-                                 plot_predictions)
+                                 plot_predictions, plot_views)
 from selfsupnas.plots import plot_gate_history, plot_history, plot_route
 from selfsupnas.report import Summary, summary_figure
 from selfsupnas.routes import (plot_closed, plot_cost_distribution, plot_front,
                                plot_image_routes, plot_operations)
 from selfsupnas.scenes import draw_scene
-from selfsupnas.search import GateStatistics
+from selfsupnas.search import GateStatistics, SearchConfig
 from selfsupnas.show import (colourise, error_map, legend, overlay, show_images,
                              show_samples)
 from selfsupnas.survey import sample_sheet, survey
-from selfsupnas.widgets import edit_architecture, explore_budget, explore_split
+from selfsupnas.widgets import (draw_progress, edit_architecture, explore_budget,
+                                explore_split)
 
 BASELINE = ROOT/"tests"/"baseline"
 TOLERANCE = 1
@@ -245,6 +246,26 @@ def test_plot_predictions():
     images, labels = images_and_labels(2)
     return plot_predictions(images, labels, worse(labels), SPEC, ["scene 0", "scene 1"],
                             ["moved, no trees"] * 2)
+
+
+@baseline
+def test_plot_views():
+    images, labels = images_and_labels(2)
+    def sure(label, blur): # probabilities, the less the nearer to a border
+        maps = np.eye(11)[np.where(label == 255, 3, label)].transpose(0, 3, 1, 2)
+        return sum(np.roll(maps, (y, x), (2, 3)) for y in (-blur, 0, blur) for x in (-1, 0, 1)) / 9
+    return plot_views(images, 255 - images, sure(labels, 1), sure(worse(labels), 2), SPEC, .9)
+
+
+@baseline
+def test_draw_progress():
+    "What a running search shows: put together from figures, so that the whole is a picture."
+    config = SearchConfig(layers=SPACE.layers)
+    rows = [{**row, "gates": list(gates_of(SPACE).values())} for row in history()[:6]]
+    picture = plt.imread(io.BytesIO(draw_progress(config, rows, dpi=30)))
+    figure = plt.figure(figsize=(picture.shape[1] / 52, picture.shape[0] / 52))
+    figure.figimage(picture)
+    return figure
 
 
 @baseline
