@@ -60,8 +60,8 @@ class Baseline(nn.Module):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error): raise
             raise ValueError("this network cannot train on a batch of 1 image: its pooled "
-                             "branch is " "batch-normalised. Use a batch of at least 2 and drop an "
-                             "incomplete " "last batch, or call model.eval() to predict") from None
+                             "branch is batch-normalised. Use a batch of at least 2 and drop an "
+                             "incomplete last batch, or call model.eval() to predict") from None
         return (out["out"] if isinstance(out, dict) else out)[..., :height, :width]
 
 # %% ../nbs/52_baselines.ipynb #9c4ddc3f
@@ -96,4 +96,4 @@ def random_architecture(space:SearchSpace,
         found = derive(space, importance, cost, target).unweighted()
         if cost(found.kept) >= (1 - tolerance) * target: return found
     raise ValueError(f"in {tries} draws no random route cost {1 - tolerance:.0%} to 100 % of "
-                     f"{target:,.0f}; " "allow a larger tolerance")
+                     f"{target:,.0f}; allow a larger tolerance")

@@ -67,7 +67,8 @@ def check_fields(config, # a dataclass instance
                  shares: tuple = (), # fields from 0 to 1
                  choices: dict = {}): # field -> the words it may be
     "Raise ValueError for the first field that is out of its range."
-    def must(name, right): raise ValueError(f"{name} must be {right}, not {getattr(config, name)!r}")
+    def must(name, right):
+        raise ValueError(f"{name} must be {right}, not {getattr(config, name)!r}")
     for name, bound in least.items():
         if getattr(config, name) < bound: must(name, f"{bound} or more")
     for name in finite:

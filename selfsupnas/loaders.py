@@ -68,7 +68,7 @@ class Stream:
             except UnreadableFile:
                 if not self.dataset.skip_unreadable: raise
         raise ValueError(f"not one of {len(self.indices)} images of {self.dataset.spec.name} "
-                         "can be " "read")
+                         "can be read")
 
     def __getitem__(self, k:int) -> dict: # name -> uint8 image (3, h, w), label (h, w), bool valid
         image, label = self.pair(k)

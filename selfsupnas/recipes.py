@@ -223,9 +223,9 @@ SHARED = { # parameter -> value, why
     "zoom": ((0.5, 2.0), "published"),
     "batch_labelled": (8, "published"),
           "batch_unlabelled": (8, "as many as labelled ones, as "
-                               "UniMatch (Yang et al., CVPR " "2023)"),
+                               "UniMatch (Yang et al., CVPR 2023)"),
     "optimiser": ("sgd", "published, with momentum 0.9"),
-          "lr": (0.05, "published for a start from " "scratch"),
+          "lr": (0.05, "published for a start from scratch"),
           "weight_decay": (1e-4, "published"),
     "clip": (5.0, "published"), "jigsaw_n": (3, "nine tiles, 72 permutations"),
     "consistency": ("fixmatch", "unimatch and cps cost more: nbs/66_recipes.ipynb"),
@@ -233,10 +233,10 @@ SHARED = { # parameter -> value, why
     "ema_decay": (0.996, "UniMatch V2"), "precision": ("bf16", "halves the memory; no: 32 bits"),
     "workers": (8, "as many as keep up: selfsupnas.timing.time_loader"),
           "logs": (200, "a checkpoint each"),
-          "resume": (True, "the same command goes on after a " "stop")}
+          "resume": (True, "the same command goes on after a stop")}
 STAGES = {
     "search": {"steps": (190_000, "published"),
-               "warmup": (1000 / 190_000, "published: 1000 " "steps"),
+               "warmup": (1000 / 190_000, "published: 1000 steps"),
                "channels": (CHANNELS, "published"),
                "budget": (BUDGET, "of the executed cost"), "w_cost": (0.8, "published"),
                "cost_ramp": ((0.4, 0.42), "published")},

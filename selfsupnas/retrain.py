@@ -59,7 +59,7 @@ def initial_network(config: RetrainConfig, spec) -> torch.nn.Module:
     architecture = load_architecture(config.architecture)
     if architecture.space.num_classes != spec.num_classes:
         raise ValueError(f"{config.architecture} has {architecture.space.num_classes} classes, "
-                         f"{spec.name} {spec.num_classes}: " "search on this data, or change "
+                         f"{spec.name} {spec.num_classes}: search on this data, or change "
                          "num_classes in a copy of the file")
     if config.initialise == "scratch": return StaticNetwork(architecture.unweighted())
     weights = FilePath(config.supernet
