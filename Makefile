@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test kills test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -140,6 +140,10 @@ pytest: env ## what guards rather than teaches: tests/
 baselines: env ## draw the figures of tests/baseline anew, to be looked at
 	@echo "== baselines: into tests/baseline"
 	MPLBACKEND=Agg python -m pytest -q tests/test_figures.py -m mpl_image_compare --mpl-generate-path=tests/baseline
+
+kills: env ## a search and a retraining, killed 30 times each at random moments, end as if nothing had been
+	@echo "== kills: tests/test_kills.py"
+	SELFSUPNAS_KILLS=30 OMP_NUM_THREADS=1 python -m pytest -q -s tests/test_kills.py
 
 test-browser: env ## the tour in a real JupyterLab in a real browser; needs chromium; SELFSUPNAS_SHOTS=FOLDER keeps screenshots
 	@echo "== test-browser: tests/test_browser.py"

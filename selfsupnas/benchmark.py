@@ -13,6 +13,7 @@ from pathlib import Path as FilePath
 import torch
 
 from .baselines import BASELINES, build_baseline
+from .checkpoints import alone
 from .core import RunRecord, Timer
 from .cost import count_cost, measure_latency
 from .data import load_dataset
@@ -71,6 +72,7 @@ class Evaluated(dict):
     "Result of `benchmark`: network, metrics, data, record."
     __getattr__ = dict.__getitem__
 
+@alone
 def benchmark(config: EvaluateConfig) -> Evaluated:
     """Evaluate a retrained network; leaves evaluate-record.json in `config.folder`. Raises
     FileNotFoundError for a folder without a retraining."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, all_open, random_architecture
 from .budget import measure_costs, static_cost
+from .checkpoints import checkpoint_paths
 from .core import RunRecord, write_json
 from .data import load_dataset
 from .splits import make_split, save_split
@@ -208,7 +209,7 @@ def start(config: CampaignConfig, name: str, stage: str, parameters: dict) -> su
     folder = FilePath(config.folder)/name/stage
     folder.mkdir(parents=True, exist_ok=True)
     words = [stage, "--folder", str(folder)]
-    if (folder/"checkpoint.pt").exists(): parameters = {**parameters, "resume": True}
+    if checkpoint_paths(folder): parameters = {**parameters, "resume": True}
     for key, value in parameters.items():
         words += ["-p", key, "null" if value is None else str(value)]
     with open(folder/f"{stage}.log", "a", encoding="utf8") as log:

@@ -17,6 +17,7 @@ from .architecture import Architecture, load_architecture, save_architecture
 from .baselines import random_architecture
 from .benchmark import check_labels
 from .budget import CostTable, static_cost
+from .checkpoints import alone
 from .core import RunRecord, Timer, check_fields, from_parameters
 from .cost import count_cost
 from .data import load_dataset
@@ -123,6 +124,7 @@ class Front(dict):
     "Result of `front`: architectures by name, rows, record, data."
     __getattr__ = dict.__getitem__
 
+@alone
 def front(config: FrontConfig) -> Front:
     """Derive, train and measure a front; leaves NAME.json and NAME/ for each member and
     front-record.json in `config.folder`."""

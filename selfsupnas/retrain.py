@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, build_baseline
+from .checkpoints import alone
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import count_cost
 from .evaluation import evaluate
@@ -73,6 +74,7 @@ class Retrained(dict):
     "Result of `retrain`: trained, record, data."
     __getattr__ = dict.__getitem__
 
+@alone
 def retrain(config: RetrainConfig,
             watch=None, # called with the log rows after each new one: selfsupnas.widgets.live_plot
            ) -> Retrained:

@@ -22,6 +22,7 @@ from .architecture import Architecture, derive, load_architecture, save_architec
 from .augment import WeakView, normalise
 from .budget import (CostTable, budget_loss, expected_cost, follow_budget, measure_costs,
                                realised_cost, static_cost, undecided)
+from .checkpoints import alone
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import COSTS, count_cost
 from .evaluation import evaluate, same_size_batches
@@ -234,6 +235,7 @@ def save_supernet(model: RoutingNetwork, folder):
     save_file({name: value.contiguous() for name, value in model.state_dict().items()},
               FilePath(folder)/"supernet.safetensors")
 
+@alone
 def search(config: SearchConfig,
            watch=None, # called with the log rows after each new one: selfsupnas.widgets.live_plot
           ) -> Searched:
