@@ -310,6 +310,15 @@ def make_parser() -> argparse.ArgumentParser:
     page = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
     page.add_argument("runs", metavar="RUN", nargs="+", help="a folder with a record, or a record")
     page.add_argument("--to", default="report.html", help="the page; default: report.html")
+    text = "a retrained network as a folder to travel: weights, classes, card, files for others"
+    away = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
+    away.add_argument("run", metavar="RUN", help="folder of a retraining, or that which holds it")
+    away.add_argument("--to", metavar="FOLDER", help="default: travel/ in that of the retraining")
+    away.add_argument("--program", action="store_true", help="network.pt2, for torch alone")
+    away.add_argument("--onnx", action="store_true", help="network.onnx, for runtimes of ONNX")
+    away.add_argument("--evaluate", metavar="FOLDER", help="evaluation that the card tells of; "
+                      "default: evaluate/ beside the retraining, if there is one")
+    away.add_argument("--licence", metavar="TEXT", help="a short name or a sentence for the card")
     return parser
 
 # %% ../nbs/90_cli.ipynb #6bb57bdf
@@ -321,6 +330,12 @@ def run_command(words) -> int: # exit status
     if words.stage == "report":
         from selfsupnas.page import write_page
         print(f"selfsupnas report: {write_page(words.runs, words.to)}")
+        return 0
+    if words.stage == "export":
+        from selfsupnas.export import export_run
+        to = export_run(words.run, words.to, words.program, words.onnx, words.evaluate,
+                        words.licence)
+        print(f"selfsupnas export: {', '.join(sorted(p.name for p in to.iterdir()))} in {to}")
         return 0
     if words.stage == "demo":
         return demo(words.data, words.folder or f"runs/demo-{words.data}", words.pairs)
@@ -352,6 +367,6 @@ def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was 
     "The `selfsupnas` command."
     words = make_parser().parse_args(argv)
     try: return run_command(words)
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, TypeError, OSError, ImportError) as e:
         print(f"selfsupnas {words.stage}: {e}", file=sys.stderr)
         return 2

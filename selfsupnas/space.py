@@ -28,7 +28,8 @@ def stem(channels: int) -> nn.Sequential: # (B,3,H,W) -> (B,channels,ceil(H/4),c
 def feature_sizes(size) -> list[tuple[int, int]]:
     # (H,W) of the image -> (h,w) at strides 4, 8, 16, 32
     "Sizes of the features at each scale, rounded up."
-    return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in STRIDES]
+    # Not -(-n // stride): ONNX divides towards zero, and an exported network would round down.
+    return [((size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1) for stride in STRIDES]
 
 # %% ../nbs/23_space.ipynb #cell-07
 class Decoder(nn.Module):

@@ -58,7 +58,7 @@ def test_the_wheel_is_complete(wheel):
     assert metadata["Name"] == "selfsupnas" and metadata["Requires-Python"]
     needs = metadata.get_all("Requires-Dist")
     assert any(n.startswith("torch") and "extra" not in n for n in needs)
-    assert {"dev", "bluemarble", "rivals"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"dev", "bluemarble", "rivals", "export"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_it_works_without_the_checkout(python, tmp_path):
