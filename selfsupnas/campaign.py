@@ -63,8 +63,9 @@ class CampaignConfig:
         if self.workers < 1 or self.threads < 1:
             raise ValueError("workers and threads must be 1 or more")
 
+# what an arm sets; for the rest, the defaults
 ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
-        "both": {}, # what an arm leaves out; for the rest, the defaults
+        "both": {},
         "light": dict(w_jig=0., w_semi=.3),
         # soft targets instead of pseudo-labels: rare classes are not voted down
         "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.)}
@@ -279,9 +280,9 @@ def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # 
         print(f"campaign: {run.name} {stage} FAILED: see "
               f"{config.folder}/{run.name}/{stage}/{stage}.log", flush=True)
         return False
-    print("campaign: {} {}: {} mIoU {:.3f}, {:.0f} s".format(run.name, stage, *score(record),
-                                                             sum(
-        v for k, v in record.timings.items() if k not in ("step_ms", "latency"))), flush=True)
+    seconds = sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))
+    split, miou = score(record)
+    print(f"campaign: {run.name} {stage}: {split} mIoU {miou:.3f}, {seconds:.0f} s", flush=True)
     return True
 
 # %% ../nbs/58_campaign.ipynb #f440b5b5

@@ -431,7 +431,9 @@ def seed_step(seed: int, step: int) -> torch.Generator: # of boxes and jigsaws
     return torch.Generator().manual_seed(number)
 
 def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: Callable,
-              clip: float, step: int) -> str | None: # what is not finite; None: the step was taken
+              clip: float, step: int,
+              before: dict | None = None, # state of the adaptive threshold before this step
+             ) -> str | None: # what is not finite; None: the step was taken
     "Backward, clip, update, average; a step that is not finite changes nothing."
     trainee, teacher = parts["trainee"], parts["teacher"]
     bad = None if torch.isfinite(loss) else "the loss"
@@ -442,7 +444,8 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
         norm = accelerator.clip_grad_norm_(trainee.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): bad = "the gradient"
     if bad: # batch norm has counted the batch already: back to what the teacher copied
-        for buffer, before in zip(trainee.buffers(), teacher.model.buffers()): buffer.copy_(before)
+        for buffer, kept in zip(trainee.buffers(), teacher.model.buffers()): buffer.copy_(kept)
+        if before is not None: parts["threshold"].load_state_dict(before)
     else:
         optimiser.step()
         teacher.update(trainee, step)
@@ -502,11 +505,12 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             if config.drop_path: model.drop_path(config.drop_path * share)
             batches = {name: to_device(b, accelerator.device) for name, b in batches.items()}
             charge = cost and functools.partial(cost, share=share)
+            before = threshold and threshold.state_dict()
             with accelerator.autocast():
                 terms, figures = objective(network, trainee, teacher, batches, weights, config,
                                            permutations, draws, charge, threshold)
             loss = sum(weights[name] * term for name, term in terms.items())
-            bad = take_step(loss, accelerator, parts, optimiser, learns, config.clip, step)
+            bad = take_step(loss, accelerator, parts, optimiser, learns, config.clip, step, before)
             if bad: log.refuse(bad, step, terms, batch_ids(config, part, step))
             else: log.refused = 0
             row = log.add(step, terms, figures, weights, time.perf_counter() - start)
