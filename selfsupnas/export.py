@@ -36,9 +36,9 @@ from .training import image_size
 
 # %% ../nbs/62_export.ipynb #91227ba4
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy in evaluation mode; in each nn.Sequential, batch norm behind a convolution has become
-    part of it."""
-    network = copy.deepcopy(network).eval()
+    """A copy to predict with, which takes no gradient; in each nn.Sequential, batch norm behind a
+    convolution has become part of it."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(network.modules()):
         if not isinstance(module, nn.Sequential): continue
         for i in range(len(module) - 1):

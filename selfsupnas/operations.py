@@ -24,7 +24,7 @@ def separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride:
 # %% ../nbs/20_operations.ipynb #cell-08
 def separable_twice(channels: int, kernel_size: int = 3, dilation: int = 1) -> nn.Sequential:
     "Two separable convolutions with a ReLU between and none behind. Source: Li et al., CVPR 2020."
-    return nn.Sequential(separable(channels, channels, kernel_size, dilation=dilation), nn.ReLU(),
+    return nn.Sequential(separable(channels, channels, kernel_size, dilation=dilation), nn.ReLU(inplace=True),
                          separable(channels, channels, kernel_size, dilation=dilation))
 
 # %% ../nbs/20_operations.ipynb #163fb2ac
@@ -33,9 +33,9 @@ def mbconv(channels: int, kernel_size: int = 3, expansion: int = 4) -> nn.Sequen
     they widen sixfold."""
     wide = channels * expansion
     return nn.Sequential(
-        nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
+        nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True),
         nn.Conv2d(wide, wide, kernel_size, padding=kernel_size // 2, groups=wide, bias=False),
-                         nn.BatchNorm2d(wide), nn.ReLU(),
+                         nn.BatchNorm2d(wide), nn.ReLU(inplace=True),
         nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
 # %% ../nbs/20_operations.ipynb #3dba271c

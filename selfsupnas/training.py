@@ -23,10 +23,11 @@ from .cell import Signal
 from .checkpoints import (checkpoint_paths, delayed_interrupt, load_checkpoint,
                                     save_checkpoint, step_of)
 from .consistency import CONSISTENCY, consistency_loss, perturb_features
-from .core import RunRecord, check_fields, seed_everything, write_json
+from .core import (RunRecord, check_fields, keep_freed_memory, seed_everything,
+                             write_json)
 from .data import load_dataset
 from .evaluation import eval_mode, evaluate, readable_pairs
-from .gate import watch_gates
+from .gate import take, watch_gates
 from .grid import STRIDES
 from .jigsaw import (JIGSAW_HEADS, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss,
                                make_jigsaw_head)
@@ -34,6 +35,7 @@ from .loaders import Stream, draw_batches, to_device
 from .losses import pixel_cross_entropy
 from .pairs import PairDataset, common_size, preload, resize_pair
 from .permutations import permutation_set
+from .space import RoutingNetwork
 from .splits import LabelSplit, load_split, make_split, save_split
 from .teacher import AdaptiveThreshold, EMATeacher
 
@@ -78,6 +80,7 @@ class TrainingConfig:
     ema_decay: float = 0.98 # of the teacher, the network that is kept (published, long runs: 0.996)
     drop_path: float = 0.0 # share of operations left out, last layer and step (published: 0.3)
     precision: str = "no" # fp16 or bf16 where a GPU has them
+    recompute: bool = False # cells run again for the gradient: less memory, a third more time
     workers: int = 0 # processes that make views
     logs: int = 20 # log lines in a run, and checkpoints
     checkpoints: int = 2 # of the newest that stay, beside the best
@@ -233,12 +236,23 @@ class Trainee(nn.Module):
 
 def perturbed_too(signal: Signal, rows: slice) -> Signal:
     "The signal with `rows` of its batch appended, their features perturbed."
-    present = None if signal.present is None else torch.cat([signal.present, signal.present[rows]])
-    return Signal(torch.cat([signal.features, perturb_features(signal.features[rows])]), present)
+    features, present = signal
+    if present is None: again = features[rows]
+    else: # of those rows, the ones that are there
+        chosen = torch.zeros_like(present)
+        chosen[rows] = True
+        again = take(features, chosen[present])
+        present = torch.cat([present, present[rows]])
+    return Signal(torch.cat([features, perturb_features(again)]), present)
 
 def make_trainee(model: nn.Module, config: TrainingConfig) -> Trainee:
     """With a head for the pretext task if the run has one; at the network's coarsest scale where
     jigsaw_stride is beyond it."""
+    if config.recompute:
+        if not isinstance(model, RoutingNetwork):
+            raise ValueError("recompute=True is for networks of the grid, not for "
+                             f"{type(model).__name__}")
+        model.recompute = True
     peer = copy.deepcopy(model) if config.w_semi and CONSISTENCY[config.consistency].peer else None
     # another start, or the two would agree for ever
     for name, module in peer.named_modules() if peer is not None else ():
@@ -333,12 +347,14 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
 
 # %% ../nbs/50_training.ipynb #cell-20
 def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    "AdamW or SGD with momentum 0.9; no weight decay on tensors of one dimension."
+    """AdamW or SGD with momentum 0.9, all parameters in one pass; no weight decay on tensors of one
+    dimension."""
     groups = [{"params": [p for p in trainee.parameters() if p.dim() > 1],
                "weight_decay": config.weight_decay},
               {"params": [p for p in trainee.parameters() if p.dim() <= 1], "weight_decay": 0.}]
-    if config.optimiser == "sgd": return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    if config.optimiser == "sgd": return torch.optim.SGD(groups, lr=config.lr, momentum=0.9,
+                                                      fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 # %% ../nbs/50_training.ipynb #cell-22
 class RunLog:
@@ -482,6 +498,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     from tqdm.auto import tqdm
     accelerator = Accelerator(mixed_precision=config.precision)
     seed_everything(config.seed)
+    keep_freed_memory()
     parts = make_parts(model, config, accelerator)
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     trainee, teacher, log, threshold = map(parts.get, ("trainee", "teacher", "log", "threshold"))
