@@ -24,7 +24,8 @@ def separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride:
 # %% ../nbs/20_operations.ipynb #cell-08
 def separable_twice(channels: int, kernel_size: int = 3, dilation: int = 1) -> nn.Sequential:
     "Two separable convolutions with a ReLU between and none behind. Source: Li et al., CVPR 2020."
-    return nn.Sequential(separable(channels, channels, kernel_size, dilation=dilation), nn.ReLU(inplace=True),
+    return nn.Sequential(separable(channels, channels, kernel_size, dilation=dilation),
+                         nn.ReLU(inplace=True),
                          separable(channels, channels, kernel_size, dilation=dilation))
 
 # %% ../nbs/20_operations.ipynb #163fb2ac

@@ -25,7 +25,8 @@ def stem(channels: int) -> nn.Sequential: # (B,3,H,W) -> (B,channels,ceil(H/4),c
     """Three 3x3 convolutions, strides 2, 1, 2, separable after the first. Source: Li et al., CVPR
     2020."""
     return nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels),
-                         nn.ReLU(inplace=True), separable(channels, channels), nn.ReLU(inplace=True),
+                         nn.ReLU(inplace=True), separable(channels, channels),
+                         nn.ReLU(inplace=True),
                          separable(channels, channels, stride=2), nn.ReLU(inplace=True))
 
 def feature_sizes(size) -> list[tuple[int, int]]:
@@ -66,7 +67,9 @@ def uncounted(module: nn.Module):
     for norm in norms: norm.momentum = 0. # none of the new statistics
     try: yield
     finally:
-        for norm, (norm.momentum, count) in zip(norms, before): norm.num_batches_tracked.copy_(count)
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 def run_again(cell: nn.Module, signal: Signal, finer_size) -> dict: # kind of path -> Signal
     "What the cell gives; what it computed on the way is forgotten until the gradient needs it."
