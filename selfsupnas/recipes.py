@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATES', 'SETS', 'LAYERS', 'CHANNELS', 'BUDGET', 'SHARED', 'STAGES', 'passes', 'view_table', 'step_flops',
-           'executed_share', 'run_flops', 'saved_bytes', 'trunk_bytes', 'answer_bytes', 'saved_lines', 'grid_pixels',
-           'step_memory', 'measure_rate', 'Estimate', 'estimate', 'recipes', 'recipe_config', 'recipe_estimate',
-           'recipe_text', 'write_recipes']
+           'executed_share', 'run_flops', 'saved_bytes', 'trunk_bytes', 'cell_bytes', 'answer_bytes', 'saved_lines',
+           'grid_pixels', 'step_memory', 'measure_rate', 'Estimate', 'estimate', 'recipes', 'recipe_config',
+           'recipe_estimate', 'recipe_text', 'write_recipes']
 
 # %% ../nbs/66_recipes.ipynb #e268db37
 import dataclasses, json, tempfile
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .budget import CostTable, measure_costs
+from .cell import Signal
 from .consistency import CONSISTENCY
 from .core import from_parameters
 from .data import CITYSCAPES_SPEC
@@ -96,17 +97,21 @@ def saved_bytes(
         # precision: as in TrainingConfig; both kinds of half take the same
         module: nn.Module, precision: str = "no") -> int:
     """Bytes that autograd keeps of `forward()`, each storage once, without parameters and buffers
-    of `module`."""
+    of `module`; of a network with `recompute`, what enters its cells as well."""
     own, kept = ({t.untyped_storage().data_ptr()
                   for t in (*module.parameters(), *module.buffers())}, {})
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage.nbytes()
         return tensor
+    def enter(cell, args): keep(args[0].features)
+    entered = [cell.register_forward_pre_hook(enter) for cell in
+               (module.cells.values() if getattr(module, "recompute", False) else ())]
     half = nullcontext() if precision == "no" else torch.autocast("cpu", torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         result = forward()
     del result # only now: a storage that is given back could be counted twice
+    for hook in entered: hook.remove()
     return sum(kept.values())
 
 def trunk_bytes(model: RoutingNetwork, precision: str, side: int) -> int:
@@ -114,6 +119,13 @@ def trunk_bytes(model: RoutingNetwork, precision: str, side: int) -> int:
     "What is kept of stem, cells and decoder."
     image = torch.randn(1, 3, side, side)
     return saved_bytes(lambda: model.encode(image), model, precision)
+
+def cell_bytes(model: RoutingNetwork, precision: str, side: int) -> int:
+    # for one image of side x side
+    "What is kept of one cell at stride 4, the largest: with `recompute`, of one cell at a time."
+    cell, (size, _) = model.cells["1_0"], feature_sizes((side, side))[:2]
+    features = Signal(torch.randn(1, model.space.channels, *size))
+    return saved_bytes(lambda: [out.features for out in cell(features).values()], cell, precision)
 
 def answer_bytes(model: RoutingNetwork, precision: str, side: int) -> dict:
     # part -> bytes for one image of side x side
@@ -131,7 +143,7 @@ def answer_bytes(model: RoutingNetwork, precision: str, side: int) -> dict:
 
 # %% ../nbs/66_recipes.ipynb #320ce7d8
 @lru_cache
-def saved_lines(space: SearchSpace, gate: str, precision: str) -> tuple:
+def saved_lines(space: SearchSpace, gate: str, precision: str, recompute: bool = False) -> tuple:
     # {part: bytes a pixel}, bytes that do not grow, parameters
     "The lines through what a supernet keeps of images of 96x96 and 128x128."
     def line(measure, model): # through the two
@@ -141,7 +153,9 @@ def saved_lines(space: SearchSpace, gate: str, precision: str) -> tuple:
                     for part in (space, dataclasses.replace(space, layers=3)))
     slopes = {part: line(lambda *a: answer_bytes(*a)[part], brief)[0]
               for part in ("answer", "again")}
+    model.recompute = recompute
     slopes["trunk"], constant = line(trunk_bytes, model)
+    if recompute: slopes["trunk"] += line(cell_bytes, model)[0]
     return slopes, constant, sum(p.numel() for p in model.parameters())
 
 def grid_pixels(size: tuple) -> float: # (H,W) -> pixels
@@ -157,7 +171,7 @@ def step_memory(config: TrainingConfig, space: SearchSpace, size: tuple, # (H,W)
     optimiser, averaged copy."""
     n, networks = passes(config), 1 + (config.w_semi > 0 and CONSISTENCY[config.consistency].peer)
     slopes, constant, parameters = saved_lines(space, getattr(config, "gate", "conditional"),
-                                               config.precision)
+                                               config.precision, config.recompute)
     segmented = n["segmented"] + n["peer"]
     trunk, answers = ((segmented + n["jigsaw"]) * share * slopes["trunk"],
                       segmented * slopes["answer"] + n["perturbed"] * slopes["again"])
