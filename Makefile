@@ -15,11 +15,12 @@ SEEDS ?= 0 1 2
 ARMS ?= labels both jigsaw consistency
 FOUND ?= nbs/experiments/records/compare/found
 COMPARE ?= runs/compare
+PARTS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick terms loader shortcuts test kills test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test kills test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -89,6 +90,11 @@ bench-quick: env ## the direction of make camvid in about 40 minutes: 1 fraction
 	selfsupnas campaign --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
 	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
 	  -p arms "('both', 'labels')" -p open False -p random 1 $(ARGS)
+
+# What has a record is not measured again. The memory part wants Linux or a GPU.
+bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' for some; ARGS="device='cuda', precision='bf16'"
+	@echo "== bench-speed: into runs/speed"
+	python -c "from selfsupnas.speed import PARTS, SpeedConfig, bench; bench(SpeedConfig($(ARGS)), '$(PARTS)'.split() or tuple(PARTS))"
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'PARTS', 'SpeedConfig', 'in_turns', 'median', 'ratio', 'matrix_product', 'PlainCell', 'plain_supernet',
            'make_step', 'Convolutions', 'replay', 'step_part', 'closed_gates', 'closed_part', 'SearchStep',
-           'terms_part', 'Results', 'way', 'peak_bytes', 'memory_part', 'told_as', 'line', 'scaling_part',
-           'network_part', 'bench']
+           'terms_part', 'Results', 'way', 'peak_bytes', 'largest_batches', 'peak_alone', 'computed_bytes',
+           'memory_part', 'line', 'scaling_part', 'network_part', 'bench']
 
 # %% ../nbs/68_speed.ipynb #c358ec9c
 import dataclasses, json, subprocess, sys, tempfile, time
@@ -319,25 +319,54 @@ def peak_bytes(name: str, config: SpeedConfig) -> int: # run in a process of its
     step(); step()
     return told("VmHWM") - before
 
+# %% ../nbs/68_speed.ipynb #b6f2a9d1
+def largest_batches(config: SpeedConfig, memories: tuple = (24, 80), # of a GPU, 1e9 bytes
+                    size: tuple = (768, 768), usable: float = .9) -> dict: # name -> images
+    """How many labelled, unlabelled and jigsaw images each a step of the search can have on views
+    of that size, computed: precision, and with or without `recompute`."""
+    def fits(n, precision, recompute, memory):
+        told = SearchConfig(batch_labelled=n, batch_unlabelled=n, batch_jigsaw=n, optimiser="sgd",
+                            precision=precision, recompute=recompute)
+        return step_memory(told, config.space, size) <= usable * 1e9 * memory
+    return {f"{memory} GB, {precision}{', recompute' * recompute}":
+            next(n for n in range(1000) if not fits(n + 1, precision, recompute, memory))
+            for memory in memories for precision in ("no", "bf16") for recompute in (False, True)}
+
 # %% ../nbs/68_speed.ipynb #e8edf942
+def peak_alone(name: str, config: SpeedConfig) -> int:
+    "`peak_bytes` in a process of its own."
+    told = json.dumps(dataclasses.asdict(config))
+    code = ("import json; from selfsupnas.speed import *; "
+            f"print(peak_bytes({name!r}, SpeedConfig(**json.loads({told!r}))))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"{name}: {done.stderr}")
+    return int(done.stdout.split()[-1])
+
+def computed_bytes(config: SpeedConfig, images: int, recompute: bool) -> float:
+    "What `66_recipes` says that a step with labels alone takes at least."
+    told = SearchConfig(batch_labelled=images, w_jig=0., w_semi=0., precision=config.precision,
+                        recompute=recompute)
+    return step_memory(told, config.space, config.size)
+
 def memory_part(config: SpeedConfig) -> tuple[dict, dict]:
-    "Peaks of the ways to take a step, as shares of the plain one's; the seconds of `recompute`."
+    """Peaks of the ways to take a step, as shares of the plain one's; the seconds of `recompute`;
+    bytes an image, measured and computed."""
     if config.device == "cpu" and not FilePath("/proc/self/clear_refs").exists():
         raise ValueError("the peak of a process is read from /proc, which Linux has: take a GPU")
-    peaks = {}
-    for name in WAYS:
-        code = ("import json; from selfsupnas.speed import *; "
-                f"print(peak_bytes({name!r}, SpeedConfig(**json.loads({told_as(config)!r}))))")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f"{name}: {done.stderr}")
-        peaks[name] = int(done.stdout.split()[-1])
+    peaks = {name: peak_alone(name, config) for name in WAYS}
     times = in_turns({name: way(name, config) for name in WAYS[2:]}, config.rounds, config.device)
     figures = {f"{name}: bytes": peak for name, peak in peaks.items()}
+    n = config.images
     for name in WAYS[2:]:
         for other in WAYS[:2]: figures[f"{name}: of {other}"] = peaks[name] / peaks[other]
-    return {**figures, "recompute: times the seconds": ratio(times, "recompute", "ours")}, times
+        twice = peak_alone(name, dataclasses.replace(config, images=2 * n))
+        more = [computed_bytes(config, k, name == "recompute") for k in (n, 2 * n)]
+        figures[f"{name}: bytes an image"] = (twice - peaks[name]) / n
+        figures[f"{name}: bytes an image, over computed"] = (twice - peaks[name]) / (more[1]
+                                                                                     - more[0])
+    return {**figures, "recompute: times the seconds": ratio(times, "recompute", "ours"),
+            "largest batch": largest_batches(config)}, times
 
-def told_as(config: SpeedConfig) -> str: return json.dumps(dataclasses.asdict(config))
 
 # %% ../nbs/68_speed.ipynb #1396b918
 def line(work: list, seconds: list) -> dict: # slope, intercept, r2
