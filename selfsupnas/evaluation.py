@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_of_known', 'Metrics', 'metrics_text', 'metrics_figures', 'confusion_figure', 'eval_mode',
-           'readable_pairs', 'same_size_batches', 'check_logits', 'evaluate', 'class_counts',
-           'trivial_predictor_metrics']
+           'readable_pairs', 'same_size_batches', 'check_logits', 'check_views', 'window_starts', 'window_logits',
+           'predict', 'evaluate', 'class_counts', 'trivial_predictor_metrics']
 
 # %% ../nbs/43_evaluation.ipynb #3aa14e2f
 from contextlib import contextmanager
@@ -31,15 +31,16 @@ def confusion_matrix(prediction:torch.Tensor, # (B,H,W) predicted class numbers
     if prediction.is_floating_point() or labels.is_floating_point():
         raise ValueError(f"class numbers are integers; these are {prediction.dtype} and "
                          f"{labels.dtype}")
-    counted = labels != ignore_index
-    truth, guess = labels[counted].long(), prediction[counted].long()
+    ignored = labels == ignore_index
+    truth, guess = (torch.where(ignored, 0, ids.long()) for ids in (labels, prediction))
     for name, ids in ("labels", truth), ("prediction", guess):
-        outside = ids[(ids < 0) | (ids >= num_classes)].unique().tolist()
-        if outside:
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < num_classes:
+            outside = ids[(ids < 0) | (ids >= num_classes)].unique().tolist()
             raise ValueError(f"{name} holds the ids {outside[:10]}; allowed: 0..{num_classes - 1}"
                              + (f" and ignore_index {ignore_index}" if name == "labels" else ""))
-    pairs = torch.bincount(truth * num_classes + guess, minlength=num_classes ** 2)
-    return pairs.view(num_classes, num_classes)
+    pairs = truth.mul_(num_classes).add_(guess).masked_fill_(ignored, num_classes ** 2)
+    counts = torch.bincount(pairs.flatten(), minlength=num_classes ** 2 + 1)
+    return counts[:-1].view(num_classes, num_classes)
 
 # %% ../nbs/43_evaluation.ipynb #f3924d2e
 def mean_of_known(values:torch.Tensor, # (K,), NaN where undefined
@@ -168,23 +169,86 @@ def same_size_batches(dataset, # [i] -> (image (3,H,W), label (H,W)), with .ids
 
 # %% ../nbs/43_evaluation.ipynb #cell-37
 def check_logits(logits, # what the model returned
-                 labels:torch.Tensor, # (B,H,W)
+                 images:torch.Tensor, # (B,3,H,W) that it was given
                  num_classes:int, # K
-                 ids:list, # names of the B images, for the message
+                 ids:list, # names of the B images, or of the one that they are windows of
                 ) -> torch.Tensor: # the logits
-    "Logits must be a finite tensor (B,K,H,W) of the labels' size; else `ValueError`."
-    wanted = labels.shape[0], num_classes, *labels.shape[1:]
+    "Logits must be a finite tensor (B,K,H,W) of the images' size; else `ValueError`."
+    wanted = len(images), num_classes, *images.shape[2:]
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"the model returned {type(logits).__name__}; wanted are logits, one "
                          f"tensor of shape {wanted}")
     if tuple(logits.shape) != wanted:
         raise ValueError(f"the logits have shape {tuple(logits.shape)}, wanted is {wanted} "
-                         "(B,K,H,W): as many classes and pixels as the labels")
-    bad = (~logits.isfinite()).flatten(1).any(1).tolist()
-    if any(bad):
-        raise ValueError(f"the logits of image {[i for i, b in zip(ids, bad) if b]} are not finite "
-                         "(NaN or infinite): the network has diverged or its weights are damaged")
+                         "(B,K,H,W): as many classes as the labels, as many pixels as the images")
+    ends = torch.stack([logits.amin((1, 2, 3)), logits.amax((1, 2, 3))])
+    finite = ends.isfinite().all(0).tolist()
+    if not all(finite):
+        names = ids if len(ids) == len(images) else ids * len(images)
+        bad = list(dict.fromkeys(name for name, fine in zip(names, finite) if not fine))
+        raise ValueError(f"the logits of image {bad} are not finite (NaN or infinite): the network "
+                         "has diverged or its weights are damaged")
     return logits
+
+# %% ../nbs/43_evaluation.ipynb #43c0de03
+def check_views(window, # (height, width) in pixels, or None
+                scales): # factors
+    "Raise ValueError for windows and scales that cannot be."
+    if window is not None and not (len(window) == 2 and min(window) >= 1):
+        raise ValueError(f"window must be (height, width), each 1 or more, not {window}")
+    if not scales or not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"scales must be one or more factors over 0, not {scales}")
+
+def window_starts(length:int, # of a side of the image, in pixels
+                  window:int, # of that side of the window
+                 ) -> list: # first pixels
+    "Windows two thirds of their size apart; the last ends where the image ends."
+    step = max(1, 2 * window // 3)
+    return [*range(0, length - window, step), max(0, length - window)]
+
+# %% ../nbs/43_evaluation.ipynb #43c0de07
+def window_logits(model, # images -> logits
+                  images:torch.Tensor, # (B,3,H,W), normalised
+                  window, # (height, width), or None: the whole image
+                  batch_size:int, # most windows at once
+                 ) -> torch.Tensor: # (B,K,H,W), mean over the windows of a pixel
+    "Logits of whole images, made window by window."
+    if window is None: return model(images)
+    size = images.shape[2:]
+    places = [(top, left) for top in window_starts(size[0], window[0])
+              for left in window_starts(size[1], window[1])]
+    def part(of, top, left): return of[..., top:top + window[0], left:left + window[1]]
+    windows, total = [(i, *place) for i in range(len(images)) for place in places], None
+    for start in range(0, len(windows), batch_size):
+        chosen = windows[start:start + batch_size]
+        logits = model(torch.stack([part(images[i], *place) for i, *place in chosen]))
+        if total is None: total = logits.new_zeros(len(images), logits.shape[1], *size)
+        for (i, *place), one in zip(chosen, logits): part(total[i], *place).add_(one)
+    times = total.new_zeros(size)
+    for place in places: part(times, *place).add_(1)
+    return total.div_(times)
+
+def predict(model, # images -> logits
+            images:torch.Tensor, # (B,3,H,W), normalised
+            window=None, # (height, width) of sliding windows; None: the whole image
+            scales:tuple=(1.,), # of the image, for a view each
+            flip:bool=False, # each view mirrored as well
+            batch_size:int=8, # most windows at once
+           ) -> torch.Tensor: # (B,K,H,W) logits; of several views, the sum of their probabilities
+    "What a network says of images, in one or several views; `ValueError` for views that cannot be."
+    check_views(window, scales)
+    def resized(x, size):
+        return (x if tuple(x.shape[2:]) == size
+                else nn.functional.interpolate(x, size, mode="bilinear", align_corners=False))
+    views, total = [(s, mirror) for s in scales for mirror in (False, True)[:1 + flip]], None
+    size = tuple(images.shape[2:])
+    for scale, mirror in views:
+        view = resized(images, tuple(max(1, round(scale * side)) for side in size))
+        logits = window_logits(model, view.flip(3) if mirror else view, window, batch_size)
+        logits = resized(logits.flip(3) if mirror else logits, size)
+        if len(views) == 1: return logits
+        total = logits.softmax(1) if total is None else total.add_(logits.softmax(1))
+    return total
 
 # %% ../nbs/43_evaluation.ipynb #cell-39
 def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
@@ -192,6 +256,7 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
              batch_size:int=8, # most images at once; changes time and memory, not the result
              device=None, # where to compute; None: where the model is
              progress:bool=True, # show a bar
+             window=None, scales:tuple=(1.,), flip:bool=False, # see predict
             ) -> Metrics: # from one confusion matrix over the whole set
     "Predicts every image of the set once, at its own size; bad logits raise `ValueError`."
     if not len(dataset): raise ValueError("the data set to evaluate on is empty")
@@ -202,10 +267,12 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
     total = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=home)
     bar = tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False, disable=not progress)
     with bar, eval_mode(model), torch.inference_mode():
-        for ids, images, labels in same_size_batches(dataset, batch_size):
+        for ids, images, labels in same_size_batches(dataset, 1 if window else batch_size):
             images, labels = images.to(home), labels.to(home)
-            logits = check_logits(model(normalise(images)), labels, spec.num_classes, ids)
-            total += confusion_matrix(logits.argmax(1), labels, spec.num_classes, spec.ignore_index)
+            def checked(x): return check_logits(model(x), x, spec.num_classes, ids)
+            scores = predict(checked, normalise(images), window, scales, flip, batch_size)
+            total += confusion_matrix(scores.max(1).indices, labels, spec.num_classes,
+                                      spec.ignore_index)
             bar.update(len(ids))
     if not total.sum():
         raise ValueError(f"none of the {len(dataset)} images has a labelled pixel: all labels are "
