@@ -20,7 +20,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test kills test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test faults kills soak test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -150,6 +150,15 @@ baselines: env ## draw the figures of tests/baseline anew, to be looked at
 kills: env ## a search and a retraining, killed 30 times each at random moments, end as if nothing had been
 	@echo "== kills: tests/test_kills.py"
 	SELFSUPNAS_KILLS=30 OMP_NUM_THREADS=1 python -m pytest -q -s tests/test_kills.py
+
+soak: env ## 2,000 steps of a search: memory and open files stay what they were
+	@echo "== soak: tests/test_soak.py"
+	SELFSUPNAS_SOAK=2000 OMP_NUM_THREADS=1 python -m pytest -q -s tests/test_soak.py
+
+# A git diff shows which answers are no longer the same.
+faults: env ## the table of bad inputs and faults with their answers, tests/faults.md, anew
+	@echo "== faults: into tests/faults.md"
+	SELFSUPNAS_FAULTS=write python -m pytest -q tests/test_faults.py
 
 test-browser: env ## the tour in a real JupyterLab in a real browser; needs chromium; SELFSUPNAS_SHOTS=FOLDER keeps screenshots
 	@echo "== test-browser: tests/test_browser.py"

@@ -40,7 +40,7 @@ def _axis(n:int,       # pixels of the source
           scale:float, # zoom
          ) -> tuple: # start and length in the source, length and start in the view
     "Along one axis: which part of the source lands where in the view, at random."
-    scaled = max(1, round(n*scale))
+    scaled = max(2, round(n*scale)) # torch 2.14 cannot make a picture of 1 x 1 pixels
     if scaled <= size: # the whole axis fits: pad, at a random place
         return 0, n, scaled, int(torch.randint(size - scaled + 1, ()))
     length = min(n, max(1, round(size/scale)))

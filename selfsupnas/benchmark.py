@@ -14,11 +14,11 @@ import torch
 
 from .baselines import BASELINES, build_baseline
 from .checkpoints import alone
-from .core import RunRecord, Timer
+from .core import SEEDS, RunRecord, Timer, check_fields
 from .cost import count_cost, measure_latency
 from .data import load_dataset
 from .evaluation import class_counts, evaluate, metrics_figures, trivial_predictor_metrics
-from .pairs import PairDataset
+from .pairs import SPLITS, PairDataset
 from .retrain import RetrainConfig, load_network, retrain
 from .splits import load_split
 from .training import TrainingConfig, image_size
@@ -38,6 +38,10 @@ class EvaluateConfig:
     batch_size: int = 8
     skip_unreadable: bool = False # leave damaged files out and count them; False: they end the run
     seed: int = 0 # of the baselines' weights
+
+    def __post_init__(self):
+        check_fields(self, least=dict(latency_repeats=1, batch_size=1), ranges=dict(seed=SEEDS),
+                     choices=dict(split=SPLITS, baselines=BASELINES))
 
 # %% ../nbs/55_benchmark.ipynb #cell-06
 def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
@@ -78,16 +82,18 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     FileNotFoundError for a folder without a retraining."""
     timer, folder = Timer(), FilePath(config.folder)
     network = load_network(config.network)
-    retrained = RunRecord.load(FilePath(config.network)/"retrain-record.json").parameters
+    made = RunRecord.load(FilePath(config.network)/"retrain-record.json",
+                          needs=("architecture", "data", "root", "size"))
+    retrained = made.parameters
     name, root = config.data or retrained["data"], config.root or retrained["root"]
     size = retrained["size"] and tuple(retrained["size"])
     data, train_set = (load_dataset(name, config.split, root, size),
                        load_dataset(retrained["data"], "train", root, size))
     data.skip_unreadable = train_set.skip_unreadable = config.skip_unreadable
     check_labels(data, config.split)
-    if data.spec.num_classes != train_set.spec.num_classes:
-        raise ValueError(f"{config.network} has {train_set.spec.num_classes} classes, "
-                         f"{data.spec.name} has {data.spec.num_classes}")
+    for found in (data, train_set): # whose files may have changed since the retraining
+        if (count := found.spec.num_classes) != (own := made.figures.get("num_classes", count)):
+            raise ValueError(f"{config.network} has {own} classes, {found.spec.name} has {count}")
     at = image_size(data, retrained.get("crop"))
     with timer("evaluation"): metrics = evaluate(network, data, config.batch_size)
     split = load_split(FilePath(config.network)/"split", train_set)

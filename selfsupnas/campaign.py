@@ -19,7 +19,7 @@ from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, all_open, random_architecture
 from .budget import measure_costs, static_cost
 from .checkpoints import checkpoint_paths
-from .core import RunRecord, write_json
+from .core import SEEDS, RunRecord, check_fields, write_json
 from .data import load_dataset
 from .splits import make_split, save_split
 
@@ -52,6 +52,9 @@ class CampaignConfig:
     threads: int = 1 # of each run
 
     def __post_init__(self):
+        check_fields(self, least=dict(size=(33, 33), crop=(33, 33), steps=1, search_steps=1,
+                                      trial_steps=1, random=0, workers=1, threads=1),
+                     ranges=dict(seeds=SEEDS))
         unknown = [name for name in (*self.rivals, *self.semi_rivals) if name not in BASELINES]
         if unknown:
             raise ValueError(f"there is no hand-crafted network {unknown[0]!r}; known: "
@@ -60,8 +63,6 @@ class CampaignConfig:
         if wrong: raise ValueError(f"there is no arm {wrong[0]!r}; known: {', '.join(ARMS)}")
         for name in ("fractions", "seeds", "lrs", "arms"):
             if not getattr(self, name): raise ValueError(f"{name} must not be empty")
-        if self.workers < 1 or self.threads < 1:
-            raise ValueError("workers and threads must be 1 or more")
 
 # what an arm sets; for the rest, the defaults
 ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),

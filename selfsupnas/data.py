@@ -9,6 +9,7 @@ __all__ = ['CAMVID_SPEC', 'CAMVID_COUNTS', 'CAMVID_URL', 'CITYSCAPES_SPEC', 'DAT
 
 # %% ../nbs/10_data.ipynb #a4fa000c
 import hashlib, os, re, shutil, tempfile, urllib.request, zipfile, zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from .bluemarble import BLUEMARBLE_CLASSES, BLUEMARBLE_PALETTE, bluemarble_tiles
 from .cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_PALETTE,
                                    CITYSCAPES_TABLE, cityscapes_folder, find_cityscapes)
-from .core import cache_folder, cached_arrays
+from .core import cache_folder, cached_arrays, read_text
 from .pairs import (SPLITS, FileDataset, PairDataset, SegmentationSpec, check_size,
                               check_split, match_pairs)
 from .scenes import SCENES_VERSION, draw_scene
@@ -162,8 +163,12 @@ def read_classes(path) -> list: # of names
     "The names in a classes.txt, one a line; raises FileNotFoundError."
     if not Path(path).is_file():
         raise FileNotFoundError(f"no class names: write {path}, one a line, or pass classes=")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [name.strip() for name in lines if name.strip()]
+    lines = read_text(path, "a list of class names").splitlines()
+    names = [name.strip() for name in lines if name.strip()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice: raise ValueError(f"{path} names the class {twice[0]!r} twice: names must differ")
+    if len(names) < 2: raise ValueError(f"{path} names fewer than 2 classes")
+    return names
 
 # %% ../nbs/10_data.ipynb #95a26f8d
 class FolderDataset(FileDataset):

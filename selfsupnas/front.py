@@ -14,19 +14,20 @@ from pathlib import Path as FilePath
 import torch
 
 from .architecture import Architecture, load_architecture, save_architecture
-from .baselines import random_architecture
+from .baselines import BASELINES, random_architecture
 from .benchmark import check_labels
 from .budget import CostTable, static_cost
 from .checkpoints import alone
-from .core import RunRecord, Timer, check_fields, from_parameters
+from .core import SEEDS, RunRecord, Timer, check_fields, from_parameters
 from .cost import count_cost
 from .data import load_dataset
 from .evaluation import evaluate
-from .pairs import PairDataset
+from .pairs import SPLITS, PairDataset
 from .retrain import RetrainConfig, load_network, retrain
 from .search import (SearchConfig, calibrate_closing, check_budget, derive_within,
                                gate_statistics, inherited_network, load_supernet, make_table,
                                plain_images)
+from .splits import save_split
 from .training import TrainingData, load_training_data
 
 # %% ../nbs/56_front.ipynb #3a88cdb7
@@ -44,11 +45,12 @@ class FrontConfig:
     seed: int = 0 # of trainings and of random architectures
 
     def __post_init__(self):
+        check_fields(self, choices={"initialise": ("inherit", "scratch"), "split": SPLITS,
+                                    "baselines": BASELINES}, ranges={"seed": SEEDS},
+                     least={"steps": 0 if self.initialise == "inherit" else 1, "random": 0})
         if not self.budgets or not all(0 < b <= 1 for b in self.budgets):
             raise ValueError("budgets must be shares of the full grid's cost, each in (0, 1], not "
                              f"{self.budgets}")
-        check_fields(self, choices={"initialise": ("inherit", "scratch")},
-                     least={"steps": 0 if self.initialise == "inherit" else 1, "random": 0})
         if self.baselines and not self.steps:
             raise ValueError("baselines have no weights to inherit: set steps to 1 or more")
 
@@ -133,6 +135,7 @@ def front(config: FrontConfig) -> Front:
     data = load_training_data(dataclasses.replace(searched, w_sup=1.))
     table = make_table(searched, data)
     for budget in config.budgets: check_budget(table, budget)
+    save_split(data.split, FilePath(config.folder)/"split")
     dataset = load_dataset(searched.data, config.split, searched.root, searched.size)
     dataset.skip_unreadable = searched.skip_unreadable
     check_labels(dataset, config.split)

@@ -10,6 +10,7 @@ import base64, html, json
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
+from .core import written_aside
 from .report import read_records, to_html
 
 # %% ../nbs/67_page.ipynb #431e5a4c
@@ -109,9 +110,8 @@ def write_page(folders, to="report.html") -> FilePath:
                  for key in ("stage", "seed", "commit", "created", "file")}} for run in runs]
     parts = ["<h1>Runs</h1>", to_html(about, list(about[0])), *parts, "<h2>Pictures</h2>",
              picture_table(runs)]
-    to = FilePath(to)
-    to.parent.mkdir(parents=True, exist_ok=True)
     title = f"<title>selfsupnas: {len(runs)} runs</title>"
-    to.write_text(f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n"
-                  + "\n".join(parts) + "\n", encoding="utf8")
-    return to
+    page = (f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n"
+            + "\n".join(parts) + "\n")
+    with written_aside(to) as aside: aside.write_text(page, encoding="utf8")
+    return FilePath(to)

@@ -44,7 +44,8 @@ class SegmentationSpec:
 class UnreadableFile(ValueError):
     "A file of the dataset that cannot be decoded; the message names it."
 
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) # as Pillow says
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, # as Pillow says
+           Image.DecompressionBombError) # a header that promises more pixels than any image has
 
 def read_image(path) -> np.ndarray: # (H, W, 3) uint8
     "An image file as RGB, turned upright; UnreadableFile, or ValueError for its kind."

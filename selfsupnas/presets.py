@@ -10,9 +10,10 @@ import dataclasses
 from pathlib import Path as FilePath
 
 import selfsupnas
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .architecture import load_architecture, save_architecture
+from .checkpoints import save_weights
 from .core import RunRecord
 from .network import StaticNetwork
 from .retrain import load_network
@@ -54,8 +55,6 @@ def save_preset(name: str, retrained, evaluated, # folders of the two stages
                   f"{tested.figures['split']}_miou": row["miou"], "gflops": row["gflops"],
                   "commit": trained.commit}
     to = FilePath(to or presets_folder())
-    to.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v
-               for k, v in network.state_dict().items()}, to/f"{name}.safetensors")
+    save_weights(network.half(), to/f"{name}.safetensors")
     return save_architecture(dataclasses.replace(network.architecture, provenance=provenance),
                              to/f"{name}.json")

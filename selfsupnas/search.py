@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from .architecture import Architecture, derive, load_architecture, save_architecture
 from .augment import WeakView, normalise
 from .budget import (CostTable, budget_loss, expected_cost, follow_budget, measure_costs,
                                realised_cost, static_cost, undecided)
-from .checkpoints import alone
+from .checkpoints import alone, load_weights, save_weights
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import COSTS, count_cost
 from .evaluation import evaluate, same_size_batches
@@ -31,6 +30,7 @@ from .grid import STRIDES, SearchSpace
 from .jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
 from .loaders import Stream
 from .network import StaticNetwork, inherit
+from .operations import OPERATIONS
 from .permutations import permutation_set
 from .space import RoutingNetwork, gates_by_path, supernet
 from .splits import LabelSplit
@@ -64,8 +64,11 @@ class SearchConfig(TrainingConfig):
         if not 0 < self.budget <= 1:
             raise ValueError("budget must be in (0, 1], a share of the full grid's cost, not "
                              f"{self.budget}")
+        make_space(self, 2) # raises ValueError for a grid that cannot be
         check_fields(self, finite=("w_cost", "w_harden", "budget_gain", "leak"),
-                     choices=dict(budget_of=("expected", "realised"), gate=GATES, cost=COSTS,
+                     rising=dict(cost_ramp=(0, 1), harden_ramp=(0, 1)),
+                     choices=dict(operations=OPERATIONS, gate=GATES, cost=COSTS,
+                                  budget_of=("expected", "realised"),
                                   update=("joint", "alternating")))
         if (self.keep_operations is not None
             and not (self.search_operations and self.keep_operations >= 1)):
@@ -232,8 +235,7 @@ def make_table(config: SearchConfig, data: TrainingData) -> CostTable:
                          device=device)
 
 def save_supernet(model: RoutingNetwork, folder):
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()},
-              FilePath(folder)/"supernet.safetensors")
+    save_weights(model, FilePath(folder)/"supernet.safetensors")
 
 @alone
 def search(config: SearchConfig,
@@ -250,13 +252,11 @@ def search(config: SearchConfig,
     with timer("training"):
         terms = BudgetTerms(model, table, config) if config.w_cost or config.w_harden else None
         trained = train(model, config, data, terms, make_turns(data, config), watch)
-    save_supernet(trained.model, folder)
     write_json(folder/"history.json", trained.history)
     with timer("derivation"):
         plain = plain_images(config, data)
-        if config.controlled:
-            calibrate_closing(trained.model, table, config.budget, plain)
-            save_supernet(trained.model, folder)
+        if config.controlled: calibrate_closing(trained.model, table, config.budget, plain)
+        save_supernet(trained.model, folder)
         statistics = gate_statistics(trained.model, data.val, table)
         architecture = derive_within(table, statistics, config.budget, config.keep_operations,
                                      {"stage": "search", "data": data.train.spec.name,
@@ -340,11 +340,10 @@ def reopened(history: list, space: SearchSpace) -> dict: # figures
 def load_supernet(folder) -> RoutingNetwork: # in evaluation mode
     "The supernet that a search left in `folder`; raises FileNotFoundError naming what is missing."
     folder = FilePath(folder)
-    parameters = RunRecord.load(folder/"search-record.json").parameters
+    parameters = RunRecord.load(folder/"search-record.json", needs=("gate", "leak")).parameters
     model, weights = (supernet(load_architecture(folder/"architecture.json").space,
                                gate=parameters["gate"], leak=parameters["leak"]),
                       folder/"supernet.safetensors")
     if not weights.exists():
         raise FileNotFoundError(f"no weights at {weights}; `selfsupnas search` writes them")
-    model.load_state_dict(load_file(weights))
-    return model.eval()
+    return load_weights(model, weights)

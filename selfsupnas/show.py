@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .core import written_aside
+
 # %% ../nbs/02_show.ipynb #cell-08
 def as_array(x, # NumPy array, torch tensor (any device) or nested list
             ) -> np.ndarray: # the same numbers as a NumPy array
@@ -206,6 +208,6 @@ def save_figure(fig, # matplotlib Figure
     if path.suffix[1:].lower() not in known:
         raise ValueError(f"cannot tell the format of {str(path)!r}: end the name in one of "
                          f"{', '.join('.' + k for k in sorted(known))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=dpi or fig.dpi, bbox_inches="tight", facecolor="white")
+    with written_aside(path) as aside:
+        fig.savefig(aside, dpi=dpi or fig.dpi, bbox_inches="tight", facecolor="white")
     return path

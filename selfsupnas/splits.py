@@ -7,14 +7,14 @@ __all__ = ['LabelSplit', 'covering_order', 'classes_present', 'label_count', 'ma
            'load_split', 'check_no_leak']
 
 # %% ../nbs/11_splits.ipynb #a5142e7d
-import hashlib, json, math, warnings
+import hashlib, math, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .core import write_json
+from .core import read_json, read_text, write_json, written_aside
 from .pairs import numbers_in, read_all, unless_unreadable
 
 # %% ../nbs/11_splits.ipynb #cell-08
@@ -96,11 +96,10 @@ def save_split(split:LabelSplit,
               ) -> Path: # the folder
     "Write labeled.txt and unlabeled.txt (one image a line) and split.json (where they come from)."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lines = {name: dataset.split_line(i) for i, name in enumerate(dataset.ids)} if dataset else {}
     for name, ids in [("labeled.txt", split.labelled), ("unlabeled.txt", split.unlabelled)]:
         text = "".join(f"{lines.get(i, i)}\n" for i in ids)
-        (folder/name).write_text(text, encoding="utf-8")
+        with written_aside(folder/name) as aside: aside.write_text(text, encoding="utf-8")
     write_json(folder/"split.json", dict(
         dataset=split.dataset, fraction=split.fraction, seed=split.seed,
         labelled=len(split.labelled), unlabelled=len(split.unlabelled)))
@@ -121,7 +120,7 @@ def read_ids(path,  # labeled.txt or unlabeled.txt
     path, names = Path(path), dataset.known_names()
     if not path.is_file():
         raise FileNotFoundError(f"there is no split file {path}; write one with save_split")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path, "a split file").splitlines()]
     ids = [(number, line, find_id(line, names)) for number, line in enumerate(lines, 1) if line]
     unknown = [(number, line) for number, line, name in ids if name is None]
     if unknown:
@@ -149,7 +148,7 @@ def load_split(folder,  # that holds labeled.txt and unlabeled.txt
                               f"such as {both[0]!r}")
     if not labelled: raise ValueError(f"{folder/'labeled.txt'} is empty: label at least one image")
     origin = folder/"split.json"
-    kept = json.loads(origin.read_text(encoding="utf-8")) if origin.is_file() else {}
+    kept = read_json(origin, "the origin of a split") if origin.is_file() else {}
     return LabelSplit(labelled, unlabelled, kept.get("fraction"), kept.get("seed"),
                       dataset.spec.name)
 

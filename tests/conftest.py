@@ -1,8 +1,10 @@
-"What several tests use: where the checkout is, and the `selfsupnas` command as a shell runs it."
+"What several tests use: where the checkout is, small images in a folder, and the `selfsupnas` command as a shell runs it."
 import os, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -11,6 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_configure(config):
     "Figures are compared with their baselines however pytest was called: without this, only with --mpl."
     config.option.mpl = True
+
+
+def draw_folder(root, counts):
+    "The layout of `data=folder`, three classes: split -> number of images of 64 x 80 pixels."
+    draw = np.random.default_rng(0)
+    for split, count in counts.items():
+        for kind in ("images", "masks"): (root/kind/split).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(draw.integers(0, 255, (64, 80, 3), dtype=np.uint8)).save(root/"images"/split/f"{i}.png")
+            Image.fromarray((np.arange(64 * 80) // 900 % 3).astype(np.uint8).reshape(64, 80)).save(root/"masks"/split/f"{i}.png")
+    (root/"classes.txt").write_text("road\nhouse\ntree\n")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,499 @@
+"""Bad inputs and faults, each with the message that answers it: tests/faults.md is this table with the messages filled in.
+
+None may touch what was finished before, and none may leave a file that is not whole. `make faults` writes tests/faults.md anew.
+"""
+import contextlib, errno, fnmatch, json, os, pickle, re, resource, shutil, struct, warnings, zlib
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw_folder
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import selfsupnas
+from selfsupnas.architecture import load_architecture, save_architecture
+from selfsupnas.benchmark import EvaluateConfig, benchmark
+from selfsupnas.checkpoints import checkpoint_paths, own_folder, read_checkpoint
+from selfsupnas.cli import main
+from selfsupnas.core import RunRecord
+from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
+from selfsupnas.front import FrontConfig, front
+from selfsupnas.page import write_page
+from selfsupnas.pairs import SegmentationSpec, UnreadableFile
+from selfsupnas.retrain import RetrainConfig, load_network, retrain
+from selfsupnas.search import SearchConfig, load_supernet, search
+from selfsupnas.training import TrainingConfig, load_training_data
+
+TABLE = ROOT/"tests"/"faults.md"
+SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
+GRID = dict(layers=2, channels=4, budget=.9)
+DONE = ("search", "retrain", "evaluate") # what was finished before
+
+
+def run_search(folder="search", **changes): return search(SearchConfig(**{"folder": folder, **SMALL, **GRID, **changes}))
+
+
+def run_retrain(folder="retrain", **changes): return retrain(RetrainConfig(**{"folder": folder, "architecture": "search/architecture.json", **SMALL, **changes}))
+
+
+def run_evaluate(folder="new", **changes): return benchmark(EvaluateConfig(**{"folder": folder, "network": "retrain", "baselines": (), "latency_repeats": 1, **changes}))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    "Data, a search, the retraining of what it found, and its evaluation; paths in records are relative."
+    place = tmp_path_factory.mktemp("finished")
+    draw_folder(place/"data", dict(train=6, val=3, test=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run_search(), run_retrain(), run_evaluate("evaluate")
+    return place
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    "A copy of it, to be spoilt, as the current folder."
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SELFSUPNAS_DATA", raising=False)
+    return tmp_path
+
+
+def command(*words):
+    "A command that is refused: status 2, one line on stderr, nothing made."
+    def do(capsys):
+        before = listing()
+        try: status = main(list(words))
+        except SystemExit as e: status = e.code # words that argparse cannot make sense of
+        out, err = capsys.readouterr()
+        assert status == 2 and "Traceback" not in err and "running" not in out and listing() == before
+        return err.strip().splitlines()[-1]
+    return do
+
+
+def given(stage, **parameters):
+    "The command of a stage with parameters as words."
+    return command(stage, "--folder", "new", *(w for name, value in parameters.items() for w in ("-p", name, value)))
+
+
+def raises(kind, act):
+    "What Python raises."
+    def do(capsys):
+        with pytest.raises(kind) as e: act()
+        assert type(e.value) is kind, f"a {type(e.value).__name__}"
+        return str(e.value)
+    return do
+
+
+def after(spoil, do):
+    "A fault that needs something to be spoilt first; what is finished is what is there then."
+    do.spoil = spoil
+    return do
+
+
+def listing(): return sorted(str(p) for p in Path(".").rglob("*"))
+
+
+def contents(): return {str(p): p.read_bytes() for folder in DONE for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def check_whole(path):
+    "Raise unless a file can be read as what its name says."
+    if path.suffix == ".json": json.loads(path.read_text())
+    elif path.suffix == ".safetensors": load_file(path)
+    elif path.suffix == ".pt": read_checkpoint(path)
+    elif path.suffix == ".ipynb": nbformat.read(path, 4)
+    else: assert path.suffix in (".txt", ".png", ".md") or path.name == ".lock", f"{path} is left"
+
+
+# -- What is done to files, and to the disk
+
+def cut(path): Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size // 2])
+
+
+def rewrite(path, change):
+    "Change what a JSON file holds."
+    data = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps(change(data)))
+
+
+def put(**entries): return lambda data: {**data, **entries}
+
+
+def less(*names): return lambda data: {k: v for k, v in data.items() if k not in names}
+
+
+def within(key, change): return lambda data: {**data, key: change(data[key])}
+
+
+def mask(numbers, path="data/masks/train/0.png"): Image.fromarray(np.full((64, 80), numbers, np.uint8)).save(path)
+
+
+def bomb(path="data/images/train/0.png"):
+    "A PNG of some bytes that promises 10 gigapixels."
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
+                           + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+class Evil:
+    def __reduce__(self): return os.system, ("touch executed",)
+
+
+def every_checkpoint(write):
+    def spoil():
+        for path in checkpoint_paths("retrain"): write(path)
+    return spoil
+
+
+@contextlib.contextmanager
+def small_files(most):
+    "No file may grow beyond `most` bytes: what is written is really cut off there, as on a full disk."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_room_for(pattern, code=errno.ENOSPC):
+    "The disk is full, or read-only, when a file of that name is to get it."
+    plain = os.replace
+    def replace(source, target, **options):
+        if fnmatch.fnmatch(Path(target).name, pattern): raise OSError(code, os.strerror(code))
+        return plain(source, target, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        yield
+
+
+def full(pattern, act):
+    def do():
+        with no_room_for(pattern): act()
+    return raises(OSError, do)
+
+
+def too_large(most, act):
+    def do():
+        with small_files(most): act()
+    return raises(OSError, do)
+
+
+def read_only(act):
+    def mkdir(self, *args, **options): raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+    def do(capsys):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "mkdir", mkdir)
+            return act(capsys)
+    return do
+
+
+def taken():
+    with own_folder("new"): run_search("new")
+
+
+def split_of(labelled, unlabelled="", **more):
+    "A split folder with these texts."
+    def spoil():
+        Path("split").mkdir()
+        for name, text in {"labeled.txt": labelled, "unlabeled.txt": unlabelled, **more}.items():
+            Path("split", name.replace("_json", ".json")).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return spoil
+
+
+def by_notebook(stage, **parameters):
+    "The first cells of a run notebook, with parameters as papermill sets them."
+    def act():
+        cells = [c.source for c in nbformat.read(ROOT/"nbs"/"runs"/f"{stage}.ipynb", 4).cells if c.cell_type == "code"]
+        space = {}
+        exec(cells[0], space)
+        space.update(parameters)
+        exec(cells[1], space)
+    return act
+
+
+def use_split(**changes): return lambda: load_training_data(TrainingConfig(**{"folder": "new", **SMALL, "split_folder": "split", **changes}))
+
+
+def load_data(**changes): return lambda: load_training_data(TrainingConfig(**{"folder": "new", **SMALL, **changes}))
+
+
+A, R, N, C = "search/architecture.json", "retrain/retrain-record.json", "retrain/network.safetensors", "new/architecture.json"
+def spoilt(change, path=A): return lambda: rewrite(path, change)
+def read_architecture(): return load_architecture(A)
+
+
+# -- The table: group -> what is wrong -> (how it is provoked, what the message must hold)
+
+FAULTS = {
+    "The command line": {
+        "no stage": (command(), "required: STAGE"),
+        "an unknown stage": (command("serch"), "invalid choice: 'serch'.*search"),
+        "an unknown option": (command("search", "--steps", "3"), "unrecognized arguments: --steps 3"),
+        "a parameter without a value": (command("search", "-p", "steps"), "expected 2 arguments"),
+        "an unknown parameter": (given("search", stpes="5"), "unknown parameter stpes .*known: folder, data"),
+        "a parameter of another stage": (given("evaluate", steps="5"), "unknown parameter steps for EvaluateConfig"),
+        "a parameter that the demo sets itself": (command("demo", "-p", "network", "retrain"), "unknown parameter network for the demo"),
+        "a folder that is a file": (after(lambda: Path("new").write_text(""), given("search")), "cannot write to new: File exists; take another --folder"),
+        "a folder below a file": (after(lambda: Path("new").write_text(""), command("search", "--folder", "new/run")), "cannot write to new/run: Not a directory"),
+        "a read-only folder": (read_only(given("search")), "cannot write to new: Read-only file system"),
+        "no architecture": (given("retrain", architecture="no.json"), "no architecture at no.json; `selfsupnas search` writes one"),
+        "no network to evaluate": (given("evaluate", network="search"), "no retrained network in search; `selfsupnas retrain`"),
+        "no search for a front": (given("front", search="retrain"), "no search in retrain .*`selfsupnas search`"),
+        "no data": (given("search", data="camvid"), "SELFSUPNAS_DATA"),
+        "a root that is not there": (given("search", data="folder", root="nowhere"), "no folder .*nowhere/images"),
+        "a root that is a file": (given("search", data="folder", root="data/classes.txt"), "no folder .*classes.txt/images"),
+        "an unknown data set": (given("search", data="street"), "no dataset 'street'; there are streetscenes"),
+        "a report of nothing": (command("report", "nowhere"), "no run record or folder at nowhere"),
+        "a report of half a record": (after(lambda: cut(R), command("report", "retrain")), "retrain-record.json is not a run record"),
+        "a report into a folder": (command("report", "retrain", "--to", "data"), "cannot write data: Is a directory"),
+        "an export of nothing": (command("export", "nowhere"), "no run record at nowhere/retrain-record.json"),
+        "an export of a hand-crafted network": (after(spoilt(within("parameters", put(architecture="unet_resnet18")), R), command("export", "retrain")), "what travels are networks of the grid"),
+        "an export into a file": (command("export", "retrain", "--to", "data/classes.txt"), "cannot write data/classes.txt/model.safetensors"),
+        "an export with the figures of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
+        "a sheet of no samples": (command("data", "folder", "data", "--samples", "0"), "samples must be 1 or more, not 0"),
+        "a campaign with an unknown rival": (given("campaign", rivals="('unet',)"), "no hand-crafted network 'unet'; known: "),
+        "a campaign of no steps": (given("campaign", steps="0"), "steps must be 1 or more, not 0"),
+        "a campaign with a fraction in words": (given("campaign", fractions="('all',)"), r"fractions must be tuple\[float, ...\], not \('all',\)"),
+    },
+    "Parameters of another type": {
+        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name} must be {re.escape(right)}, not ") for stage, name, value, right in (
+            ("search", "seed", "one", "int"), ("search", "seed", "1.5", "int"), ("search", "seed", "True", "int"), ("search", "steps", "1e3", "int"),
+            ("search", "lr", "fast", "float"), ("search", "resume", "maybe", "bool"), ("search", "size", "64", "tuple[int, int] | None"),
+            ("search", "size", "(64,)", "tuple[int, int] | None"), ("search", "crop", "('64', 80)", "tuple[int, int] | None"), ("search", "zoom", "(1, 2, 3)", "tuple[float, float]"),
+            ("search", "operations", "identity", "tuple[str, ...]"), ("search", "jigsaw_permutations", "many", "int | None"), ("front", "budgets", "0.5", "tuple[float, ...]"),
+            ("front", "budgets", "('half',)", "tuple[float, ...]"), ("evaluate", "batch_size", "8.5", "int"), ("evaluate", "baselines", "(3,)", "tuple[str, ...]"))},
+        "in Python: SearchConfig(steps='5')": (raises(TypeError, lambda: SearchConfig(steps="5")), "SearchConfig.steps must be int, not '5'"),
+        "in Python: RetrainConfig(size=64)": (raises(TypeError, lambda: RetrainConfig(size=64)), "RetrainConfig.size must be "),
+        "a run notebook by itself, seed = 'x'": (raises(TypeError, by_notebook("search", seed="x")), "SearchConfig.seed must be int, not 'x'"),
+        "a run notebook by itself, split = 'tset'": (raises(ValueError, by_notebook("evaluate", split="tset")), "split must be one of train, val, test"),
+        "a run notebook by itself, budgets = [2]": (raises(ValueError, by_notebook("front", budgets=[2])), "budgets must be shares"),
+    },
+    "Parameters out of range": {
+        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name.replace('_fraction', '.fraction')}.* must be .*{re.escape(right)}.*, not ") for stage, name, value, right in (
+            ("search", "seed", "-1", "from 0 to 4294967295"), ("search", "seed", "4294967296", "from 0 to 4294967295"), ("search", "steps", "0", "1 or more"), ("search", "steps", "-5", "1 or more"),
+            ("search", "batch_labelled", "0", "1 or more"), ("search", "logs", "0", "1 or more"), ("search", "workers", "-1", "0 or more"), ("search", "checkpoints", "0", "1 or more"),
+            ("search", "lr", "-0.1", "0 or more"), ("search", "lr", "1e999", "finite"), ("search", "weight_decay", "-1", "0 or more"), ("search", "clip", "0", "over 0"), ("search", "clip", "1e999", "finite"),
+            ("search", "warmup", "2", "from 0 to 1"), ("search", "ema_decay", "1", "in [0, 1)"), ("search", "drop_path", "1", "in [0, 1)"), ("search", "threshold", "1.5", "from 0 to 1"),
+            ("search", "cutmix_p", "-0.5", "from 0 to 1"), ("search", "category_ratio", "2", "from 0 to 1"), ("search", "cache_gb", "-1", "0 or more"),
+            ("search", "zoom", "(2, 1)", "not falling"), ("search", "zoom", "(0, 1)", "not falling"), ("search", "jigsaw_zoom", "(-1, 1)", "not falling"), ("search", "ramp", "(0.5, 0.1)", "not falling"),
+            ("search", "ramp", "(0, 2)", "from 0 to 1"), ("search", "cost_ramp", "(0.4, 0.1)", "not falling"), ("search", "size", "(16, 16)", "(33, 33) or more"), ("search", "crop", "(0, 80)", "(33, 33) or more"),
+            ("search", "jigsaw_n", "1", "from 2 to 8"), ("search", "jigsaw_n", "100", "from 2 to 8"), ("search", "jigsaw_permutations", "25", "from 2 to 24"), ("search", "jigsaw_permutations", "0", "from 2"),
+            ("search", "label_fraction", "0", "above 0 and at most 1"), ("search", "label_fraction", "3/2", "above 0 and at most 1"), ("search", "label_fraction", "-0.1", "above 0 and at most 1"),
+            ("search", "layers", "0", "at least 1"), ("search", "channels", "7", "even"), ("search", "channels", "0", "at least 2"), ("search", "budget", "0", "in (0, 1]"), ("search", "budget", "1.01", "in (0, 1]"),
+            ("search", "w_cost", "-1", "0 or more"), ("search", "leak", "-0.1", "0 or more"), ("search", "keep_operations", "0", "1 or more"), ("retrain", "w_jig", "-1", "0 or more"),
+            ("front", "budgets", "(0.5, 0)", "in (0, 1]"), ("front", "steps", "-1", "0 or more"), ("front", "random", "-1", "0 or more"), ("front", "seed", "-1", "from 0 to"),
+            ("evaluate", "batch_size", "0", "1 or more"), ("evaluate", "latency_repeats", "0", "1 or more"))},
+        **{f"in Python: SearchConfig({name}=nan)": (raises(ValueError, lambda name=name: SearchConfig(**{name: float("nan")})), f"{name} must be finite, not nan")
+           for name in ("lr", "w_jig", "budget", "threshold", "label_fraction")},
+        "in Python: SearchConfig(zoom=(1, inf))": (raises(ValueError, lambda: SearchConfig(zoom=(1, float("inf")))), "zoom must be finite"),
+        "no operation": (given("search", operations="()"), "operations is empty"),
+        "an operation twice": (given("search", operations="('identity', 'identity')"), "must differ"),
+        "no budget for a front": (given("front", budgets="()"), "budgets must be shares"),
+        "nothing to learn from": (given("search", w_sup="0", w_jig="0", w_semi="0"), "w_sup and w_jig are both 0"),
+        "a teacher without labels": (given("search", w_sup="0"), "w_sup=0 needs w_semi=0"),
+        "retraining without labels": (given("retrain", w_sup="0", w_semi="0"), "retraining needs labels: w_sup must be over 0"),
+        "a jigsaw for a hand-crafted network": (given("retrain", architecture="unet_resnet18"), "unet_resnet18 is no routing network: w_jig must be 0"),
+        "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*ask for more"),
+        "the same in the folder of a finished search": (raises(ValueError, lambda: run_search(budget=.01, seed=3)), "budget 0.01 is out of reach"),
+        "a front that asks for less than that": (raises(ValueError, lambda: front(FrontConfig(folder="new", search="search", budgets=(.9, .01)))), "budget 0.01 is out of reach"),
+        "alternating updates with one labelled image": (raises(ValueError, lambda: run_search("new", update="alternating", label_fraction=1/6)), "halves the labelled images.*raise label_fraction"),
+        "views that no memory holds": (raises(MemoryError, lambda: run_search("new", crop=(10**6, 10**6))), r"out of memory with 2 labelled.*\(1000000, 1000000\).*lower"),
+        "tiles of less than a feature": (raises(ValueError, lambda: run_search("new", crop=(40, 40), jigsaw_n=8, jigsaw_permutations=9)), "cannot be pooled to 8x8 tiles: .*larger images"),
+        "a rate of learning at which all is lost": (raises(FloatingPointError, lambda: run_search("new", lr=1e30, clip=1e30, steps=8, warmup=0.)), "is not finite at step .*Lower lr"),
+    },
+    "Names that are unknown": {
+        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name} must be (one|names out) of .*{right}.*, not ") for stage, name, value, right in (
+            ("search", "consistency", "fixmatsch", "fixmatch"), ("search", "optimiser", "adam", "adamw"), ("search", "gate", "hard", "conditional"), ("search", "cost", "watts", "flops"),
+            ("search", "update", "never", "alternating"), ("search", "budget_of", "hoped", "realised"), ("search", "jigsaw_head", "magic", "position"), ("search", "jigsaw_stride", "5", "8"),
+            ("search", "bad_loss", "ignore", "skip"), ("search", "precision", "int8", "bf16"), ("search", "operations", "('conv_9x9',)", "conv_3x3"), ("retrain", "initialise", "magic", "inherit"),
+            ("evaluate", "split", "tset", "test"), ("evaluate", "baselines", "('deeplab',)", "deeplabv3_resnet50"), ("front", "split", "tset", "test"), ("front", "baselines", "('unet',)", "unet_resnet18"))},
+        "a preset": (raises(ValueError, lambda: selfsupnas.load("nowhere")), "no preset 'nowhere'; known: .*streetscenes"),
+    },
+    "Data": {
+        "no folder of images": (after(lambda: shutil.rmtree("data/images"), raises(FileNotFoundError, load_data())), "no folder .*data/images: put your dataset into"),
+        "an empty split": (after(lambda: [p.unlink() for p in Path("data/images/val").iterdir()], raises(ValueError, load_data())), "data/images/val holds no image"),
+        "no classes.txt": (after(lambda: Path("data/classes.txt").unlink(), raises(FileNotFoundError, load_data())), "write .*data/classes.txt, one a line"),
+        "classes.txt in another encoding": (after(lambda: Path("data/classes.txt").write_bytes("Straße\nHaus".encode("latin1")), raises(ValueError, load_data())), "data/classes.txt is not a list of class names: byte 4 is no UTF-8"),
+        "a class twice": (after(lambda: Path("data/classes.txt").write_text("a\nb\na\n"), raises(ValueError, load_data())), "data/classes.txt names the class 'a' twice"),
+        "one class": (after(lambda: Path("data/classes.txt").write_text("a\n"), raises(ValueError, load_data())), "data/classes.txt names fewer than 2 classes"),
+        "more classes than a mask can number": (after(lambda: Path("data/classes.txt").write_text("\n".join(map(str, range(300)))), raises(ValueError, load_data())), "more than 255 classes"),
+        "two images of one name": (after(lambda: shutil.copy("data/images/train/0.png", "data/images/train/0.jpg"), raises(ValueError, load_data())), "0.png and 0.jpg have the same name: keep one"),
+        "a header that promises 10 gigapixels": (after(bomb, raises(UnreadableFile, lambda: run_search("new", label_fraction=1.))), "cannot read the image .*data/images/train/0.png"),
+        "half a mask": (after(lambda: cut("data/masks/train/0.png"), raises(UnreadableFile, lambda: run_search("new", label_fraction=1.))), "cannot read the mask .*data/masks/train/0.png"),
+        "a class number outside": (after(lambda: mask(7), raises(ValueError, lambda: run_search("new", label_fraction=1.))), r"masks/train/0.png holds the numbers \[7\], but data has the classes 0 to 2"),
+        "a mask of another size": (after(lambda: Image.new("L", (30, 20)).save("data/masks/train/0.png"), raises(ValueError, lambda: run_search("new", label_fraction=1.))), "0.png is 30 x 20 pixels, its image 80 x 64"),
+        "validation images without a labelled pixel": (after(lambda: [mask(255, p) for p in Path("data/masks/val").iterdir()], raises(ValueError, lambda: run_search("new"))), "none of the 3 images has a labelled pixel"),
+        "images of 20 pixels": (after(lambda: [Image.open(p).resize((20, 20)).save(p) for p in Path("data").rglob("*.png")], raises(ValueError, lambda: run_search("new"))), "images of data are 20 pixels high and 20 wide, and 33 are the least: set size"),
+        "images of many sizes, no crop": (after(lambda: [Image.new(m, (90, 70)).save(f"data/{k}/train/0.png") for k, m in (("images", "RGB"), ("masks", "L"))], raises(ValueError, load_data())), "images of data differ in size: set crop"),
+        "a fraction of no image": (raises(ValueError, load_data(label_fraction=.1)), "0.1 of 6 images is less than one image: ask for 1/6 or more"),
+        "no split files": (raises(FileNotFoundError, use_split()), "no split file split/labeled.txt"),
+        "a split that labels nothing": (after(split_of("", "train/0"), raises(ValueError, use_split())), "split/labeled.txt is empty: label at least one image"),
+        "a split of unknown images": (after(split_of("train/0\ntrain/99"), raises(ValueError, use_split())), "split/labeled.txt, line 2: 'train/99' names no image of data"),
+        "a split that names validation images": (after(split_of("val/0"), raises(ValueError, use_split())), "line 1: 'val/0' names no image"),
+        "a split that names an image twice": (after(split_of("train/0\ntrain/0"), raises(ValueError, use_split())), "1 images more than once, such as 'train/0'"),
+        "an image on both sides of a split": (after(split_of("train/0", "train/0"), raises(ValueError, use_split())), "1 images are labelled and unlabelled at once"),
+        "a split file in another encoding": (after(split_of("Straße".encode("latin1")), raises(ValueError, use_split())), "split/labeled.txt is not a split file: byte 4 is no UTF-8 text"),
+        "half a split.json": (after(split_of("train/0", split_json='{"seed": '), raises(ValueError, use_split())), "split/split.json is not the origin of a split: no JSON"),
+        "a split.json that is a list": (after(split_of("train/0", split_json="[]"), raises(ValueError, use_split())), "split/split.json .* holds a list"),
+        "an evaluation on data of other classes": (after(lambda: Path("data/classes.txt").write_text("a\nb\nc\nd\n"), raises(ValueError, run_evaluate)), "retrain has 3 classes, data has 4"),
+        "an evaluation on other data of other classes": (after(lambda: (shutil.copytree("data", "other"), Path("other/classes.txt").write_text("a\nb\nc\nd\n")), raises(ValueError, lambda: run_evaluate(root="other"))),
+                                                         "retrain has 3 classes, other has 4"),
+        "an evaluation without test images": (after(lambda: shutil.rmtree("data/images/test"), raises(FileNotFoundError, run_evaluate)), "no folder .*data/images/test"),
+    },
+    "JSON": {
+        "half an architecture": (after(lambda: cut(A), given("retrain", architecture=A)), "search/architecture.json is not an architecture: "),
+        "an architecture that is a list": (after(lambda: Path(A).write_text("[]"), given("retrain", architecture=A)), "must be an object"),
+        "an architecture of a later version": (after(spoilt(put(schema=9)), given("retrain", architecture=A)), "schema is 9, .*install a later version"),
+        "an architecture without paths": (after(spoilt(less("paths")), given("retrain", architecture=A)), "paths is missing"),
+        "an architecture with an unknown entry": (after(spoilt(put(colour="red")), given("retrain", architecture=A)), "unknown colour"),
+        "an architecture with a path that the grid lacks": (after(spoilt(put(paths=[[0, 3, "up", 1.]])), given("retrain", architecture=A)), "is not a path of"),
+        "an architecture with a path of weight NaN": (after(spoilt(put(paths=[[0, 0, "keep", float("nan")]])), given("retrain", architecture=A)), "weight nan; it must be over 0"),
+        "an architecture with a path twice": (after(spoilt(put(paths=[[0, 0, "keep", 1.]] * 2)), given("retrain", architecture=A)), "twice"),
+        "an architecture with a layer in words": (after(spoilt(put(paths=[["first", 0, "keep", 1.]])), given("retrain", architecture=A)), "must hold .layer, scale, kind, weight."),
+        "an architecture of odd channels": (after(spoilt(within("space", put(channels=5))), given("retrain", architecture=A)), "space: channels must be even, not 5"),
+        "an architecture with an unknown operation": (after(spoilt(within("space", put(operations=["conv_9x9"]))), raises(ValueError, lambda: run_retrain("new"))), "search/architecture.json: unknown operation 'conv_9x9'; known: "),
+        "an architecture for other classes": (after(spoilt(within("space", put(num_classes=19))), raises(ValueError, lambda: run_retrain("new"))), "architecture.json has 19 classes, data 3: search on this data"),
+        "half a record": (after(lambda: cut(R), given("evaluate", network="retrain")), "retrain-record.json is not a run record: no JSON, or cut short"),
+        "a record that is a list": (after(lambda: Path(R).write_text("[1]"), given("evaluate", network="retrain")), "retrain-record.json is not a run record: it holds a list"),
+        "a record nested without end": (after(lambda: Path(R).write_text("[" * 100_000), given("evaluate", network="retrain")), "nested too deeply"),
+        "a record that is no text": (after(lambda: Path(R).write_bytes(b"\xff\xfe"), given("evaluate", network="retrain")), "byte 0 is no UTF-8 text"),
+        "a record with a seed in words": (after(spoilt(put(seed="one"), R), given("evaluate", network="retrain")), "RunRecord.seed must be int, not 'one'"),
+        "a record without parameters": (after(spoilt(less("parameters"), R), given("evaluate", network="retrain")), "RunRecord needs parameters"),
+        "a record that lacks a parameter": (after(spoilt(within("parameters", less("data")), R), given("evaluate", network="retrain")), "retrain-record.json: its parameters lack data"),
+        "a record of another stage": (after(lambda: shutil.copy("search/search-record.json", R), given("evaluate", network="retrain")), "retrain-record.json is the record of another stage: search"),
+        "an evaluation whose figures are gone": (after(spoilt(put(figures={}), "evaluate/evaluate-record.json"), command("export", "retrain", "--to", "new")), "evaluate-record.json: its figures lack rows"),
+        "a retraining whose figures are gone": (after(spoilt(put(figures={}), R), command("export", "retrain", "--to", "new")), "retrain-record.json: its figures lack "),
+        "a search record with an unknown gate": (after(spoilt(within("parameters", put(gate="hard")), "search/search-record.json"), raises(ValueError, lambda: load_supernet("search"))), "gate must be one of conditional, static"),
+    },
+    "Checkpoints": {
+        "of other parameters": (raises(ValueError, lambda: run_retrain(resume=True, lr=.5)), r"checkpoint-000002.pt was written with other parameters: lr=0.003 \(now 0.5\)"),
+        "of another grid": (raises(ValueError, lambda: run_search(resume=True, channels=8)), r"other parameters: channels=4 \(now 8\). Give it these again, or take another folder"),
+        "of another stage": (raises(ValueError, lambda: run_retrain("search", resume=True)), "other parameters: .*layers=2"),
+        "of another network under the same name": (after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain(resume=True))),
+                                                   "is of another network, though its parameters are the same .*architecture.*Take another folder"),
+        "cut short, all of them": (after(every_checkpoint(cut), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints in retrain is whole: remove them"),
+        "empty, all of them": (after(every_checkpoint(lambda p: p.write_bytes(b"")), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints"),
+        "pickles that would run a command": (after(every_checkpoint(lambda p: p.write_bytes(pickle.dumps(Evil()))), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints"),
+        "torch's own pickles that would": (after(every_checkpoint(lambda p: torch.save({"step": Evil()}, p)), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints"),
+        "with other things in them": (after(every_checkpoint(lambda p: torch.save({"step": 2, "interrupted": False, "parameters": [], "parts": {}}, p)), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1"),
+        "in a folder that another run holds": (raises(RuntimeError, taken), "another run is writing to new: wait until it ends"),
+    },
+    "Weights": {
+        "of the retraining, gone": (after(lambda: Path(N).unlink(), raises(FileNotFoundError, run_evaluate)), "no weights at retrain/network.safetensors; `selfsupnas retrain` writes them"),
+        "of the retraining, cut short": (after(lambda: cut(N), raises(ValueError, run_evaluate)), "retrain/network.safetensors is damaged, or holds no weights"),
+        "of the retraining, a pickle": (after(lambda: Path(N).write_bytes(pickle.dumps(Evil())), raises(ValueError, run_evaluate)), "retrain/network.safetensors is damaged"),
+        "of another network": (after(lambda: save_file({"a": torch.zeros(3)}, N), raises(ValueError, run_evaluate)), "does not hold the weights of this network: "),
+        "of the supernet, gone": (after(lambda: Path("search/supernet.safetensors").unlink(), raises(FileNotFoundError, lambda: run_retrain("new", initialise="inherit"))), "needs the supernet's weights at search/supernet.safetensors"),
+        "of the supernet, cut short": (after(lambda: cut("search/supernet.safetensors"), raises(ValueError, lambda: run_retrain("new", initialise="inherit"))), "search/supernet.safetensors is damaged"),
+        "of the supernet of another search space": (after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain("new", initialise="inherit"))), "from search/supernet.safetensors: .*another search space"),
+        "of a supernet, for a front, cut short": (after(lambda: cut("search/supernet.safetensors"), raises(ValueError, lambda: front(FrontConfig(folder="new", search="search", steps=0, budgets=(.9,))))), "search/supernet.safetensors is damaged"),
+        "that are NaN": (after(lambda: save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in load_file(N).items()}, N), raises(ValueError, run_evaluate)), "logits of image .* are not finite"),
+        "of an exported folder, cut short": (after(lambda: (export_run("retrain", "away"), cut("away/model.safetensors")), raises(ValueError, lambda: from_pretrained("away"))), "away/model.safetensors is damaged"),
+        "of no folder": (raises(FileNotFoundError, lambda: from_pretrained("./away")), "there is no folder ./away"),
+        "for an export of 8 pixels": (raises(ValueError, lambda: export_program(load_network("retrain"), (8, 8), "new/network.pt2")), "each 33 or more"),
+        "for an export under another ending": (raises(ValueError, lambda: export_onnx(load_network("retrain"), (64, 80), "new/network.pt2")), "must end in .onnx, not network.pt2"),
+        "for an export with other classes": (raises(ValueError, lambda: export_run_with("ab")), "2 classes, but the network has 3"),
+    },
+    "The disk": {
+        "full at a checkpoint of a new run": (too_large(30_000, lambda: run_search("new")), "cannot write new/checkpoint-000002.pt: File too large; .*; there is no whole checkpoint"),
+        "full at the second checkpoint": (full("checkpoint-000002.pt", lambda: run_retrain("new", logs=2)), "cannot write new/checkpoint-000002.pt: No space left.*last whole checkpoint is new/checkpoint-000001.pt"),
+        "full at the copy of the best": (full("best.pt", lambda: run_retrain("new")), "cannot write new/best.pt: No space left on device"),
+        "full at the network of a finished run, made again": (too_large(9_000, lambda: run_retrain(resume=True)), "cannot write retrain/network.safetensors: "),
+        "full at the supernet of a finished run, made again": (too_large(9_000, lambda: run_search(resume=True)), "cannot write search/supernet.safetensors: "),
+        "full at the architecture": (full("architecture.json", lambda: run_search(resume=True)), "cannot write search/architecture.json: No space left"),
+        "full at the history": (full("history.json", lambda: run_search(resume=True)), "cannot write search/history.json: No space left"),
+        "full at the record": (full("*-record.json", lambda: run_search(resume=True)), "cannot write search/search-record.json: No space left on device; make room, or write elsewhere"),
+        "full at the record of an evaluation": (full("*-record.json", lambda: run_evaluate("evaluate")), "cannot write evaluate/evaluate-record.json"),
+        "full at the split": (full("unlabeled.txt", lambda: run_search("new")), "cannot write new/split/unlabeled.txt: No space left"),
+        "full at an export": (full("model.safetensors", lambda: export_run("retrain", "new")), "cannot write new/model.safetensors: No space left"),
+        "full at the card of an export": (full("README.md", lambda: export_run("retrain", "new")), "cannot write new/README.md"),
+        "full at a report": (full("page.html", lambda: write_page(["retrain"], "page.html")), "cannot write page.html: No space left"),
+        "read-only, in Python": (read_only(raises(OSError, lambda: run_search("new"))), "cannot write to new: .*Read-only file system.*take another folder"),
+    },
+}
+
+
+def export_run_with(classes):
+    from selfsupnas.export import save_pretrained
+    save_pretrained(load_network("retrain"), "new", usage=Usage(SegmentationSpec("data", tuple(classes), ((0, 0, 0),) * len(classes)), (64, 80)))
+
+
+CASES = [(group, what) for group, rows in FAULTS.items() for what in rows]
+
+
+def told(message):
+    "A message as the table has it: in one line, without the words of other libraries, which change."
+    message = message.replace(f"{Path.cwd()}/", "")
+    line = re.sub(r"(cannot read the (?:image|mask) \S+?: |holds no weights: |weights of this network: |(?=Expecting )|cut short: ).*", r"\1...", " ".join(message.split()))
+    return line if len(line) <= 260 else line[:260] + " ..."
+
+
+def as_rows(answers):
+    "The table as Markdown."
+    lines = ["# Bad inputs and faults, and how they are answered", "", f"{len(answers)} of them. This file is written by `make faults` and compared by `tests/test_faults.py`, which provokes each, and sees to it that no",
+             "finished work was touched and no file left that is not whole. A command that is refused ends with status 2 before anything runs."]
+    for group, rows in FAULTS.items():
+        lines += ["", f"## {group}", "", "| what is wrong | answer |", "|---|---|"]
+        lines += [f"| {cell(what)} | {cell(answers[group, what])} |" for what in rows if (group, what) in answers]
+    return "\n".join(lines) + "\n"
+
+
+def cell(text): return text.replace("|", r"\|").replace("*", r"\*")
+
+
+@pytest.fixture(scope="module")
+def answers():
+    "What was answered; with SELFSUPNAS_FAULTS=write, it becomes the table."
+    found = {}
+    yield found
+    if os.environ.get("SELFSUPNAS_FAULTS") == "write": TABLE.write_text(as_rows(found))
+
+
+@pytest.mark.parametrize("group, what", CASES, ids=[f"{group}: {what}" for group, what in CASES])
+@pytest.mark.filterwarnings("ignore:.*is passed over", "ignore:.*labelled images are too few")
+def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, what):
+    do, words = FAULTS[group][what]
+    getattr(do, "spoil", lambda: None)()
+    before, there = contents(), set(listing())
+    message = do(capsys)
+    assert re.search(words, message), message
+    assert contents() == {**contents(), **before} and not Path("executed").exists(), "finished work was touched"
+    for path in set(listing()) - there:
+        if Path(path).is_file(): check_whole(Path(path))
+    answers[group, what] = told(message)
+    if os.environ.get("SELFSUPNAS_FAULTS") != "write":
+        row = f"| {cell(what)} | {cell(told(message))} |"
+        assert row in TABLE.read_text().splitlines(), f"{row}\nis not in tests/faults.md: make faults writes it anew"
+
+
+def test_the_table_has_these_rows_and_no_others():
+    if os.environ.get("SELFSUPNAS_FAULTS") == "write": pytest.skip("it is being written")
+    rows = [line.split(" | ")[0][2:] for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row != "what is wrong"] == [cell(what) for _, what in CASES] and len(CASES) >= 60
+
+
+def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
+    "With bad_loss='skip': what JSON cannot hold is not in the history, and the search is finished."
+    import selfsupnas.training as training
+    plain, calls = training.to_device, []
+    def poisoned(batch, device):
+        calls.append(1)
+        return {name: x * float("nan") if x.is_floating_point() and len(calls) in (4, 5, 6) else x for name, x in plain(batch, device).items()}
+    monkeypatch.setattr(training, "to_device", poisoned)
+    found = run_search("new", bad_loss="skip", steps=4, logs=4)
+    rows = json.loads(Path("new/history.json").read_text())
+    assert rows == found.trained.history and [row["step"] for row in rows] == [1, 2, 3, 4] and json.loads(Path("new/bad-step-000001.json").read_text())["images"]
+    assert rows[1]["sup"] is None and "gates" not in rows[1] and rows[2]["sup"] > 0 and RunRecord.load("new/search-record.json").figures == found.record.figures
+
+
+def test_a_checkpoint_that_is_damaged_costs_the_steps_since_the_one_before(place):
+    run_retrain("new", steps=4, logs=4)
+    reference = load_file("new/network.safetensors")
+    cut("new/checkpoint-000004.pt")
+    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is no checkpoint of this kit, or damaged: .*; it is passed over"): run_retrain("new", steps=4, logs=4, resume=True)
+    again = load_file("new/network.safetensors")
+    assert again.keys() == reference.keys() and all(again[name].equal(reference[name]) for name in again)

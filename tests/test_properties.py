@@ -1,0 +1,350 @@
+"Laws that hold for any search space, image, batch, architecture, permutation and value; hypothesis looks for what breaks them, the same examples at each run."
+import dataclasses, functools, json, math, string, typing
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
+
+from selfsupnas.architecture import Architecture, architecture_from_json, architecture_to_json, derive, reached
+from selfsupnas.augment import WeakView
+from selfsupnas.baselines import all_open
+from selfsupnas.benchmark import EvaluateConfig
+from selfsupnas.budget import expected_cost, measure_costs, realised_cost, static_cost
+from selfsupnas.checkpoints import checkpoint_paths, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights, step_of
+from selfsupnas.cli import parse_value
+from selfsupnas.core import RunRecord, from_parameters
+from selfsupnas.cost import count_flops
+from selfsupnas.evaluation import Metrics, confusion_matrix
+from selfsupnas.front import FrontConfig
+from selfsupnas.gate import CLOSED, gate_activation, hold_gates, put, take, watch_gates
+from selfsupnas.grid import SearchSpace, trace_route
+from selfsupnas.jigsaw import cut_and_shuffle, jigsaw_accuracy, join_cells, solve_positions, split_cells, unshuffle
+from selfsupnas.network import StaticNetwork, inherit
+from selfsupnas.operations import OPERATIONS
+from selfsupnas.pairs import PairDataset, SegmentationSpec
+from selfsupnas.permutations import permutation_set
+from selfsupnas.retrain import RetrainConfig
+from selfsupnas.search import SearchConfig
+from selfsupnas.space import gates_by_path, gates_from_paths, supernet
+from selfsupnas.splits import LabelSplit, label_count, load_split, save_split
+from selfsupnas.training import learning_rate, ramp_up
+
+FAST = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def examples(count): return settings(max_examples=count, **FAST)
+
+
+seeds = st.integers(0, 2**32 - 1)
+sides = st.integers(32, 75)
+spaces = st.builds(SearchSpace, num_classes=st.integers(2, 5), layers=st.integers(1, 4), channels=st.sampled_from([2, 4, 6]), search_operations=st.booleans(),
+                   operations=st.lists(st.sampled_from(list(OPERATIONS)), min_size=1, max_size=3, unique=True).map(tuple))
+few_spaces = st.sampled_from([SearchSpace(3, 3, 4), SearchSpace(2, 4, 2, ("conv_3x3", "mbconv_3x3")), SearchSpace(4, 2, 4, ("sep_conv_3x3", "max_pool_3x3", "identity"), True),
+                              SearchSpace(3, 4, 2, ("identity", "avg_pool_3x3"), True)])
+
+
+@functools.cache
+def table_of(space, size=(40, 57)): return measure_costs(space, size)
+
+
+def random_network(build, seed):
+    "In evaluation mode, with batch norms that do something."
+    torch.manual_seed(seed)
+    network = build().eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, .3), module.running_var.uniform_(.5, 2)
+            torch.nn.init.uniform_(module.weight, .5, 1.5), torch.nn.init.normal_(module.bias, 0, .3)
+    return network
+
+
+@st.composite
+def weighed(draw, space, least=.05):
+    "Any part of what a space has gates for, with weights."
+    numbers = st.integers(round(least * 1e6), 10**6).map(lambda n: n / 1e6) # as the JSON keeps them
+    return {path: draw(numbers) for path in space.gated() if draw(st.booleans())}
+
+
+@st.composite
+def architectures(draw, of=spaces):
+    space = draw(of)
+    kept = draw(weighed(space))
+    return Architecture(space, {p: w for p, w in kept.items() if p in set(space.paths())}, {"seed": draw(seeds)}, {p: w for p, w in kept.items() if p not in set(space.paths())})
+
+
+def close(a, b): return a.shape == b.shape and torch.allclose(a, b, atol=1e-4 * max(1, float(b.abs().max())), rtol=0)
+
+
+# -- Shapes
+
+@examples(20)
+@given(spaces, st.sampled_from(["conditional", "static"]), st.integers(1, 3), sides, sides, seeds)
+def test_a_supernet_answers_every_pixel_of_every_size(space, gate, batch, height, width, seed):
+    network = random_network(lambda: supernet(space, gate=gate), seed)
+    with torch.no_grad(): logits = network(torch.randn(batch, 3, height, width))
+    assert logits.shape == (batch, space.num_classes, height, width) and logits.isfinite().all()
+
+
+@examples(20)
+@given(architectures(), st.integers(1, 3), sides, sides, seeds)
+def test_so_does_the_network_of_every_architecture(architecture, batch, height, width, seed):
+    network = random_network(lambda: StaticNetwork(architecture), seed)
+    with torch.no_grad(): logits = network(torch.randn(batch, 3, height, width))
+    assert logits.shape == (batch, architecture.space.num_classes, height, width) and logits.isfinite().all()
+
+
+@examples(40)
+@given(st.tuples(st.integers(8, 60), st.integers(8, 60)), st.none() | st.tuples(st.integers(2, 70), st.integers(2, 70)), st.floats(.01, 100), st.floats(0, 1), seeds)
+def test_a_view_has_its_size_and_invents_no_label(size, wanted, zoom, flip, seed):
+    torch.manual_seed(seed)
+    label = torch.randint(0, 3, size)
+    image, marks, valid = WeakView(wanted, (zoom, zoom), flip)(torch.randint(0, 255, (3, *size), dtype=torch.uint8), label)
+    assert image.shape[1:] == marks.shape == valid.shape == (wanted or size) and image.dtype == torch.uint8
+    assert set(marks.unique().tolist()) <= {*label.unique().tolist(), 255} and bool((marks[~valid] == 255).all()) and valid.any()
+
+
+# -- Costs
+
+@examples(15)
+@given(architectures(few_spaces))
+def test_the_table_says_what_fvcore_counts(architecture):
+    table = table_of(architecture.space)
+    assert static_cost(table, architecture.kept) == count_flops(StaticNetwork(architecture), torch.zeros(1, 3, *table.size))
+
+
+@examples(100)
+@given(st.data(), few_spaces)
+def test_another_path_never_costs_less(data, space):
+    "Where a cell has none, it passes its input along `keep`: then `keep` is the path to open first, for another would take the input elsewhere."
+    kept = set(data.draw(weighed(space)))
+    path = data.draw(st.sampled_from(space.gated()))
+    assume(path.kind in ("keep", *space.operations) or trace_route(space, kept).get(path[:2], "absent") != ())
+    table = table_of(space)
+    assert static_cost(table, kept | {path}) >= static_cost(table, kept)
+    if path not in reached(space, kept | {path}): assert static_cost(table, kept | {path}) == static_cost(table, kept)
+
+
+@examples(60)
+@given(st.data(), few_spaces, st.floats(0, 1))
+def test_what_is_derived_is_within_the_budget_and_part_of_what_was_open(data, space, share):
+    table, importance = table_of(space), {path: 0. for path in space.gated()} | data.draw(weighed(space))
+    least = static_cost(table, [])
+    budget = least + share * (table.full - least)
+    found = derive(space, importance, lambda kept: static_cost(table, kept), budget)
+    assert static_cost(table, found.kept) <= budget
+    assert all(importance[path] > 0 and weight == importance[path] for path, weight in found.kept.items()) and reached(space, found.kept) == set(found.kept)
+    if share == 1: assert set(found.kept) == reached(space, {path for path in space.gated() if importance[path]})
+
+
+@examples(40)
+@given(architectures(few_spaces))
+def test_a_route_of_the_supernet_costs_the_network_and_its_gates(architecture):
+    space = architecture.space
+    table, gates = table_of(space), {path: torch.full((2,), float(architecture.kept.get(path, 0))) for path in space.gated()}
+    of_gates = sum(table.gates[scale][len(space.gated_at(layer, scale))] for layer, scale in architecture.live)
+    assert realised_cost(table, gates).tolist() == [static_cost(table, architecture.kept) + of_gates] * 2
+    if space.layers >= 3: assert float(expected_cost(table, {path: torch.ones(1).double() for path in gates})) == pytest.approx(table.full)
+
+
+# -- Gates
+
+@examples(100)
+@given(st.lists(st.floats(-20, 20, width=32), min_size=1), st.floats(CLOSED, .9), st.floats(0, 1))
+def test_a_gate_is_shut_or_open_and_nothing_between(logits, closing, leak):
+    gates = gate_activation(torch.tensor(logits), leak, closing)
+    assert bool(((gates == 0) | (gates > closing)).all()) and bool((gates <= 1).all())
+
+
+@examples(60)
+@given(st.lists(st.booleans(), min_size=1, max_size=8), seeds)
+def test_put_is_the_inverse_of_take(rows, seed):
+    images = torch.tensor(rows)
+    features = torch.randn(len(rows), 2, 3, generator=torch.Generator().manual_seed(seed))
+    back = put(take(features, images), images)
+    assert back[images].equal(features[images]) and not back[~images].any()
+
+
+@examples(15)
+@given(spaces, seeds)
+def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space, seed):
+    network, whole = random_network(lambda: supernet(space), seed), all_open(space)
+    images = torch.randn(2, 3, 40, 57)
+    with torch.no_grad(), hold_gates(network, gates_from_paths(space, whole.kept)):
+        assert close(inherit(StaticNetwork(whole), network.state_dict()).eval()(images), network(images))
+
+
+@examples(25)
+@given(architectures(), seeds)
+def test_held_to_an_architecture_the_supernet_is_the_network_that_inherits_it(architecture, seed):
+    network = random_network(lambda: supernet(architecture.space), seed)
+    images = torch.randn(2, 3, 40, 57)
+    with torch.no_grad(), hold_gates(network, gates_from_paths(architecture.space, architecture.kept)):
+        assert close(inherit(StaticNetwork(architecture), network.state_dict()).eval()(images), network(images))
+
+
+@examples(15)
+@given(st.data(), spaces, seeds)
+def test_images_of_a_batch_do_not_meet(data, space, seed):
+    "Each with gates of its own, some of them shut: what an image gets is what it gets alone; what does not reach a cell has gates of 0."
+    network = random_network(lambda: supernet(space), seed)
+    images = torch.randn(3, 3, 40, 57)
+    held = [gates_from_paths(space, data.draw(weighed(space))) for _ in images]
+    with torch.no_grad():
+        with hold_gates(network, {name: torch.stack([h[name] for h in held]) for name in held[0]}), watch_gates(network) as seen: together = network(images)
+        for k, one in enumerate(held):
+            with hold_gates(network, one): assert close(together[k:k + 1], network(images[k:k + 1]))
+    route = [trace_route(space, [p for p, g in gates_by_path(space, seen).items() if g[k] > 0]) for k in range(3)]
+    for path, gate in gates_by_path(space, seen).items(): assert all(path[:2] in route[k] or gate[k] == 0 for k in range(3))
+
+
+# -- There and back
+
+@examples(80)
+@given(architectures())
+def test_an_architecture_comes_back_from_json(architecture):
+    back = architecture_from_json(json.loads(json.dumps(architecture_to_json(architecture))))
+    assert back == architecture and back.provenance == architecture.provenance and back.live == architecture.live
+
+
+plain = st.recursive(st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+objects = st.dictionaries(st.text(min_size=1, max_size=8), plain, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("properties")
+
+
+@examples(40)
+@given(name=st.text(max_size=9), parameters=objects, figures=objects, timings=objects, seed=seeds)
+def test_a_record_comes_back_from_its_file(folder, name, parameters, figures, timings, seed):
+    record = RunRecord("toy", name, parameters, seed, figures, timings, {}, {}, None)
+    assert RunRecord.load(record.save(folder)) == record
+    with pytest.raises(ValueError): dataclasses.replace(record, figures={**figures, "miou": math.nan}).save(folder)
+    assert RunRecord.load(folder/"toy-record.json") == record
+
+
+class Named(PairDataset):
+    "A data set of names alone."
+    def __init__(self, ids): super().__init__(SegmentationSpec("names", ("a", "b"), ((0, 0, 0), (9, 9, 9))), ids)
+
+
+names = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="\u2028\u2029\x85"), min_size=1, max_size=12).filter(lambda s: s == s.strip().lstrip("/") != "")
+
+
+@examples(40)
+@given(ids=st.lists(names, min_size=2, max_size=12, unique=True), cut=st.integers(1, 12), seed=seeds)
+def test_a_split_comes_back_from_its_files(folder, ids, cut, seed):
+    split = LabelSplit(ids[:cut], ids[cut:], cut / len(ids), seed, "names")
+    assert load_split(save_split(split, folder/"split"), Named(ids)) == split
+
+
+@examples(100)
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 10**6))
+def test_a_fraction_is_rounded_up_and_never_to_nothing(fraction, total):
+    if fraction * total < 1 - 1e-6:
+        with pytest.raises(ValueError, match="less than one image"): label_count(fraction, total)
+    elif fraction * total >= 1: assert fraction * total - 1e-6 <= label_count(fraction, total) <= min(total, fraction * total + 1)
+
+
+VALUES = {int: st.integers(-10**6, 10**6), float: st.floats(allow_nan=False, allow_infinity=False), bool: st.booleans(), str: st.text(string.ascii_letters + "_/.-", min_size=1, max_size=9).filter(
+    lambda s: s not in ("true", "false", "null", "None", "True", "False")), type(None): st.none(), tuple[int, int]: st.tuples(*[st.integers(1, 999)] * 2),
+    tuple[float, float]: st.tuples(*[st.floats(-9, 9)] * 2), tuple[float, ...]: st.lists(st.floats(-9, 9), max_size=4).map(tuple), tuple[str, ...]: st.lists(st.text(string.ascii_letters, min_size=1), max_size=4).map(tuple)}
+KINDS = list({f"{kind}": kind for cls in (SearchConfig, RetrainConfig, EvaluateConfig, FrontConfig) for kind in typing.get_type_hints(cls).values()}.values())
+
+
+@examples(200)
+@given(st.data(), st.sampled_from(KINDS))
+def test_what_python_prints_the_command_reads(data, kind):
+    "A value of every type that a parameter has, as a word and back, and through JSON."
+    value = data.draw(st.one_of([VALUES[option] for option in (typing.get_args(kind) if kind not in VALUES else (kind,))]))
+    Toy = dataclasses.make_dataclass("Toy", [("field", kind)])
+    assert from_parameters(Toy, {"field": parse_value(str(value), kind)}).field == value
+    assert from_parameters(Toy, json.loads(json.dumps({"field": value}))).field == value
+
+
+# -- Jigsaws
+
+@examples(40)
+@given(st.integers(2, 4), st.integers(0, 30), st.integers(0, 30), seeds)
+def test_a_shuffled_picture_is_put_back(n, height, width, seed):
+    "With tiles that fill their cells; rows and columns that no cell has are zero."
+    draw, permutations = torch.Generator().manual_seed(seed), permutation_set(n)
+    images = torch.randn(2, 3, 4 * n + height, 4 * n + width, generator=draw)
+    shuffled, which = cut_and_shuffle(images, permutations, draw, tile_share=1., grey_p=0., normalise=False)
+    back = unshuffle(shuffled, permutations[which])
+    assert torch.allclose(split_cells(back, n), split_cells(images, n), atol=1e-5)
+    assert torch.allclose(back, join_cells(split_cells(images, n), images.shape[-2:]), atol=1e-5)
+
+
+@examples(40)
+@given(st.integers(2, 5), st.integers(2, 60), seeds)
+def test_permutations_are_what_they_say_and_a_head_that_knows_is_right(n, size, seed):
+    permutations = permutation_set(n, min(size, 24) if n == 2 else size)
+    assert permutations.sort(1).values.equal(torch.arange(n * n).expand_as(permutations)) and len(permutations.unique(dim=0)) == len(permutations)
+    which = torch.randint(len(permutations), (3,), generator=torch.Generator().manual_seed(seed))
+    by_place = torch.nn.functional.one_hot(permutations[which], n * n) * 9.
+    assert solve_positions(by_place).equal(permutations[which])
+    for logits in (by_place, torch.nn.functional.one_hot(which, len(permutations)) * 9.):
+        if tuple(logits.shape[1:]) != (n * n,): assert [float(share) for share in jigsaw_accuracy(logits, which, permutations)] == [1, 1]
+
+
+# -- Checkpoints
+
+class Part:
+    def __init__(self, state=None): self.state = state
+    def state_dict(self): return self.state
+    def load_state_dict(self, state): self.state = state
+
+
+tensors = st.builds(lambda shape, kind, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(9).to(kind), st.lists(st.integers(0, 4), max_size=3),
+                    st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8]), seeds)
+states = st.dictionaries(st.text(string.ascii_lowercase + ".", min_size=1, max_size=8), tensors, max_size=4)
+
+
+def alike(a, b): return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].equal(b[k]) for k in a)
+
+
+@examples(10)
+@given(parts=st.dictionaries(st.sampled_from("abc"), states, min_size=1), parameters=objects, step=st.integers(0, 10**7), keep=st.integers(1, 3), interrupted=st.booleans())
+def test_a_checkpoint_comes_back_and_the_newest_stay(folder, parts, parameters, step, keep, interrupted):
+    for k in range(4): path = save_checkpoint(folder/"kept", step + k, {name: Part(state) for name, state in parts.items()}, parameters, keep, interrupted, best=k == 0)
+    back = {name: Part() for name in parts}
+    assert load_checkpoint(folder/"kept", back, parameters, resume=True) == step + 3 and all(alike(back[name].state, parts[name]) for name in parts)
+    assert [step_of(p) for p in checkpoint_paths(folder/"kept")] == [step + 3 - k for k in range(keep)] and read_checkpoint(folder/"kept"/"best.pt")["step"] == step
+    if any(value is not None for value in parameters.values()):
+        with pytest.raises(ValueError, match="other parameters"): load_checkpoint(folder/"kept", back, {}, resume=True)
+
+
+@examples(15)
+@given(architecture=architectures(), seed=seeds)
+def test_weights_come_back_from_their_file(folder, architecture, seed):
+    network = random_network(lambda: StaticNetwork(architecture), seed)
+    again = load_weights(StaticNetwork(architecture), save_weights(network, folder/"weights.safetensors"))
+    assert alike(again.state_dict(), network.state_dict()) and not again.training
+
+
+# -- Schedules and scores
+
+@examples(100)
+@given(st.floats(0, 1), st.floats(0, 1), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), st.sampled_from(["sigmoid", "linear"]))
+def test_a_ramp_rises_from_nothing_to_all(a, b, ends, kind):
+    low, high = (ramp_up(share, *ends, kind) for share in sorted((a, b)))
+    assert 0 <= low <= high <= 1 and ramp_up(1., *ends, kind) == 1 and (ends[0] == 0 or ramp_up(0., *ends, kind) == 0)
+
+
+@examples(100)
+@given(st.integers(1, 10**6), st.data(), st.floats(0, 1), st.floats(1e-6, 1))
+def test_the_rate_of_learning_is_never_over_its_peak_nor_nothing(steps, data, warmup, peak):
+    step = data.draw(st.integers(0, steps - 1))
+    assert 0 < learning_rate(step, steps, peak, warmup) <= peak
+
+
+@examples(60)
+@given(st.integers(2, 6), st.integers(1, 3), seeds, st.booleans())
+def test_scores_are_shares_and_the_truth_scores_one(classes, batch, seed, void):
+    draw = torch.Generator().manual_seed(seed)
+    truth, guess = (torch.randint(classes, (batch, 5, 7), generator=draw) for _ in range(2))
+    labels = truth.masked_fill(torch.rand(truth.shape, generator=draw) < .5, 255) if void else truth
+    assume((labels != 255).any())
+    def metrics(prediction): return Metrics(confusion_matrix(prediction, labels, classes), tuple(map(str, range(classes))))
+    assert int(metrics(guess).confusion.sum()) == int((labels != 255).sum()) and 0 <= metrics(guess).miou <= 1
+    assert metrics(truth).miou == metrics(truth).pixel_accuracy == 1
