@@ -431,8 +431,7 @@ class RunLog:
         return bool(row and known and row["val_miou"] == max(known))
 
     def line(self, row: dict) -> str:
-        names = ("sup", "jig", "semi", "cost", "jig_accuracy", "kept", "expected", "realised",
-                 "val_miou")
+        names = "sup jig semi cost jig_accuracy kept expected realised val_miou".split()
         told = [f"{name} {row[name]:.3f}" for name in names if row.get(name) is not None]
         return "  ".join([f"step {row['step']:5}", *told])
 
