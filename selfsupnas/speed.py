@@ -6,7 +6,7 @@
 __all__ = ['WAYS', 'PARTS', 'SpeedConfig', 'in_turns', 'median', 'ratio', 'matrix_product', 'PlainCell', 'plain_supernet',
            'make_step', 'Convolutions', 'replay', 'step_part', 'closed_gates', 'closed_part', 'SearchStep',
            'terms_part', 'Results', 'way', 'peak_bytes', 'largest_batches', 'peak_alone', 'computed_bytes',
-           'memory_part', 'line', 'scaling_part', 'network_part', 'bench']
+           'memory_part', 'line', 'scaling_part', 'network_part', 'derive_part', 'evaluate_part', 'bench']
 
 # %% ../nbs/68_speed.ipynb #c358ec9c
 import dataclasses, json, subprocess, sys, tempfile, time
@@ -25,11 +25,13 @@ from .budget import measure_costs, realised_cost, static_cost
 from .cell import GatedCell, Signal, weigh
 from .core import RunRecord, check_fields, keep_freed_memory
 from .cost import count_cost
+from .evaluation import check_logits, confusion_matrix
 from .export import export_onnx, fold_batch_norm, largest_gap, onnx_network
 from .gate import hold_gates, watch_gates
 from .grid import SearchSpace
 from .loaders import to_device
 from .losses import pixel_cross_entropy
+from .network import StaticNetwork
 from .permutations import permutation_set
 from .presets import load
 from .recipes import step_flops, step_memory, view_table
@@ -421,9 +423,47 @@ def network_part(config: SpeedConfig) -> tuple[dict, dict]:
                                                                    / flops["rival"])
     return figures, times
 
+# %% ../nbs/68_speed.ipynb #c91d7e02
+def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple[dict, dict]:
+    "Seconds to derive and to count architectures; how many of some are counted as fvcore does."
+    table = measure_costs(config.space, config.size)
+    def cost(kept): return static_cost(table, kept)
+    def derived(k):
+        budget = table.full * (.25 + .7 * k / count)
+        return random_architecture(config.space, cost, budget, seed=k, tolerance=.1)
+    found = [derived(k) for k in range(count)]
+    some = found[::max(1, count // checked)][:checked]
+    def built(): return [count_cost(StaticNetwork(a), config.size).flops for a in some]
+    calls = {"derive": lambda: [derived(k) for k in range(count)],
+             "count": lambda: [cost(a.kept) for a in found], "build, count by fvcore": built}
+    equal = sum(cost(a.kept) == flops for a, flops in zip(some, built()))
+    times = in_turns(calls, max(1, config.rounds // 2), "cpu")
+    by_fvcore = median(times["build, count by fvcore"]) * count / len(some)
+    return {"architectures": count, "seconds to derive them": median(times["derive"]),
+            "seconds to count them": median(times["count"]),
+            "times faster than to build and count by fvcore": by_fvcore / median(times["count"]),
+            f"of {len(some)} counted as by fvcore": equal}, times
+
+def evaluate_part(config: SpeedConfig, size: tuple = (512, 1024)) -> tuple[dict, dict]:
+    "From logits to a confusion matrix: the textbook's seconds over ours."
+    draw, k = torch.Generator().manual_seed(0), config.num_classes
+    logits = torch.randn(1, k, *size, generator=draw).to(config.device)
+    labels = torch.randint(k + 1, (1, *size), generator=draw).to(config.device)
+    labels[labels == k] = 255
+    def ours():
+        return confusion_matrix(check_logits(logits, logits, k, [""]).max(1).indices, labels, k)
+    def textbook():
+        if not logits.isfinite().all(): raise ValueError
+        guess, counted = logits.argmax(1), labels != 255
+        return torch.bincount(labels[counted] * k + guess[counted], minlength=k**2).view(k, k)
+    if not torch.equal(ours(), textbook()): raise ValueError("two ways to count, two results")
+    times = in_turns({"ours": ours, "textbook": textbook}, config.rounds, config.device)
+    return {"textbook: times ours": ratio(times, "textbook", "ours")}, times
+
 # %% ../nbs/68_speed.ipynb #03e5afe9
 PARTS = {"step": step_part, "closed": closed_part, "terms": terms_part, "memory": memory_part,
-         "scaling": scaling_part, "network": network_part}
+         "scaling": scaling_part, "network": network_part, "derive": derive_part,
+         "evaluate": evaluate_part}
 
 def bench(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRecord
     "Measure the parts in turn; raises ValueError for a part that is none."
