@@ -53,6 +53,7 @@ class SpeedConfig:
     images: int = 4 # of a step, for each term
     size: tuple[int, int] = (256, 256) # (height, width) of a view
     rounds: int = 7 # turns that each call gets, after one that does not count
+    turn: float = 0.2 # seconds that a call shorter than that is repeated for in its turn
     network: str = "camvid-eighth" # the discovered network, see selfsupnas.presets
     rival: str = "deeplabv3_resnet50" # what it is compared with
     network_size: tuple[int, int] = (360, 480) # (height, width) of an image for both
@@ -77,20 +78,19 @@ class SpeedConfig:
 
 # %% ../nbs/68_speed.ipynb #54f87dae
 def in_turns(calls: dict, # name -> function without arguments
-             rounds: int,
-             device: str = "cpu") -> dict: # name -> seconds of each round
+             config: SpeedConfig) -> dict: # name -> seconds of each round
     """Time the calls in turns, a short one several times in its turn; what runs on a GPU is waited
     for."""
     def seconds(call, repeats):
-        wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+        wait = torch.cuda.synchronize if config.device != "cpu" else lambda: None
         wait(); start = time.perf_counter()
         for _ in range(repeats): call()
         wait()
         return (time.perf_counter() - start) / repeats
     once = {name: seconds(call, 1) for name, call in calls.items()}
-    repeats = {name: max(1, min(20, int(.2 / s))) for name, s in once.items()}
+    repeats = {name: max(1, min(20, int(config.turn / s))) for name, s in once.items()}
     turns = [{name: seconds(call, repeats[name]) for name, call in calls.items()}
-             for _ in range(rounds)]
+             for _ in range(config.rounds)]
     return {name: [turn[name] for turn in turns] for name in calls}
 
 def median(values) -> float: return sorted(values)[len(values) // 2]
@@ -180,7 +180,7 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]: # figures, seconds
                          for last in (False, True))
     times = in_turns({"yardstick": product, "plain": plain, "plain, channels last": plain_last,
                       "ours": make_step(ours, config), "convolutions": replay(ours, config)},
-                     config.rounds, config.device)
+                     config)
     per_step = 6 * macs / product_flops # yardsticks' worth of operations
     figures = {"multiply_adds": macs,
                "yardstick_gflops": product_flops / median(times["yardstick"]) / 1e9}
@@ -212,7 +212,7 @@ def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, d
         calls[f"{p:g}"] = held(values)
         cost = realised_cost(table, gates_by_path(config.space, seen)).mean().item()
         figures[f"{p:g}: multiply-adds left"] = cost / table.full
-    times = in_turns(calls, config.rounds, config.device)
+    times = in_turns(calls, config)
     for p in shares:
         figures[f"{p:g}: times faster"] = ratio(times, "0", f"{p:g}")
         figures[f"{p:g}: at most"] = 1 / figures[f"{p:g}: multiply-adds left"]
@@ -271,7 +271,7 @@ def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
         calls = {**steps, "views": lambda: next(whole.views),
                  "budget": lambda: sum(whole.cost(gates, 1.)[0].values()).backward(),
                  "teacher": lambda: whole.parts["teacher"].update(whole.parts["trainee"], 1)}
-        times = in_turns(calls, config.rounds, config.device)
+        times = in_turns(calls, config)
     times["gates"] = [a - b for a, b in zip(times["all terms"], times["static gates"])]
     flops = {name: step_flops(step.config, step.table) for name, step in steps.items()}
     more = flops["all terms"] / flops["labels alone"]
@@ -356,7 +356,7 @@ def memory_part(config: SpeedConfig) -> tuple[dict, dict]:
     if config.device == "cpu" and not FilePath("/proc/self/clear_refs").exists():
         raise ValueError("the peak of a process is read from /proc, which Linux has: take a GPU")
     peaks = {name: peak_alone(name, config) for name in WAYS}
-    times = in_turns({name: way(name, config) for name in WAYS[2:]}, config.rounds, config.device)
+    times = in_turns({name: way(name, config) for name in WAYS[2:]}, config)
     figures = {f"{name}: bytes": peak for name, peak in peaks.items()}
     n = config.images
     for name in WAYS[2:]:
@@ -389,7 +389,7 @@ def scaling_part(config: SpeedConfig, images: tuple = (1, 2, 4, 8), layers: tupl
              "pixels": {side**2: step(1, side) for side in sides},
              "layers": {depth: step(depth=depth) for depth in layers}}
     flat = {f"{kind} {work}": call for kind, steps in calls.items() for work, call in steps.items()}
-    times = in_turns(flat, max(1, config.rounds // 2), config.device)
+    times = in_turns(flat, dataclasses.replace(config, rounds=max(1, config.rounds // 2)))
     return {kind: {"work": list(steps), **line(list(steps), [median(times[f"{kind} {work}"])
                                                              for work in steps])}
             for kind, steps in calls.items()}, times
@@ -415,7 +415,7 @@ def network_part(config: SpeedConfig) -> tuple[dict, dict]:
             figures[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
                                                                   config.network_size)
         for runtime, both in calls.items(): # apart: threads that wait for more would be in the way
-            found = in_turns(both, config.rounds, config.device)
+            found = in_turns(both, config)
             times |= {f"{name}, {runtime}": seconds for name, seconds in found.items()}
             if not both: continue
             gain = figures[f"{runtime}: times faster"] = ratio(found, "rival", "ours")
@@ -428,16 +428,17 @@ def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple
     "Seconds to derive and to count architectures; how many of some are counted as fvcore does."
     table = measure_costs(config.space, config.size)
     def cost(kept): return static_cost(table, kept)
+    least, most = cost(()), cost(config.space.gated())
     def derived(k):
-        budget = table.full * (.25 + .7 * k / count)
-        return random_architecture(config.space, cost, budget, seed=k, tolerance=.1)
+        budget = least + (most - least) * (k + 1) / count
+        return random_architecture(config.space, cost, budget, seed=k, tolerance=.2)
     found = [derived(k) for k in range(count)]
     some = found[::max(1, count // checked)][:checked]
     def built(): return [count_cost(StaticNetwork(a), config.size).flops for a in some]
     calls = {"derive": lambda: [derived(k) for k in range(count)],
              "count": lambda: [cost(a.kept) for a in found], "build, count by fvcore": built}
     equal = sum(cost(a.kept) == flops for a, flops in zip(some, built()))
-    times = in_turns(calls, max(1, config.rounds // 2), "cpu")
+    times = in_turns(calls, dataclasses.replace(config, rounds=max(1, config.rounds // 2)))
     by_fvcore = median(times["build, count by fvcore"]) * count / len(some)
     return {"architectures": count, "seconds to derive them": median(times["derive"]),
             "seconds to count them": median(times["count"]),
@@ -457,7 +458,7 @@ def evaluate_part(config: SpeedConfig, size: tuple = (512, 1024)) -> tuple[dict,
         guess, counted = logits.argmax(1), labels != 255
         return torch.bincount(labels[counted] * k + guess[counted], minlength=k**2).view(k, k)
     if not torch.equal(ours(), textbook()): raise ValueError("two ways to count, two results")
-    times = in_turns({"ours": ours, "textbook": textbook}, config.rounds, config.device)
+    times = in_turns({"ours": ours, "textbook": textbook}, config)
     return {"textbook: times ours": ratio(times, "textbook", "ours")}, times
 
 # %% ../nbs/68_speed.ipynb #03e5afe9

@@ -1,5 +1,5 @@
 "Batches of a run on the official layouts: the same for any number of workers, and blind to the labels of unlabelled images."
-import dataclasses
+import dataclasses, subprocess, sys
 
 import numpy as np
 import pytest
@@ -95,3 +95,20 @@ def test_images_of_many_sizes_go_through_all_three_stages(root, tmp_path, comman
     record = RunRecord.load(tmp_path/"voc"/"evaluate"/"evaluate-record.json")
     assert record.figures["split"] == "val" and record.figures["images"] == 4 and record.figures["size"] == [64, 64]
     assert 0 <= record.figures["rows"]["searched"]["miou"] <= 1 and "On the val images" in done.stdout
+
+
+def test_a_process_that_leaves_a_loader_unfinished_ends():
+    "Workers that did not listen to their own process once held up its end for ever, where it was one of several."
+    code = """
+import multiprocessing, sys
+from selfsupnas.data import load_dataset
+from selfsupnas.loaders import Stream, draw_batches
+def begin():
+    data = load_dataset("streetscenes", "train")
+    sys.kept = draw_batches({"some": (Stream(data, data.ids[:4]), 2)}, range(1000), workers=1)
+    next(sys.kept)
+process = multiprocessing.Process(target=begin)
+process.start(); process.join()
+raise SystemExit(process.exitcode)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
