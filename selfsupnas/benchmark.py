@@ -17,7 +17,8 @@ from .checkpoints import alone
 from .core import SEEDS, RunRecord, Timer, check_fields
 from .cost import count_cost, measure_latency
 from .data import load_dataset
-from .evaluation import class_counts, evaluate, metrics_figures, trivial_predictor_metrics
+from .evaluation import (check_views, class_counts, evaluate, metrics_figures,
+                                   trivial_predictor_metrics)
 from .pairs import SPLITS, PairDataset
 from .retrain import RetrainConfig, load_network, retrain
 from .splits import load_split
@@ -35,13 +36,17 @@ class EvaluateConfig:
     baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
     train_baselines: bool = False # train them as well: minutes to hours
     latency_repeats: int = 15 # timed calls; their median counts
-    batch_size: int = 8
+    batch_size: int = 8 # images at once, or windows
+    window: tuple[int, int] | None = None # (height, width) of sliding windows; None: whole images
+    scales: tuple[float, ...] = (1.,) # of the image; of several, probabilities are added up
+    flip: bool = False # predict the mirror image as well
     skip_unreadable: bool = False # leave damaged files out and count them; False: they end the run
     seed: int = 0 # of the baselines' weights
 
     def __post_init__(self):
         check_fields(self, least=dict(latency_repeats=1, batch_size=1), ranges=dict(seed=SEEDS),
                      choices=dict(split=SPLITS, baselines=BASELINES))
+        check_views(self.window, self.scales)
 
 # %% ../nbs/55_benchmark.ipynb #cell-06
 def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
@@ -95,7 +100,8 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
         if (count := found.spec.num_classes) != (own := made.figures.get("num_classes", count)):
             raise ValueError(f"{config.network} has {own} classes, {found.spec.name} has {count}")
     at = image_size(data, retrained.get("crop"))
-    with timer("evaluation"): metrics = evaluate(network, data, config.batch_size)
+    views = {"window": config.window, "scales": config.scales, "flip": config.flip}
+    with timer("evaluation"): metrics = evaluate(network, data, config.batch_size, **views)
     split = load_split(FilePath(config.network)/"split", train_set)
     trivial = trivial_predictor_metrics(class_counts(train_set, split.labelled), data)
     own = retrained["architecture"] if retrained["architecture"] in BASELINES else "searched"
@@ -109,7 +115,7 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
             model = (train_baseline(baseline, retrained, config) if config.train_baselines
                      else build_baseline(baseline, data.spec.num_classes))
             row, latencies[baseline] = cost_row(baseline, model, at, config.latency_repeats)
-            scores = (metrics_figures(evaluate(model, data, config.batch_size))
+            scores = (metrics_figures(evaluate(model, data, config.batch_size, **views))
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
     figures = {"dataset": data.spec.name, "split": config.split,

@@ -63,13 +63,13 @@ class CostTable:
                 + sum(self.raise_from))
 
     @cached_property
-    def _laid_out(self) -> dict: return {torch.device("cpu"): grid_tensors(self)}
+    def _laid_out(self) -> dict: return {} # device -> GridTensors
 
     def tensors(self, device) -> "GridTensors":
-        "The costs over the whole grid, on `device`: moved there once."
+        "The costs over the whole grid, laid out on `device` once."
         if device not in self._laid_out:
-            home = self._laid_out[torch.device("cpu")]
-            self._laid_out[device] = GridTensors(*(tensor.to(device) for tensor in home))
+            with torch.inference_mode(False): # they outlive the call that first asks for them
+                self._laid_out[device] = GridTensors(*(t.to(device) for t in grid_tensors(self)))
         return self._laid_out[device]
 
 # %% ../nbs/31_budget.ipynb #838ba119
