@@ -101,7 +101,7 @@ class TrainingConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if not self.clip > 0: raise ValueError(f"clip must be over 0, not {self.clip}")
-        label_count(self.label_fraction, sys.maxsize) # raises ValueError for what is no share
+        label_count(self.label_fraction, sys.maxsize) # raises for what is no share
         most = min(5000, math.factorial(self.jigsaw_n**2))
         if self.jigsaw_permutations is not None and not 2 <= self.jigsaw_permutations <= most:
             raise ValueError(f"jigsaw_permutations must be from 2 to {most} with jigsaw_n="
