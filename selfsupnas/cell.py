@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .gate import CLOSED, make_gate, put, take
 from .operations import make_operation
+from .processes import anywhere
 
 # %% ../nbs/22_cell.ipynb #cell-06
 class Signal(NamedTuple):
@@ -110,6 +111,8 @@ class Cell(nn.Module):
 class GatedCell(Cell):
     """A cell of the supernet: a gate weighs each path (and each candidate) by image, and what is
     shut is not computed."""
+    together = False # with other processes: see selfsupnas.processes.synchronise
+
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate weighs candidates as well
                  gate: str = "conditional", # or static, see selfsupnas.gate
@@ -119,14 +122,19 @@ class GatedCell(Cell):
         self.gate = make_gate(gate, channels, len(kinds) + search_operations * len(operations),
                               **gate_options)
 
+    def anywhere(self, images: torch.Tensor) -> list: # (B,n) bool -> n bools
+        "For which columns there is an image, in training with other processes in any of them."
+        return anywhere(images, self.together and self.training)
+
     def choose(self, features, gates): # (B,C,h,w), (B,operations) -> (B,C,h,w)
         """Like `compute`, each candidate for the images whose gate for it is open; without any, an
         image keeps its input."""
         is_open = gates > CLOSED
         idle = ~is_open.any(1)
         total = put(take(features, idle), idle)
-        for name, g, chosen in zip(self.operations, gates.unbind(1), is_open.unbind(1)):
-            if chosen.any():
+        for name, g, chosen, runs in zip(self.operations, gates.unbind(1), is_open.unbind(1),
+                                         self.anywhere(is_open)):
+            if runs:
                 total = (total
                          + put(weigh(self.operate(name, take(features, chosen)),
                                      take(g, chosen)), chosen))
@@ -136,19 +144,19 @@ class GatedCell(Cell):
         gates = self.gate(signal.features, signal.present) # (B, paths and perhaps operations)
         candidates = gates[:, len(self.kinds):]
         is_open = gates[:, :len(self.kinds)] > CLOSED
-        busy = is_open.any(1)
+        busy, runs = is_open.any(1), self.anywhere(is_open)
         leaving = {}
-        if busy.any():
+        if any(runs):
             features = take(signal.features, busy)
             output = (self.choose(features, take(candidates, busy)) if self.search_operations
                       else self.compute(features))
             for i, kind in enumerate(self.kinds):
-                if not is_open[:, i].any(): continue
+                if not runs[i]: continue
                 followed = self.follow(kind, take(output, is_open[busy, i]), finer_size)
                 weighed = weigh(followed, take(gates[:, i], is_open[:, i]))
                 leaving[kind] = Signal(put(weighed, is_open[:, i]), is_open[:, i])
         passing = ~busy if signal.present is None else ~busy & signal.present
-        if passing.any():
+        if any(self.anywhere(passing[:, None])):
             passed = Signal(put(take(signal.features, passing), passing), passing)
             leaving["keep"] = merge([leaving["keep"], passed]) if "keep" in leaving else passed
         return leaving

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 # %% ../nbs/01_core.ipynb #cell-06
 def seed_everything(seed: int # a whole number from 0 to 2**32 - 1
@@ -150,7 +151,7 @@ def commit(path=None, # a file or folder in a checkout; default: this module
 
 # %% ../nbs/01_core.ipynb #cell-24
 def hardware() -> dict:
-    "Processor, cores that this process may use, torch's threads, and the GPU if there is one."
+    "Processor, cores that this process may use, torch's threads, processes, and the GPU if any."
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -159,6 +160,8 @@ def hardware() -> dict:
     return {"processor": model, "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "processes": distributed.get_world_size() if distributed.is_available()
+            and distributed.is_initialized() else 1,
             "capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
 
