@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .gate import CLOSED, add_rows, make_gate, put, take
 from .operations import make_operation
+from .processes import anywhere
 
 # %% ../nbs/22_cell.ipynb #cell-06
 class Signal(NamedTuple):
@@ -118,6 +119,8 @@ class Cell(nn.Module):
 class GatedCell(Cell):
     """A cell of the supernet: a gate weighs each path (and each candidate) by image, and what is
     shut is not computed."""
+    together = False # with other processes: see selfsupnas.processes.synchronise
+
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate weighs candidates as well
                  gate: str = "conditional", # or static, see selfsupnas.gate
@@ -127,14 +130,20 @@ class GatedCell(Cell):
         self.gate = make_gate(gate, channels, len(kinds) + search_operations * len(operations),
                               **gate_options)
 
+    def anywhere(self, images: torch.Tensor, device) -> list: # (B,n) bool on the CPU -> n bools
+        "For which columns there is an image, in training with other processes in any of them."
+        together = self.together and self.training
+        return anywhere(images.to(device) if together else images, together)
+
     def choose(self, features, gates): # (n,C,h,w), (n,operations) -> (n,C,h,w)
         """Like `compute`, each candidate for the images whose gate for it is open; without any, an
         image keeps its input."""
         is_open = (gates.detach() > CLOSED).cpu()
         idle = ~is_open.any(1)
-        parts = [(take(features, idle), idle)] if idle.any() else []
+        runs = self.anywhere(is_open, gates.device)
+        parts = [(take(features, idle), idle)] if idle.any() or not any(runs) else []
         for i, (name, chosen) in enumerate(zip(self.operations, is_open.unbind(1))):
-            if chosen.any():
+            if runs[i]:
                 result = self.operate(name, take(features, chosen))
                 parts.append((weigh(result, take(gates, chosen)[:, i]), chosen))
         return F.relu(add_rows(parts))
@@ -143,19 +152,19 @@ class GatedCell(Cell):
         gates = self.gate(*signal) # (B, paths and perhaps operations)
         paths, candidates = gates.split([len(self.kinds), gates.shape[1] - len(self.kinds)], 1)
         is_open = (paths.detach() > CLOSED).cpu() # a GPU is waited for here, and not again
-        busy, leaving = is_open.any(1), {}
+        busy, runs, leaving = is_open.any(1), self.anywhere(is_open, paths.device), {}
         present = torch.ones_like(busy) if signal.present is None else signal.present
-        if busy.any():
+        if any(runs):
             features = take(signal.features, busy[present])
             output = (self.choose(features, take(candidates, busy)) if self.search_operations
                       else self.compute(features))
             for i, (kind, going) in enumerate(zip(self.kinds, is_open.unbind(1))):
-                if not going.any(): continue
+                if not runs[i]: continue
                 followed = self.follow(kind, take(output, going[busy]), finer_size,
                                        take(paths, going)[:, i])
                 leaving[kind] = Signal(followed, None if going.all() else going)
         passing = present & ~busy
-        if passing.any():
+        if any(self.anywhere(passing[:, None], paths.device)):
             passed = Signal(take(signal.features, passing[present]), passing)
             leaving["keep"] = merge([leaving["keep"], passed]) if "keep" in leaving else passed
         return leaving

@@ -8,7 +8,8 @@ __all__ = ['FREE', 'step_of', 'checkpoint_paths', 'said', 'write_whole', 'sweep'
            'delayed_interrupt']
 
 # %% ../nbs/48_checkpoints.ipynb #86872711
-import contextlib, functools, re, shutil, signal, threading, warnings, zipfile
+import contextlib, dataclasses, functools, re, shutil, signal, tempfile, threading, warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import written_aside
+from .processes import world
 
 # %% ../nbs/48_checkpoints.ipynb #a7a7679e
 def step_of(path) -> int | None: # steps done; None: it is no checkpoint
@@ -170,20 +172,25 @@ def own_folder(folder):
     finally: lock.release()
 
 def alone(stage): # config, ... -> anything
-    "A stage that holds `config.folder` while it runs."
+    """A stage that holds `config.folder` while it runs; of several processes the first does, and
+    what the others write is thrown away."""
     @functools.wraps(stage)
     def held(config, *args, **kwargs):
-        with own_folder(config.folder): return stage(config, *args, **kwargs)
+        if world().first:
+            with own_folder(config.folder): return stage(config, *args, **kwargs)
+        with tempfile.TemporaryDirectory() as aside:
+            return stage(dataclasses.replace(config, folder=aside), *args, **kwargs)
     return held
 
 # %% ../nbs/48_checkpoints.ipynb #0381e221
 @contextlib.contextmanager
 def delayed_interrupt(): # gives the list of signals that came
-    "Interrupts (ctrl-C, the stop button, SIGTERM) are noted; a second one acts at once."
+    "Interrupts (ctrl-C, the stop button, SIGTERM) are noted; a second of the kind acts at once."
     came = []
     def note(number, frame):
         came.append(number)
-        if len(came) > 1: restore(); signal.raise_signal(number)
+        # a launcher answers ctrl-C, which its processes have had already, with SIGTERM
+        if came.count(number) > 1: restore(); signal.raise_signal(number)
     def restore():
         for number, handler in before.items(): signal.signal(number, handler)
     before = {}

@@ -132,6 +132,8 @@ def consistency_loss(kind:Consistency,
                      valid:dict,          # view -> (B, H, W) bool, False on padding, mixed alike
                      threshold:float,     # confidence threshold tau
                      diagnosis:dict=None, # view -> (B, H, W) int64 hidden truth, mixed alike
+                     # view -> factor, where processes share a batch: `part_of` its valid pixels
+                     parts:dict=None,
                      )->tuple:            # loss (scalar), diagnostics (dict) of the strong view
     "Weighted sum of a kind's terms; raises `ValueError` for views that are missing or unknown."
     views = kind.weights.keys()
@@ -144,6 +146,6 @@ def consistency_loss(kind:Consistency,
     for name, weight in kind.weights.items():
         truth = diagnosis.get(name) if diagnosis else None
         loss, numbers = kind.term(student[name], goal[name], valid[name], threshold, truth)
-        total = total + weight * loss
+        total = total + weight * (parts[name] if parts else 1) * loss
         if name == "strong": seen = numbers
     return total, seen

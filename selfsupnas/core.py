@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 # %% ../nbs/01_core.ipynb #cell-06
 SEEDS = 0, 2**32 - 1 # the least and the greatest, as NumPy takes them
@@ -218,7 +219,7 @@ def commit(path=None, # a file or folder in a checkout; default: this module
 
 # %% ../nbs/01_core.ipynb #cell-24
 def hardware() -> dict:
-    "Processor, cores that this process may use, torch's threads, and the GPU if there is one."
+    "Processor, cores that this process may use, torch's threads, processes, and the GPU if any."
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -227,6 +228,8 @@ def hardware() -> dict:
     return {"processor": model, "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "processes": distributed.get_world_size() if distributed.is_available()
+            and distributed.is_initialized() else 1,
             "capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
 

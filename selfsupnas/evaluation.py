@@ -16,6 +16,7 @@ from torch import nn
 
 from .augment import normalise
 from .pairs import unless_unreadable
+from .processes import World, total_of, union_of, world
 from .show import new_figure
 
 # %% ../nbs/43_evaluation.ipynb #cell-10
@@ -154,11 +155,12 @@ def readable_pairs(dataset, # [i] -> (image, label), with .ids
 # %% ../nbs/43_evaluation.ipynb #b4f28f84
 def same_size_batches(dataset, # [i] -> (image (3,H,W), label (H,W)), with .ids
                       batch_size:int=8, # most images in a batch
+                     world:World=World(), # processes, each of which takes its share
                      ): # yields (ids, images (B,3,H,W), labels (B,H,W))
     "The data set in order, in batches of images of one size."
     if batch_size < 1: raise ValueError(f"batch_size is at least 1, not {batch_size}")
     ids, images, labels = [], [], []
-    for name, image, label in readable_pairs(dataset, range(len(dataset))):
+    for name, image, label in readable_pairs(dataset, world.share(range(len(dataset)))):
         if images and (len(images) == batch_size or image.shape != images[0].shape):
             yield ids, torch.stack(images), torch.stack(labels)
             ids, images, labels = [], [], []
@@ -258,22 +260,28 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
              progress:bool=True, # show a bar
              window=None, scales:tuple=(1.,), flip:bool=False, # see predict
             ) -> Metrics: # from one confusion matrix over the whole set
-    "Predicts every image of the set once, at its own size; bad logits raise `ValueError`."
+    """Predicts every image of the set once, at its own size; bad logits raise `ValueError`. Where
+    several processes run, all call this, and each predicts a share."""
     if not len(dataset): raise ValueError("the data set to evaluate on is empty")
     from tqdm.auto import tqdm
     spec = dataset.spec
     if device is not None: model.to(device)
     home = device or next(model.parameters(), torch.empty(0)).device
     total = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=home)
-    bar = tqdm(total=len(dataset), desc="evaluate", unit="image", leave=False, disable=not progress)
+    everyone = world()
+    bar = tqdm(total=len(everyone.share(range(len(dataset)))), desc="evaluate", unit="image",
+               leave=False, disable=not (progress and everyone.first))
     with bar, eval_mode(model), torch.inference_mode():
-        for ids, images, labels in same_size_batches(dataset, 1 if window else batch_size):
+        for ids, images, labels in same_size_batches(dataset, 1 if window else batch_size,
+                                                    everyone):
             images, labels = images.to(home), labels.to(home)
             def checked(x): return check_logits(model(x), x, spec.num_classes, ids)
             scores = predict(checked, normalise(images), window, scales, flip, batch_size)
             total += confusion_matrix(scores.max(1).indices, labels, spec.num_classes,
                                       spec.ignore_index)
             bar.update(len(ids))
+    total = total_of(total)
+    if hasattr(dataset, "unreadable"): dataset.unreadable.update(union_of(dataset.unreadable))
     if not total.sum():
         raise ValueError(f"none of the {len(dataset)} images has a labelled pixel: all labels are "
                          f"ignore_index {spec.ignore_index}, so there is nothing to evaluate")

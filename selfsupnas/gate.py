@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .processes import total_of
+
 # %% ../nbs/21_gate.ipynb #54012f89
 CLOSED = 1e-4 # a gate under this is closed: its path is not computed. Source: Li et al., CVPR 2020
 
@@ -61,6 +63,8 @@ def add_rows(parts: list, # of (rows (number of True, ...), images (n,) bool on 
 class Gate(nn.Module):
     """Soft conditional gate: (B,channels,H,W) -> (B,paths) in [0, 1). Source: Li et al., CVPR 2020;
     the leak and the factor are ours."""
+    together = False # with other processes: see selfsupnas.processes.synchronise
+
     def __init__(self, channels: int, # of the cell's input
                  paths: int, # outgoing paths, 1 to 3
                  shrink: int = 4, # the input is averaged over shrink x shrink before anything else
@@ -79,7 +83,10 @@ class Gate(nn.Module):
                ) -> torch.Tensor: # (B,paths); exactly 0 for absent images
         size = [-(-n // self.shrink) for n in x.shape[-2:]]
         # batch norm needs two values: this image keeps its pixels
-        single = self.training and len(x) == size[0] * size[1] == 1
+        single = False
+        if self.training and size[0] * size[1] == 1:
+            count = torch.tensor(len(x), device=x.device)
+            single = int(total_of(count) if self.together else count) == 1
         if not single and min(x.shape[-2:]) >= self.shrink:
             x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
         elif not single: x = F.adaptive_avg_pool2d(x, size)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .processes import World
+
 # %% ../nbs/40_jigsaw.ipynb #cell-06
 def split_cells(images:torch.Tensor, # (B, C, H, W)
                 n:int,               # cells a side
@@ -65,6 +67,7 @@ def crop_tiles(images:torch.Tensor, # (B, C, H, W)
                source:torch.Tensor, # (B, n*n) int64, the cell that each output position shows
                tile_share:float,    # side of a tile as a share of its cell's side, in (0, 1]
                generator:torch.Generator, # draws the offset of every tile inside its cell
+               world:World=World(), # processes that share a batch: drawn as for all of it
                )->torch.Tensor:     # (B, n*n, C, tile height, tile width)
     "Crop for every position one tile at a random place inside its source cell, without a loop."
     (height, width), n = images.shape[-2:], math.isqrt(source.shape[1])
@@ -76,7 +79,8 @@ def crop_tiles(images:torch.Tensor, # (B, C, H, W)
 
     def offset(slack):
         place = dict(generator=generator, device=generator.device)
-        return torch.randint(slack + 1, source.shape, **place).to(images.device)
+        def draw(n): return torch.randint(slack + 1, (n, *source.shape[1:]), **place)
+        return world.drawn(len(source), draw).to(images.device)
 
     top = source // n * cell_h + offset(cell_h - tile_h)
     left = source % n * cell_w + offset(cell_w - tile_w)
@@ -102,6 +106,7 @@ def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the mode
                     grey_p:float=0.3,          # probability that a whole image turns grey
                     eps:float=1e-5,            # see `normalise_tiles`
                     normalise:bool=True,       # False: tiles keep their brightness and contrast
+                    world:World=World(),       # processes that share a batch
                     )->tuple:                  # shuffled (B, 3, H, W), target (B,) int64
     "Make jigsaws: position j of the output shows source tile `permutations[target][j]`."
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -113,13 +118,14 @@ def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the mode
                          f"{tuple(target.shape)}.")
     place = dict(generator=generator, device=generator.device)
     if target is None:
-        target = torch.randint(len(permutations), (batch,), **place)
+        target = world.drawn(batch, lambda n: torch.randint(len(permutations), (n,), **place))
     target = target.to(device)
     luma = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    grey = (torch.rand(batch, **place) < grey_p).to(device).view(-1, 1, 1, 1)
+    grey = world.drawn(batch, lambda n: torch.rand(n, **place) < grey_p)
+    grey = grey.to(device).view(-1, 1, 1, 1)
     images = torch.where(grey, (images * luma).sum(1, keepdim=True), images)
     source = permutations.to(device)[target]
-    tiles = crop_tiles(images, source, tile_share, generator)
+    tiles = crop_tiles(images, source, tile_share, generator, world)
     if normalise:
         tiles = normalise_tiles(tiles, eps)
     cell = (images.shape[2] // n, images.shape[3] // n)

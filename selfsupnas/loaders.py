@@ -97,13 +97,14 @@ def stack(samples:list, # of dicts of tensors with the same names
 
 class Steps(Dataset):
     "From a step's number to its batches, and what files were found unreadable so far."
-    def __init__(self, streams:dict): # name -> (Stream, images in a batch)
+    def __init__(self, streams:dict, # name -> (Stream, images in a batch)
+                 share=list): # of a batch's places, those to draw here; list: all of them
         wrong = {name: size for name, (_, size) in streams.items() if size < 1}
         if wrong: raise ValueError(f"a batch has 1 image or more, not {wrong}")
-        self.streams = streams
+        self.streams, self.share = streams, share
 
     def __getitem__(self, step:int) -> tuple: # name -> batch; name -> {id: why}
-        batches = {name: stack([stream[step*size + j] for j in range(size)])
+        batches = {name: stack([stream[step*size + j] for j in self.share(range(size))])
                    for name, (stream, size) in self.streams.items()}
         unreadable = {name: dict(s.dataset.unreadable) for name, (s, _) in self.streams.items()}
         return batches, unreadable
@@ -116,9 +117,10 @@ def own_group(worker:int):
 
 def draw_batches(streams:dict, # name -> (Stream, images in a batch)
                  steps,        # numbers of the steps, such as range(start, total)
-                 workers:int=0): # processes that make views; 0: this one
+                 workers:int=0, # processes that make views; 0: this one
+                 share=list): # of a batch's places, those to draw here; list: all of them
     "Yield {name: uint8 batch} for each step; the same for any number of workers."
-    loader = DataLoader(Steps(streams), batch_size=None, sampler=steps, num_workers=workers,
+    loader = DataLoader(Steps(streams, share), batch_size=None, sampler=steps, num_workers=workers,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=own_group,
                         generator=torch.Generator()) # its own: the global one stays untouched
     for batches, unreadable in loader:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'check_training', 'TrainingConfig', 'ramp_up', 'learning_rate', 'TrainingData', 'image_size',
-           'load_training_data', 'make_streams', 'make_batches', 'batch_ids', 'Trainee', 'perturbed_too',
-           'make_trainee', 'UnlabelledViews', 'objective', 'make_optimiser', 'mean_of_finite', 'RunLog', 'Trained',
-           'make_parts', 'step_weights', 'seed_step', 'take_step', 'explained', 'train', 'taught_views']
+           'load_training_data', 'check_shares', 'make_streams', 'make_batches', 'batch_ids', 'Trainee',
+           'perturbed_too', 'make_trainee', 'UnlabelledViews', 'objective', 'make_optimiser', 'mean_of_finite',
+           'RunLog', 'Trained', 'make_parts', 'step_weights', 'seed_step', 'take_step', 'begin', 'charged_on_all',
+           'added_up', 'end_early', 'progress', 'explained', 'train', 'taught_views']
 
 # %% ../nbs/50_training.ipynb #54575671
-import contextlib, copy, dataclasses, functools, itertools, json, math, signal, sys, time
+import contextlib, copy, dataclasses, itertools, json, math, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -35,9 +36,11 @@ from .loaders import Stream, draw_batches, to_device
 from .losses import pixel_cross_entropy
 from .pairs import PairDataset, common_size, preload, resize_pair
 from .permutations import permutation_set
+from .processes import (World, add_gradients, anyones, everyones, from_first, greatest_of,
+                                  part_of, rolled, synchronise, total_of, union_of, world)
 from .space import RoutingNetwork
 from .splits import LabelSplit, label_count, load_split, make_split, save_split
-from .teacher import AdaptiveThreshold, EMATeacher
+from .teacher import AdaptiveThreshold, EMATeacher, diagnostics_of, pixel_counts
 
 # %% ../nbs/50_training.ipynb #4352a56d
 LEAST = STRIDES[-1] + 1 # pixels a side: at stride 32, batch norm needs two values
@@ -180,6 +183,7 @@ def image_size(dataset: PairDataset, crop: tuple | None) -> tuple: # (H, W)
 
 def load_training_data(config: TrainingConfig) -> TrainingData:
     "Load the sets, make or reload the split; nothing is written."
+    check_shares(config, world())
     train, val = (load_dataset(config.data, name, config.root, config.size)
                   for name in ("train", "val"))
     for dataset in (train, val):
@@ -190,6 +194,15 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
     else: split = LabelSplit([], list(train.ids), dataset=train.spec.name)
     if config.workers: preload(train) # once, for all workers
     return TrainingData(train, val, split)
+
+# %% ../nbs/50_training.ipynb #ca5e5003
+def check_shares(config: TrainingConfig, world: World):
+    "Raise ValueError where a batch cannot be shared evenly by the processes of a run."
+    used = {"batch_labelled": 1, "batch_unlabelled": config.w_semi, "batch_jigsaw": config.w_jig}
+    for name in (name for name, weight in used.items() if weight):
+        if (size := getattr(config, name)) % world.count:
+            raise ValueError(f"{name}={size} cannot be shared evenly by {world.count} processes: "
+                             f"take a multiple of {world.count}, or fewer processes")
 
 # %% ../nbs/50_training.ipynb #ed79a330
 def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> (Stream, images)
@@ -214,9 +227,10 @@ def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> 
     return streams
 
 def make_batches(config: TrainingConfig, data: TrainingData, start: int = 0, every: int = 1):
-    "Yields {name: uint8 batch}, see `make_streams`, for each `every`th step from `start`."
+    """Yields {name: uint8 batch}, see `make_streams`, for each `every`th step from `start`; of
+    several processes, each gets its share of the same batches."""
     steps = range(start, config.steps, every)
-    return draw_batches(make_streams(config, data), steps, config.workers)
+    return draw_batches(make_streams(config, data), steps, config.workers, world().share)
 
 def batch_ids(config: TrainingConfig, data: TrainingData, step: int) -> dict: # name -> ids
     "Which images a step shows (where files are passed over as unreadable: was to show)."
@@ -289,13 +303,14 @@ class UnlabelledViews:
                  generator: torch.Generator, p: float): # p: share of views that get a box
         self.batch, self.kind, self.boxes = batch, kind, {}
         for name in ("strong", "strong2")[:kind.strong_views]:
-            self.boxes[name] = cutmix_boxes(len(batch["weak"]), batch["weak"].shape[-2:], generator,
-                                            p=p).to(batch["weak"].device)
+            def draw(n): return cutmix_boxes(n, batch["weak"].shape[-2:], generator, p=p)
+            boxes = world().drawn(len(batch["weak"]), draw)
+            self.boxes[name] = boxes.to(batch["weak"].device)
 
     def mix(self, name, x):
         "A view, its label or its mask, as the view's box has it; `perturbed` is not mixed."
         name = "strong" if name == "peer" else name
-        return cutmix(x, x.roll(1, 0), self.boxes[name]) if name in self.boxes else x
+        return cutmix(x, rolled(x), self.boxes[name]) if name in self.boxes else x
 
     def goals(self, taught: dict) -> dict: # name -> the teacher's logits, mixed as that view
         return {name: self.mix(name, taught[name].detach()) for name in self.kind.weights}
@@ -309,8 +324,13 @@ class UnlabelledViews:
              taught: dict, # name -> the teacher's logits on the weak view, not mixed
              threshold: float): # -> loss, diagnostics
         def mixed(key): return {name: self.mix(name, self.batch[key]) for name in self.kind.weights}
-        return consistency_loss(self.kind, student, self.goals(taught), mixed("valid"), threshold,
-                                mixed("diagnosis_label"))
+        goals, valid, truth = self.goals(taught), mixed("valid"), mixed("diagnosis_label")
+        loss, seen = consistency_loss(self.kind, student, goals, valid, threshold, truth,
+                                      {name: part_of(mask) for name, mask in valid.items()})
+        if world().count > 1:
+            counts = pixel_counts(goals["strong"], valid["strong"], threshold, truth["strong"])
+            seen = diagnostics_of(total_of(counts))
+        return loss, seen
 
 # %% ../nbs/50_training.ipynb #17128a64
 def objective(network: nn.Module, # the trainee, perhaps wrapped for several processes
@@ -322,7 +342,8 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
               generator: torch.Generator, # of boxes and jigsaws
               cost: Callable | None = None, # gates (B,paths) by name -> terms, figures
               threshold: AdaptiveThreshold | None = None): # None: config.threshold
-    "The terms (scalars) and the figures of one step."
+    """The terms (scalars) and the figures of one step; of several processes, each gets its part of
+    the terms, and the parts add up."""
     terms, figures = {}, {}
     parts = ({"labelled": batches["labelled"]["image"]} if "labelled" in batches
              else {"plain": batches["plain"]["weak"]})
@@ -334,18 +355,22 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
         parts.update(views.images())
     sizes, images = list(map(len, parts.values())), list(parts.values())
     if weights["jig"]:
-        shuffled, truth = cut_and_shuffle(batches["jigsaw"]["image"], permutations, generator)
+        shuffled, truth = cut_and_shuffle(batches["jigsaw"]["image"], permutations, generator,
+                                          world=world())
         images.append(shuffled)
     perturb = sizes[-1] if weights["semi"] and views.kind.perturbed else 0
     with watch_gates(trainee.model) as gates: out = network(torch.cat(images), sum(sizes), perturb)
     by_part = {name: dict(zip(parts, out[name].split(sizes))) for name in ("logits", "peer")
                if name in out}
     if weights["sup"]:
-        terms["sup"] = sum(pixel_cross_entropy(logits["labelled"], batches["labelled"]["label"])
-                           for logits in by_part.values())
+        labels = batches["labelled"]["label"]
+        terms["sup"] = part_of(labels != 255) * sum(pixel_cross_entropy(logits["labelled"], labels)
+                                                    for logits in by_part.values())
     if weights["jig"]:
-        terms["jig"] = jigsaw_loss(out["jigsaw"], truth, permutations)
-        figures["jig_accuracy"] = jigsaw_accuracy(out["jigsaw"], truth, permutations)[0]
+        part = 1 / world().count
+        terms["jig"] = jigsaw_loss(out["jigsaw"], truth, permutations) * part
+        accuracy = jigsaw_accuracy(out["jigsaw"], truth, permutations)[0]
+        figures["jig_accuracy"] = total_of(accuracy * part)
     if weights["semi"]:
         student = {**by_part["logits"], "perturbed": out.get("perturbed"),
                    "peer": by_part.get("peer", {}).get("strong")}
@@ -353,7 +378,8 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
             taught = dict.fromkeys(views.kind.weights, student["weak"])
         if views.kind.teacher == "peer":
             taught = {"strong": by_part["peer"]["weak"], "peer": student["weak"]}
-        if threshold is not None: threshold.update(taught["strong"].detach(), views.batch["valid"])
+        if threshold is not None:
+            threshold.update(taught["strong"].detach(), views.batch["valid"], greatest_of)
         terms["semi"], seen = views.loss({name: student[name] for name in views.kind.weights},
                                          taught, threshold.value if threshold else config.threshold)
         figures.update(kept=seen["share_kept"], pseudo_accuracy=seen["pseudo_label_accuracy"])
@@ -365,13 +391,12 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
 
 # %% ../nbs/50_training.ipynb #cell-20
 def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum 0.9, all parameters in one pass; no weight decay on tensors of one
-    dimension."""
+    "AdamW, in one pass, or SGD with momentum 0.9; no weight decay on tensors of one dimension."
     groups = [{"params": [p for p in trainee.parameters() if p.dim() > 1],
                "weight_decay": config.weight_decay},
               {"params": [p for p in trainee.parameters() if p.dim() <= 1], "weight_decay": 0.}]
-    if config.optimiser == "sgd": return torch.optim.SGD(groups, lr=config.lr, momentum=0.9,
-                                                      fused=True)
+    if config.optimiser == "sgd": # not in one pass: torch 2.14 fails where a gradient comes later
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 # %% ../nbs/50_training.ipynb #db3bbed4
@@ -456,6 +481,7 @@ def make_parts(model: nn.Module, config: TrainingConfig, accelerator) -> dict: #
     if config.w_semi and config.adaptive_threshold:
         parts["threshold"] = AdaptiveThreshold(config.threshold, config.ema_decay)
     if accelerator.scaler is not None: parts["scaler"] = accelerator.scaler # of fp16
+    synchronise(trainee) # after the teacher was copied: it looks at each image by itself
     return parts
 
 def step_weights(config: TrainingConfig, share: float, # of the steps done
@@ -464,11 +490,11 @@ def step_weights(config: TrainingConfig, share: float, # of the steps done
     return {"sup": config.w_sup, "jig": config.w_jig, "semi": semi,
             **(cost.weights(share) if cost else {})}
 
-def seed_step(seed: int, step: int) -> torch.Generator: # of boxes and jigsaws
-    "Seed torch, too: drop path and perturbed features draw from it."
-    number = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-    torch.manual_seed(number)
-    return torch.Generator().manual_seed(number)
+def seed_step(seed: int, step: int, process: int = 0) -> torch.Generator: # of boxes and jigsaws
+    "Seed torch, too: drop path and perturbed features draw from it, each process for itself."
+    def number(*key): return int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.manual_seed(number(seed, step, process))
+    return torch.Generator().manual_seed(number(seed, step))
 
 def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: Callable,
               clip: float, step: int,
@@ -476,9 +502,10 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
              ) -> str | None: # what is not finite; None: the step was taken
     "Backward, clip, update, average; a step that is not finite changes nothing."
     trainee, teacher = parts["trainee"], parts["teacher"]
-    bad = None if torch.isfinite(loss) else "the loss"
+    bad = None if torch.isfinite(total_of(loss)) else "the loss"
     if not bad:
         accelerator.backward(loss)
+        add_gradients(trainee.parameters())
         for name, parameter in trainee.named_parameters(): # another turn's: passed over
             if not learns(name): parameter.grad = None
         norm = accelerator.clip_grad_norm_(trainee.parameters(), clip)
@@ -491,6 +518,45 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
         teacher.update(trainee, step)
     optimiser.zero_grad(set_to_none=True)
     return bad
+
+# %% ../nbs/50_training.ipynb #ca5e5002
+def begin(config: TrainingConfig, parts: dict, asked: dict) -> int: # steps done
+    "Go on from a checkpoint where there is one; every process begins as the first."
+    check_shares(config, world())
+    done = load_checkpoint(config.folder, parts, asked, config.resume) if world().first else 0
+    if world().count == 1: return done
+    if world().first: print(f"{world().count} processes share each batch", flush=True)
+    done, states = from_first([done, {name: part.state_dict() for name, part in parts.items()}])
+    for name, part in parts.items(): part.load_state_dict(states[name])
+    return done
+
+def charged_on_all(cost: Callable, # gates by name, share -> terms, figures
+                   share: float) -> Callable: # of the steps done; gates of this process -> same
+    "The cost of the whole batch, and of its terms this process' part."
+    def charge(gates):
+        everyone = {name: everyones(g).flatten(0, 1) for name, g in gates.items()}
+        terms, figures = cost(everyone, share=share)
+        return {name: term / world().count for name, term in terms.items()}, figures
+    return charge
+
+def added_up(terms: dict) -> dict: # the same names, for the log
+    "The terms of the whole batch, of the parts that each process has."
+    if world().count == 1: return terms
+    return dict(zip(terms, total_of(torch.stack([t.double() for t in terms.values()]))))
+
+def end_early(came: list, # signals of `delayed_interrupt`
+              step: int, config: TrainingConfig):
+    "Say where the run was stopped, and do what the signal would have done."
+    if world().first:
+        print(f"stopped after step {step + 1} of {config.steps}; the same again goes on from there")
+    if came: signal.raise_signal(came[0])
+    raise KeyboardInterrupt # whatever the signal's own handler did
+
+def progress(config: TrainingConfig, first: int): # steps done
+    "A bar over the steps that are left; the first process alone shows it."
+    from tqdm.auto import tqdm
+    return tqdm(range(first, config.steps), total=config.steps, initial=first,
+                desc=Path(config.folder).name, leave=False, disable=not world().first)
 
 # %% ../nbs/50_training.ipynb #c0fe5020
 @contextlib.contextmanager
@@ -519,52 +585,54 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     """Train with the four-term objective and return the averaged network. Raises FloatingPointError
     for a loss that is not finite."""
     from accelerate import Accelerator
-    from tqdm.auto import tqdm
+    here, stop = world(), False
     accelerator = Accelerator(mixed_precision=config.precision)
     seed_everything(config.seed)
     keep_freed_memory()
     parts = make_parts(model, config, accelerator)
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     trainee, teacher, log, threshold = map(parts.get, ("trainee", "teacher", "log", "threshold"))
-    first = load_checkpoint(config.folder, parts, asked, config.resume)
-    save_split(data.split, Path(config.folder)/"split") # now that the run is not refused any more
-    network, optimiser = accelerator.prepare(trainee, parts["optimiser"])
+    first = begin(config, parts, asked)
+    if here.first: # and the run is not refused any more
+        save_split(data.split, Path(config.folder)/"split")
+    network = accelerator.prepare_model(trainee, evaluation_mode=True) # for precision alone
+    optimiser = accelerator.prepare_optimizer(parts["optimiser"])
     permutations = config.w_jig and permutation_set(config.jigsaw_n, config.jigsaw_permutations)
     turns = turns or [(data, lambda name: True)]
     drawn = [make_batches(config, part, first + (k - first) % len(turns), len(turns))
              for k, (part, _) in enumerate(turns)]
     network.train()
-    bar = tqdm(range(first, config.steps), total=config.steps, initial=first,
-               desc=Path(config.folder).name, leave=False)
+    bar = progress(config, first)
+    if not here.first: watch = len # it says nothing
     with delayed_interrupt() as came, explained(config):
         for step in bar:
             (part, learns), turn = turns[step % len(turns)], drawn[step % len(turns)]
             batches, start = next(turn), time.perf_counter()
-            draws, share = seed_step(config.seed, step), step / config.steps
+            draws, share = seed_step(config.seed, step, here.number), step / config.steps
             weights = step_weights(config, share, cost)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
             if config.drop_path: model.drop_path(config.drop_path * share)
             batches = {name: to_device(b, accelerator.device) for name, b in batches.items()}
-            charge = cost and functools.partial(cost, share=share)
+            charge = cost and charged_on_all(cost, share)
             before = threshold and threshold.state_dict()
             with accelerator.autocast():
                 terms, figures = objective(network, trainee, teacher, batches, weights, config,
                                            permutations, draws, charge, threshold)
             loss = sum(weights[name] * term for name, term in terms.items())
             bad = take_step(loss, accelerator, parts, optimiser, learns, config.clip, step, before)
+            terms = added_up(terms)
             if bad: log.refuse(bad, step, terms, batch_ids(config, part, step))
             else: log.refused = 0
             row = log.add(step, terms, figures, weights, time.perf_counter() - start)
             if row: log.finish(row, teacher.model.model, data.val, bar, watch)
-            if row or came:
-                save_checkpoint(config.folder, step + 1, parts, asked, config.checkpoints,
-                                bool(came), best=log.is_best(row))
-            if came: break
-    if came:
-        print(f"stopped after step {step + 1} of {config.steps}; the same again goes on from there")
-        signal.raise_signal(came[0])
-        raise KeyboardInterrupt # whatever the signal's own handler did
+            stop = anyones(bool(came), accelerator.device)
+            if (row or stop) and here.first:
+                save_checkpoint(config.folder, step + 1, parts, asked, config.checkpoints, stop,
+                                best=log.is_best(row))
+            if stop: break
+    if stop: end_early(came, step, config)
+    data.train.unreadable.update(union_of(data.train.unreadable))
     kept = teacher.model.eval()
     return Trained(model=kept.model, head=kept.head, student=trainee.eval().model,
                    history=log.rows, seconds=sum(log.seconds),

@@ -1,0 +1,158 @@
+"""Two processes that share each batch are one process, to rounding: losses, gates, thresholds, evaluation, checkpoints.
+
+This file is also what torchrun starts: `torchrun --standalone --nproc_per_node 2 tests/test_processes.py FOLDER CASE...` runs cases in two processes.
+SELFSUPNAS_STEPS says how many steps are compared (50 unless told).
+"""
+import json, os, signal, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+PRECISE = not os.environ.get("SELFSUPNAS_SINGLE") # else in single precision, as runs are
+ROUNDING = 1e-7 if PRECISE else 1e-2
+STEPS = int(os.environ.get("SELFSUPNAS_STEPS", 50))
+SMALL = dict(size=(64, 80), layers=4, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=STEPS, steps=STEPS, budget=.6,
+             ramp=(0., .2), cost_ramp=(0., .5), harden_ramp=(.2, .6), threshold=.12, optimiser="sgd", lr=.003)
+SHORT = dict(steps=6, logs=6, threshold=.1) # some pseudo-labels from the start
+CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adaptive_threshold=True),
+         "unimatch": dict(SHORT, consistency="unimatch", jigsaw_head="position"), "cps": dict(SHORT, consistency="cps", w_jig=0.),
+         "cells": dict(SHORT, consistency="mean_teacher", search_operations=True, operations=("sep_conv_3x3", "max_pool_3x3", "identity")),
+         "alternating": dict(SHORT, update="alternating"), "stopped": dict(SHORT)}
+
+
+def run_case(name, folder):
+    "One run; the history is written by the first process."
+    from selfsupnas import augment, consistency, evaluation, loaders, training
+    from selfsupnas.core import write_json
+    from selfsupnas.evaluation import evaluate
+    from selfsupnas.processes import world
+    from selfsupnas.search import BudgetTerms, SearchConfig, make_table, make_turns
+    from selfsupnas.space import supernet
+    if PRECISE: # rounding apart, nothing may differ: in double precision, nearly nothing is rounded
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double
+        for module in (loaders, evaluation): module.normalise = lambda images: augment.normalise(images).double()
+    # each process draws these for itself: where everything is kept there is nothing to draw
+    training.perturb_features = lambda features: consistency.perturb_features(features, 0.)
+    config = SearchConfig(folder=f"{folder}/{name}", **{**SMALL, **CASES[name]})
+    data = training.load_training_data(config)
+    table = make_table(config, data)
+    def run():
+        torch.manual_seed(config.seed)
+        model = supernet(table.space)
+        with torch.no_grad(): # some gates shut from the start: paths that one process alone takes
+            for gate in (m for m in model.modules() if hasattr(m, "closing")): gate.logits.bias.normal_(0., .2)
+        return training.train(model, config, data, BudgetTerms(model, table, config), make_turns(data, config))
+    if name == "stopped" and world().number == 1: stop_at(training, 3)
+    try: trained = run()
+    except KeyboardInterrupt: trained = run()
+    metrics = evaluate(trained.model, data.val, progress=False)
+    if world().first:
+        write_json(f"{folder}/{name}.json", {"processes": world().count, "history": trained.history, "confusion": metrics.confusion.tolist(), "miou": metrics.miou})
+
+
+def stop_at(training, step):
+    "The second process alone is told to stop, once."
+    plain, steps = training.take_step, []
+    def take_step(*args):
+        steps.append(1)
+        if len(steps) == step: signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+    training.take_step = take_step
+
+
+def launch(folder, count, *cases):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+    done = subprocess.run([sys.executable, *torchrun, __file__, str(folder), *cases], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {name: json.loads((Path(folder)/f"{name}.json").read_text()) for name in cases}, done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Each case in one process and in two, and what was said."
+    return {count: launch(tmp_path_factory.mktemp(f"in-{count}"), count, *CASES) for count in (1, 2)}
+
+
+def curves(run):
+    keys = [k for k, v in run["history"][-1].items() if k != "gates"]
+    return {k: np.array([row.get(k) for row in run["history"]], float) for k in keys}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(runs, name):
+    one, two = (runs[count][0][name] for count in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one["history"]) == len(two["history"]) == CASES[name].get("steps", STEPS)
+    ours, theirs = curves(two), curves(one)
+    assert ours.keys() == theirs.keys() and {"sup", "semi", "cost", "harden", "realised", "closing"} <= ours.keys()
+    known = [k for k in ours if not np.isnan(theirs[k]).all()]
+    print(name, {k: f"{np.nanmax(np.abs(ours[k] - theirs[k])):.1e}" for k in known}, "mIoU", one["miou"], two["miou"])
+    for k in known: np.testing.assert_allclose(ours[k], theirs[k], rtol=0, atol=ROUNDING, err_msg=k)
+    gates = [np.array([row["gates"] for row in run["history"]]) for run in (one, two)]
+    np.testing.assert_allclose(*gates, rtol=0, atol=ROUNDING)
+    assert (gates[0] == 0).any(1).all() and theirs["semi"][-1] > 0, "a gate was shut at every step, and the teacher was heard"
+    assert one["confusion"] == two["confusion"] and one["miou"] == two["miou"]
+
+
+def test_a_stop_that_one_process_hears_of_stops_all_and_they_go_on(runs):
+    said = runs[2][1]
+    assert said.count("stopped after step 3 of 6") == 1 and said.count("goes on at step 3") == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    from selfsupnas.processes import World
+    from selfsupnas.training import TrainingConfig, check_shares
+    check_shares(TrainingConfig(), World(0, 4))
+    with pytest.raises(ValueError, match="batch_jigsaw=12 cannot be shared evenly by 8 processes"): check_shares(TrainingConfig(), World(1, 8))
+    check_shares(TrainingConfig(w_jig=0.), World(0, 8))
+
+
+STAGE = dict(SMALL, **SHORT, seed=3)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    "The search stage, whole: here, by notebook_launcher in a kernel, and by torchrun as a command."
+    from selfsupnas.cli import run_notebook
+    from selfsupnas.search import SearchConfig, search
+    place = tmp_path_factory.mktemp("stages")
+    search(SearchConfig(folder=str(place/"one"), **STAGE))
+    code = f"""
+import socket
+from accelerate import notebook_launcher
+from selfsupnas.search import SearchConfig, search
+def run():
+    import torch
+    torch.set_num_threads(1)
+    search(SearchConfig(folder={str(place/'notebook')!r}, **{STAGE!r}))
+with socket.socket() as tried:
+    tried.bind(("127.0.0.1", 0))
+    port = str(tried.getsockname()[1])
+notebook_launcher(run, num_processes=2, use_port=port)"""
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), place/"in.ipynb")
+    run_notebook(place/"in.ipynb", place/"out.ipynb", {})
+    words = [word for name, value in STAGE.items() for word in ("-p", name, str(value))]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", Path(sys.executable).with_name("selfsupnas"), "search",
+                           "--folder", place/"command", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return place
+
+
+@pytest.mark.parametrize("way", ["notebook", "command"])
+def test_a_stage_in_two_processes_leaves_what_it_leaves_in_one(stages, way):
+    from selfsupnas.core import RunRecord
+    one, two = (RunRecord.load(stages/place/"search-record.json") for place in ("one", way))
+    assert (one.hardware["processes"], two.hardware["processes"]) == (1, 2)
+    assert one.figures.keys() == two.figures.keys()
+    for name, value in one.figures.items():
+        assert two.figures[name] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), name
+    files = [sorted(str(p.relative_to(stages/place)) for p in (stages/place).rglob("*")) for place in ("one", way)]
+    assert files[0] == files[1]
+
+
+if __name__ == "__main__":
+    for case in sys.argv[2:]: run_case(case, sys.argv[1])
