@@ -174,7 +174,7 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
 # %% ../nbs/24_architecture.ipynb #ab9efe90
 def drop_cheapest(space: SearchSpace, kept: set, # all of use: see reached
                   importance: Mapping, cost: Callable, budget: float) -> set:
-    """`kept` without paths and candidates, and what they feed, until it costs no more than `budget`;
+    """`kept` without paths and candidates, and what they feed, until it costs `budget` or less;
     each time those go that lose least importance for each unit of cost saved."""
     prices, savings = {}, {}
     while (now := cost(kept)) > budget:

@@ -76,7 +76,6 @@ class SearchSpace:
 
     @cached_property
     def known(self) -> frozenset: return frozenset(self.gated())
-
     @cached_property
     def ways(self) -> list[list[tuple]]:
         "What leaves each cell: [layer][scale] -> (path, its kind, the scale that it leads to)."
@@ -129,9 +128,9 @@ def coarsest_scale(space: SearchSpace,
 def shut_path(space: SearchSpace,
               live: dict, # from trace_route
               path: Path, # open, in a live cell; shutting a candidate changes no cell
-              # (cell -> kinds open then, None = nothing arrives any more; the last layer looked at)
+             # (cell -> kinds open then, None = nothing arrives there; the last layer looked at)
              ) -> tuple[dict, int]:
-    "What changes in `live` when one path is shut, where no path is open in a cell that is not live."
+    "What changes in `live` when one path is shut; no path may be open in a cell that is not live."
     cell = path[:2]
     changed = {cell: tuple(kind for kind in live[cell] if kind != path.kind)}
     for layer in range(path.layer, space.layers):

@@ -395,7 +395,7 @@ def scaling_part(config: SpeedConfig, images: tuple = (1, 2, 4, 8), layers: tupl
             for kind, steps in calls.items()}, times
 
 # %% ../nbs/68_speed.ipynb #e9b3667f
-def network_part(config: SpeedConfig) -> tuple[dict, dict]:
+def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tuple[dict, dict]:
     "Multiply-adds and milliseconds of the discovered network and of its rival, in two runtimes."
     ours = load(config.network).eval()
     pair = {"ours": ours, "rival": build_baseline(config.rival, ours.space.num_classes).eval()}
@@ -409,7 +409,7 @@ def network_part(config: SpeedConfig) -> tuple[dict, dict]:
         for name, network in pair.items():
             folded = fold_batch_norm(network).to(config.device, memory_format=torch.channels_last)
             calls["torch"][name] = lambda network=folded: network(image)
-            if config.device != "cpu": continue # ONNX Runtime is that of the processor
+            if "onnx" not in runtimes or config.device != "cpu": continue # it is the processor's
             path = export_onnx(network, config.network_size, f"{folder}/{name}.onnx")
             calls["onnx"][name] = lambda run=onnx_network(path): run(x)
             figures[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
