@@ -74,7 +74,8 @@ def save_checkpoint(folder, step: int, # steps done
     return path
 
 # %% ../nbs/48_checkpoints.ipynb #37c9a5ca
-FREE = ("resume", "folder", "workers", "cache_gb", "checkpoints") # these change no result
+# these change no result
+FREE = ("resume", "folder", "workers", "cache_gb", "checkpoints", "tensorboard")
 
 def read_checkpoint(path) -> dict:
     "What `save_checkpoint` wrote; raises ValueError for a damaged or foreign file."

@@ -6,11 +6,11 @@
 __all__ = ['LEAST', 'check_training', 'TrainingConfig', 'ramp_up', 'learning_rate', 'TrainingData', 'image_size',
            'load_training_data', 'check_shares', 'make_streams', 'make_batches', 'batch_ids', 'Trainee',
            'perturbed_too', 'make_trainee', 'UnlabelledViews', 'objective', 'make_optimiser', 'mean_of_finite',
-           'RunLog', 'Trained', 'make_parts', 'step_weights', 'seed_step', 'take_step', 'begin', 'charged_on_all',
-           'added_up', 'end_early', 'progress', 'explained', 'train', 'taught_views']
+           'RunLog', 'Trained', 'make_parts', 'step_weights', 'seed_step', 'take_step', 'begin', 'make_accelerator',
+           'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked', 'explained', 'train', 'taught_views']
 
 # %% ../nbs/50_training.ipynb #54575671
-import contextlib, copy, dataclasses, itertools, json, math, signal, sys, time
+import contextlib, copy, dataclasses, importlib.util, itertools, json, math, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -69,6 +69,9 @@ def check_training(config):
     if not config.w_sup and not config.w_jig: raise ValueError("w_sup and w_jig are both 0")
     if not config.w_sup and config.w_semi:
         raise ValueError("w_sup=0 needs w_semi=0: a teacher without labels has none to give")
+    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ImportError("tensorboard=True needs TensorBoard: "
+                          "pip install 'selfsupnas[tensorboard]'")
 
 # %% ../nbs/50_training.ipynb #f761021c
 @dataclass
@@ -115,6 +118,7 @@ class TrainingConfig:
     workers: int = 0 # processes that make views
     logs: int = 20 # log lines in a run, and checkpoints
     checkpoints: int = 2 # of the newest that stay, beside the best
+    tensorboard: bool = False # log lines also as event files for TensorBoard, in the folder
     bad_loss: str = "stop" # or skip: a step whose loss or gradient is not finite changes nothing
     resume: bool = False # go on from the folder's checkpoint
 
@@ -530,6 +534,12 @@ def begin(config: TrainingConfig, parts: dict, asked: dict) -> int: # steps done
     for name, part in parts.items(): part.load_state_dict(states[name])
     return done
 
+def make_accelerator(config: TrainingConfig):
+    "Accelerate's, for device, precision and event files; batches and gradients are shared here."
+    from accelerate import Accelerator
+    return Accelerator(mixed_precision=config.precision, project_dir=config.folder,
+                       log_with="tensorboard" if config.tensorboard else None)
+
 def charged_on_all(cost: Callable, # gates by name, share -> terms, figures
                    share: float) -> Callable: # of the steps done; gates of this process -> same
     "The cost of the whole batch, and of its terms this process' part."
@@ -558,6 +568,18 @@ def progress(config: TrainingConfig, first: int): # steps done
     return tqdm(range(first, config.steps), total=config.steps, initial=first,
                 desc=Path(config.folder).name, leave=False, disable=not world().first)
 
+@contextlib.contextmanager
+def tracked(accelerator, config: TrainingConfig): # gives a function of a log row
+    "Event files of the log for TensorBoard, by Accelerate's tracker; nothing where nobody asked."
+    if config.tensorboard: accelerator.init_trackers("tensorboard")
+    def track(row):
+        accelerator.log({name: value for name, value in row.items()
+                         if name != "step" and isinstance(value, (int, float))}, row["step"])
+    try: yield track
+    finally:
+        for tracker in accelerator.trackers: tracker.finish()
+
+
 # %% ../nbs/50_training.ipynb #c0fe5020
 @contextlib.contextmanager
 def explained(config: TrainingConfig):
@@ -584,9 +606,8 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
          ) -> Trained:
     """Train with the four-term objective and return the averaged network. Raises FloatingPointError
     for a loss that is not finite."""
-    from accelerate import Accelerator
     here, stop = world(), False
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = make_accelerator(config)
     seed_everything(config.seed)
     keep_freed_memory()
     parts = make_parts(model, config, accelerator)
@@ -604,7 +625,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     network.train()
     bar = progress(config, first)
     if not here.first: watch = len # it says nothing
-    with delayed_interrupt() as came, explained(config):
+    with delayed_interrupt() as came, explained(config), tracked(accelerator, config) as track:
         for step in bar:
             (part, learns), turn = turns[step % len(turns)], drawn[step % len(turns)]
             batches, start = next(turn), time.perf_counter()
@@ -625,7 +646,9 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             if bad: log.refuse(bad, step, terms, batch_ids(config, part, step))
             else: log.refused = 0
             row = log.add(step, terms, figures, weights, time.perf_counter() - start)
-            if row: log.finish(row, teacher.model.model, data.val, bar, watch)
+            if row:
+                log.finish(row, teacher.model.model, data.val, bar, watch)
+                track(row)
             stop = anyones(bool(came), accelerator.device)
             if (row or stop) and here.first:
                 save_checkpoint(config.folder, step + 1, parts, asked, config.checkpoints, stop,

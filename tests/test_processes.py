@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-PRECISE = not os.environ.get("SELFSUPNAS_SINGLE") # else in single precision, as runs are
-ROUNDING = 1e-7 if PRECISE else 1e-2
+ROUNDING = 1e-7 # over all steps
 STEPS = int(os.environ.get("SELFSUPNAS_STEPS", 50))
 SMALL = dict(size=(64, 80), layers=4, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=STEPS, steps=STEPS, budget=.6,
              ramp=(0., .2), cost_ramp=(0., .5), harden_ramp=(.2, .6), threshold=.12, optimiser="sgd", lr=.003)
@@ -31,10 +30,10 @@ def run_case(name, folder):
     from selfsupnas.processes import world
     from selfsupnas.search import BudgetTerms, SearchConfig, make_table, make_turns
     from selfsupnas.space import supernet
-    if PRECISE: # rounding apart, nothing may differ: in double precision, nearly nothing is rounded
-        torch.set_default_dtype(torch.float64)
-        torch.Tensor.float = torch.Tensor.double
-        for module in (loaders, evaluation): module.normalise = lambda images: augment.normalise(images).double()
+    # rounding apart, nothing may differ; small gated networks amplify it about threefold a step, so that it must be small
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    for module in (loaders, evaluation): module.normalise = lambda images: augment.normalise(images).double()
     # each process draws these for itself: where everything is kept there is nothing to draw
     training.perturb_features = lambda features: consistency.perturb_features(features, 0.)
     config = SearchConfig(folder=f"{folder}/{name}", **{**SMALL, **CASES[name]})
