@@ -191,5 +191,5 @@ hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 
 clean: ## remove caches and build residue; .venv and runs/ stay
 	@echo "== clean: removing caches and build residue"
-	rm -rf build dist _docs _proc .pytest_cache
+	rm -rf build dist _docs _proc .pytest_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
