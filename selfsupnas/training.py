@@ -201,7 +201,10 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
 
 # %% ../nbs/50_training.ipynb #ca5e5003
 def check_shares(config: TrainingConfig, world: World):
-    "Raise ValueError where a batch cannot be shared evenly by the processes of a run."
+    "Raise ValueError where the processes of a run cannot share its batches evenly, or not at all."
+    if config.recompute and world.count > 1:
+        raise ValueError("recompute=True is for one process: a cell that runs again in one of "
+                         "several would wait for the others. Take fewer images a process instead")
     used = {"batch_labelled": 1, "batch_unlabelled": config.w_semi, "batch_jigsaw": config.w_jig}
     for name in (name for name, weight in used.items() if weight):
         if (size := getattr(config, name)) % world.count:

@@ -108,6 +108,8 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     check_shares(TrainingConfig(), World(0, 4))
     with pytest.raises(ValueError, match="batch_jigsaw=12 cannot be shared evenly by 8 processes"): check_shares(TrainingConfig(), World(1, 8))
     check_shares(TrainingConfig(w_jig=0.), World(0, 8))
+    check_shares(TrainingConfig(recompute=True), World())
+    with pytest.raises(ValueError, match="recompute=True is for one process"): check_shares(TrainingConfig(recompute=True), World(0, 2))
 
 
 STAGE = dict(SMALL, **SHORT, seed=3)
