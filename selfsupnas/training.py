@@ -527,10 +527,13 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
     return bad
 
 # %% ../nbs/50_training.ipynb #ca5e5002
-def begin(config: TrainingConfig, parts: dict, asked: dict) -> int: # steps done
-    "Go on from a checkpoint where there is one; every process begins as the first."
+def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -> int: # steps done
+    """Go on from a checkpoint where there is one, and write the split, now that nothing refuses the
+    run; every process begins as the first."""
     check_shares(config, world())
+    keep_freed_memory()
     done = load_checkpoint(config.folder, parts, asked, config.resume) if world().first else 0
+    if world().first: save_split(split, Path(config.folder)/"split")
     if world().count == 1: return done
     if world().first: print(f"{world().count} processes share each batch", flush=True)
     done, states = from_first([done, {name: part.state_dict() for name, part in parts.items()}])
@@ -582,7 +585,6 @@ def tracked(accelerator, config: TrainingConfig): # gives a function of a log ro
     finally:
         for tracker in accelerator.trackers: tracker.finish()
 
-
 # %% ../nbs/50_training.ipynb #c0fe5020
 @contextlib.contextmanager
 def explained(config: TrainingConfig):
@@ -612,13 +614,10 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     here, stop = world(), False
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
-    keep_freed_memory()
     parts = make_parts(model, config, accelerator)
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     trainee, teacher, log, threshold = map(parts.get, ("trainee", "teacher", "log", "threshold"))
-    first = begin(config, parts, asked)
-    if here.first: # and the run is not refused any more
-        save_split(data.split, Path(config.folder)/"split")
+    first = begin(config, parts, asked, data.split)
     network = accelerator.prepare_model(trainee, evaluation_mode=True) # for precision alone
     optimiser = accelerator.prepare_optimizer(parts["optimiser"])
     permutations = config.w_jig and permutation_set(config.jigsaw_n, config.jigsaw_permutations)
