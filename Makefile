@@ -29,10 +29,10 @@ help: ## this list
 env: $(VENV)/.installed ## the environment .venv, with all that is needed; again when settings.ini changes
 
 $(VENV)/.installed: settings.ini setup.py
-	@echo "== env: installing selfsupnas[dev,bluemarble,rivals,export,tensorboard] into $(VENV) with $(PYTHON) (minutes, the first time)"
+	@echo "== env: installing selfsupnas[dev,bluemarble,rivals,export,tensorboard,slurm] into $(VENV) with $(PYTHON) (minutes, the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --editable '.[dev,bluemarble,rivals,export,tensorboard]'
+	$(BIN)/python -m pip install --editable '.[dev,bluemarble,rivals,export,tensorboard,slurm]'
 	$(BIN)/python -c 'import torch, torchvision' || {
 	  echo "torch and torchvision do not match by minor version: remove $(VENV) and run make env again" >&2; exit 1; }
 	touch $@

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ARMS', 'PLACES', 'CampaignConfig', 'Run', 'record_of', 'missing_stages', 'trial_name', 'best_lr', 'shared_parameters',
            'training', 'search_run', 'trial_runs', 'compared_run', 'routes', 'plan', 'make_splits',
-           'found_architecture', 'make_routes', 'start', 'stop', 'keep_records', 'score', 'run_campaign', 'ended',
-           'compared']
+           'found_architecture', 'make_routes', 'command_words', 'start', 'stop', 'keep_records', 'score', 'drive',
+           'run_campaign', 'ended', 'compared']
 
 # %% ../nbs/58_campaign.ipynb #24d5d96b
-import dataclasses, json, os, shutil, signal, subprocess, sys, time
+import dataclasses, functools, json, os, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path as FilePath
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, all_open, random_architecture
@@ -206,14 +206,20 @@ def make_routes(config: CampaignConfig):
         save_architecture(searched, place/"searched.json") # the last: where it is, the others are
 
 # %% ../nbs/58_campaign.ipynb #72a68118
-def start(config: CampaignConfig, name: str, stage: str, parameters: dict) -> subprocess.Popen:
-    "One stage of a run in a process of its own."
-    folder = FilePath(config.folder)/name/stage
+def command_words(folder: FilePath, stage: str, parameters: dict) -> list:
+    "What to say to `selfsupnas` for one stage; where there is a checkpoint it goes on from it."
     folder.mkdir(parents=True, exist_ok=True)
     words = [stage, "--folder", str(folder)]
     if checkpoint_paths(folder): parameters = {**parameters, "resume": True}
     for key, value in parameters.items():
         words += ["-p", key, "null" if value is None else str(value)]
+    return words
+
+def start(config, # has folder and threads
+          name: str, stage: str, parameters: dict) -> subprocess.Popen:
+    "One stage of a run in a process of its own."
+    folder = FilePath(config.folder)/name/stage
+    words = command_words(folder, stage, parameters)
     with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
         return subprocess.Popen([sys.executable, "-c", "from selfsupnas.cli import main; raise "
                                  "SystemExit(main())", *words], stdout=log, stderr=log,
@@ -243,25 +249,23 @@ def score(record: RunRecord) -> tuple[str, float]: # split, mIoU
                                 "retrain": "val_miou"}[record.stage]])
     return record.figures["split"], next(iter(record.figures["rows"].values()))["miou"]
 
-def run_campaign(config: CampaignConfig,
-                 start=start, # start(config, name, stage, parameters) -> process
-                 pause: float = 1., # seconds between looks at the processes
-                ) -> list: # names of the runs that failed
-    "Make the runs that have no record, `config.workers` at a time, until none is left."
+def drive(look: Callable, # -> list of (run, its stages that have no record), as they are now
+          start: Callable, # name of a run, stage, parameters -> process
+          ended: Callable, # run, stage, exit status -> did it end well?
+          workers: int, what: str, # processes at a time; what to call all of it
+          pause: float = 1., # seconds between looks at the processes
+          stop: Callable = stop) -> list: # names of the runs that failed
+    "Make what is left, `workers` at a time, until nothing is; a failed run is left alone."
     from tqdm.auto import tqdm
-    make_splits(config)
     # running: name -> (run, stage, process)
-    running, failed, bar = {}, [], tqdm(desc="campaign", unit="run")
+    running, failed, bar = {}, [], tqdm(desc=what, unit="run")
     try:
         while True:
-            make_routes(config)
-            runs = [(run, missing_stages(config, run)) for run in plan(config)]
-            for run, left in runs:
-                if not left: keep_records(config, run)
+            runs = look()
             todo = [(run, left[0]) for run, left in runs if left
                     and run.name not in (*running, *failed)]
-            for run, (stage, parameters) in todo[:config.workers - len(running)]:
-                running[run.name] = run, stage, start(config, run.name, stage, parameters)
+            for run, (stage, parameters) in todo[:workers - len(running)]:
+                running[run.name] = run, stage, start(run.name, stage, parameters)
             bar.total, bar.n = len(runs), sum(not left for _, left in runs)
             bar.set_postfix_str(", ".join(running)); bar.refresh()
             if not running: return failed
@@ -269,10 +273,27 @@ def run_campaign(config: CampaignConfig,
             for run, stage, process in [entry for entry in running.values()
                                         if entry[2].poll() is not None]:
                 del running[run.name]
-                if not ended(config, run, stage, process.returncode): failed.append(run.name)
+                if not ended(run, stage, process.poll()): failed.append(run.name)
     finally:
         for *_, process in running.values(): stop(process)
         bar.close()
+
+
+# %% ../nbs/58_campaign.ipynb #ca5e5801
+def run_campaign(config: CampaignConfig,
+                 start=start, # start(config, name, stage, parameters) -> process
+                 pause: float = 1., # seconds between looks at the processes
+                ) -> list: # names of the runs that failed
+    "Make the runs that have no record, `config.workers` at a time, until none is left."
+    make_splits(config)
+    def look():
+        make_routes(config)
+        runs = [(run, missing_stages(config, run)) for run in plan(config)]
+        for run, left in runs:
+            if not left: keep_records(config, run)
+        return runs
+    return drive(look, functools.partial(start, config), functools.partial(ended, config),
+                 config.workers, "campaign", pause)
 
 def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # did it end well?
     "Say how a stage of a run ended."

@@ -6,10 +6,10 @@
 __all__ = ['STAGES', 'CONFIGS', 'WORDS', 'CALLS', 'DEMO', 'stage_config', 'stage_notebook', 'class_docs', 'field_docs',
            'describe', 'parse_value', 'parse_parameters', 'check_inputs', 'own_kernel', 'run_notebook', 'run_stage',
            'run_launched', 'plan_demo', 'figure_lines', 'align_table', 'demo', 'open_splits', 'look_at_data',
-           'make_parser', 'run_command', 'main']
+           'make_parser', 'plan_sweep', 'sweep', 'run_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #fa46e469
-import argparse, ast, dataclasses, importlib, inspect, io, logging, os, re, signal, sys
+import argparse, ast, dataclasses, functools, importlib, inspect, io, logging, os, re, signal, sys
 import tokenize, types, typing
 from fractions import Fraction
 from pathlib import Path
@@ -317,6 +317,17 @@ def make_parser() -> argparse.ArgumentParser:
                       help="train, val, test; default: those that are there")
     look.add_argument("--samples", type=int, default=6, help="images of a sheet")
     look.add_argument("--folder", help="where the sheets go; default: runs/data-NAME")
+    text = "a stage at each point of a grid of parameters; can be stopped and started again"
+    sweep = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
+    sweep.add_argument("of", metavar="STAGE", choices=("search", "retrain"), help="or retrain")
+    sweep.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE...")
+    sweep.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
+                       metavar=("NAME", "VALUE"), help="set a parameter of all runs")
+    sweep.add_argument("--folder", default="runs/sweep", help="where the results go")
+    sweep.add_argument("--workers", type=int, default=2, help="runs at a time on this machine")
+    sweep.add_argument("--threads", type=int, default=1, help="of each of them")
+    sweep.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="hand the runs to Slurm, "
+                       "with these options, as partition=gpu gpus_per_node=1 timeout_min=600")
     text = "several runs side by side in one HTML page: parameters, figures, pictures"
     page = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
     page.add_argument("runs", metavar="RUN", nargs="+", help="a folder with a record, or a record")
@@ -332,12 +343,50 @@ def make_parser() -> argparse.ArgumentParser:
     away.add_argument("--licence", metavar="TEXT", help="a short name or a sentence for the card")
     return parser
 
+# %% ../nbs/90_cli.ipynb #ca5e9002
+def plan_sweep(words) -> tuple: # grid, runs
+    "The checked members of a sweep; raises for a mistake in any of them."
+    from selfsupnas.sweep import grid_line, members
+    cls, lines = stage_config(words.of), [grid_line(text) for text in words.grid]
+    grid = {name: [parse_parameters(cls, [(name, text)])[name] for text in values]
+            for name, values in lines}
+    if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
+    shared = parse_parameters(cls, words.pairs)
+    for name in ("folder", "resume"):
+        if name in grid or name in shared:
+            raise ValueError(f"{name} is set by the sweep itself: say --folder for all of it")
+    runs = members(words.of, grid, shared)
+    for run in runs: check_inputs(words.of, from_parameters(cls, run.stages[0][1]))
+    return grid, runs
+
+def sweep(words) -> int: # exit status
+    "Make the runs of a grid and print their table."
+    from selfsupnas.sweep import (SweepConfig, cancel, make_executor, run_sweep, submit,
+                                  sweep_table)
+    (grid, runs), pool = plan_sweep(words), {}
+    config = SweepConfig(words.folder, words.workers, words.threads)
+    if words.slurm is not None:
+        options = dict(option.partition("=")[::2] for option in words.slurm)
+        options = {name: int(value) if value.isdigit() else value
+                   for name, value in options.items()}
+        config.workers = len(runs)
+        executor = make_executor(Path(config.folder)/"queue", options)
+        pool = dict(start=functools.partial(submit, executor), stop=cancel)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("selfsupnas sweep: stopped; the same "
+                                                      "command goes on"))
+    failed = run_sweep(config, runs, **pool)
+    if table := sweep_table(config, runs, grid): print(align_table(table))
+    if failed:
+        print(f"selfsupnas sweep: {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
 # %% ../nbs/90_cli.ipynb #6bb57bdf
 def run_command(words) -> int: # exit status
     "Do what the parsed words say; raises for a mistake in them."
     if words.stage == "data":
         return look_at_data(words.name, words.root, words.split,
                             words.folder or f"runs/data-{words.name}", words.samples)
+    if words.stage == "sweep": return sweep(words)
     if words.stage == "report":
         from selfsupnas.page import write_page
         print(f"selfsupnas report: {write_page(words.runs, words.to)}")
