@@ -138,9 +138,10 @@ notebook-tests: env ## every notebook runs from top to bottom
 	@echo "== notebooks: running each from top to bottom, $(WORKERS) at a time"
 	MPLBACKEND=Agg OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
 
+# As with the notebooks; what stands in one file shares its runs, and stays in one worker.
 pytest: env ## what guards rather than teaches: tests/
-	@echo "== pytest: tests/"
-	MPLBACKEND=Agg python -m pytest -q $(TESTS)
+	@echo "== pytest: tests/, $(WORKERS) at a time"
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 # pytest counts what it drew as skipped. A git diff shows which figures are no longer the same.
 baselines: env ## draw the figures of tests/baseline anew, to be looked at
