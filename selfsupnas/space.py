@@ -102,14 +102,15 @@ class RoutingNetwork(nn.Module):
             leaving = defaultdict(list)
             for scale, signal in here.items():
                 name = f"{layer}_{scale}"
-                out = (self.run(self.cells[name], signal, sizes[scale - 1] if scale else None)
+                out = (self.run(self.cells[name], signal, sizes[scale - 1] if scale else None,
+                                self.recompute and self.training and STRIDES[scale] < STRIDES[-1])
                        if name in self.cells else {"keep": signal})
                 for kind, passed in out.items(): leaving[scale + STEP[kind]].append(passed)
             here = {scale: merge(signals) for scale, signals in sorted(leaving.items())}
         return here
 
-    def run(self, cell: nn.Module, signal: Signal, finer_size) -> dict: # kind of path -> Signal
-        again = self.recompute and self.training
+    def run(self, cell: nn.Module, signal: Signal, finer_size, again: bool) -> dict:
+        # again: see `run_again`; -> kind of path -> Signal
         return run_again(cell, signal, finer_size) if again else cell(signal, finer_size)
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
