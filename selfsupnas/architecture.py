@@ -145,7 +145,8 @@ def load_architecture(path) -> Architecture:
     if not path.exists():
         raise FileNotFoundError(f"no architecture at {path}; `selfsupnas search` writes one")
     try: return architecture_from_json(json.loads(path.read_text(encoding="utf8")))
-    except ValueError as e: # of a damaged file as well: JSONDecodeError, UnicodeDecodeError
+    # of a damaged file as well: JSONDecodeError, UnicodeDecodeError, or nested too deeply
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not an architecture: {e}") from None
 
 # %% ../nbs/24_architecture.ipynb #cell-11

@@ -94,7 +94,7 @@ def missing_stages(config: CampaignConfig, run: Run) -> list: # of (stage, param
         for key, value in json.loads(json.dumps(wanted)).items():
             if record and key not in PLACES and record.parameters.get(key) != value:
                 raise ValueError(f"{run.name}: its {stage} record has {key} = "
-                                 f"{record.parameters.get(key)!r}, this campaign {value!r}: use "
+                                 f"{record.parameters.get(key)!r}, and {value!r} is asked for: use "
                                  "another folder, or remove that record")
     return [wanted for wanted, record in zip(run.stages, records) if record is None]
 
