@@ -8,13 +8,13 @@ __all__ = ['SCHEMA', 'Architecture', 'reached', 'useful', 'check_json', 'check_s
            'take_back', 'derive', 'weaker_operations']
 
 # %% ../nbs/24_architecture.ipynb #e8c69e9b
-import dataclasses, json, math, random
+import dataclasses, math, random
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Callable, Mapping
 
 import selfsupnas
-from .core import from_parameters, write_json
+from .core import from_parameters, read_json, write_json
 from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale, kept_operations,
                              shut_path, trace_route)
 
@@ -144,9 +144,9 @@ def load_architecture(path) -> Architecture:
     path = FilePath(path)
     if not path.exists():
         raise FileNotFoundError(f"no architecture at {path}; `selfsupnas search` writes one")
-    try: return architecture_from_json(json.loads(path.read_text(encoding="utf8")))
-    # of a damaged file as well: JSONDecodeError, UnicodeDecodeError, or nested too deeply
-    except (ValueError, RecursionError) as e:
+    data = read_json(path, "an architecture")
+    try: return architecture_from_json(data)
+    except ValueError as e:
         raise ValueError(f"{path} is not an architecture: {e}") from None
 
 # %% ../nbs/24_architecture.ipynb #cell-11

@@ -346,7 +346,8 @@ FAULTS = {
     },
     "JSON": {
         "half an architecture": (after(lambda: cut(A), given("retrain", architecture=A)), "search/architecture.json is not an architecture: "),
-        "an architecture that is a list": (after(lambda: Path(A).write_text("[]"), given("retrain", architecture=A)), "must be an object"),
+        "an architecture that is a list": (after(lambda: Path(A).write_text("[]"), given("retrain", architecture=A)), "not an object"),
+        "an architecture nested without end": (after(lambda: Path(A).write_text("[" * 100_000), given("retrain", architecture=A)), "nested too deeply"),
         "an architecture of a later version": (after(spoilt(put(schema=9)), given("retrain", architecture=A)), "schema is 9, .*install a later version"),
         "an architecture without paths": (after(spoilt(less("paths")), given("retrain", architecture=A)), "paths is missing"),
         "an architecture with an unknown entry": (after(spoilt(put(colour="red")), given("retrain", architecture=A)), "unknown colour"),
