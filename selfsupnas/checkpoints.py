@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .core import written_aside
 from .processes import world
@@ -132,9 +132,9 @@ def load_checkpoint(folder, parts: dict, parameters: dict,
 # %% ../nbs/48_checkpoints.ipynb #6d503806
 def save_weights(network: torch.nn.Module, path) -> Path: # NAME.safetensors
     "Write the weights of a network, atomically; raises OSError that names the file."
-    with written_aside(path) as aside:
-        try: save_file({k: v.contiguous() for k, v in network.state_dict().items()}, aside)
-        except SafetensorError as e: raise OSError(said(e)) from e # of a full disk, for one
+    # not by `save_file`, whose files nobody else may read
+    data = save({k: v.contiguous() for k, v in network.state_dict().items()})
+    with written_aside(path) as aside: aside.write_bytes(data)
     return Path(path)
 
 def read_weights(path) -> dict: # name -> tensor
