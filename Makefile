@@ -89,7 +89,7 @@ bench-quick: env ## the direction of make camvid in about 40 minutes: 1 fraction
 	@echo "== bench-quick: into runs/bench-quick"
 	selfsupnas campaign --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
 	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
-	  -p arms "('both', 'labels')" -p open False -p random 1 $(ARGS)
+	  -p arms "('both', 'labels')" -p open False -p random 1 -p searches '()' $(ARGS)
 
 # What has a record is not measured again. The memory part wants Linux or a GPU.
 bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' for some; ARGS="device='cuda', precision='bf16'"

@@ -60,7 +60,7 @@ class CostTable:
     @cached_property
     def fixed(self) -> float: # of the supernet beside its cells and paths: gates, stem, decoder
         return (self.full - static_cost(self, self.space.gated()) + static_cost(self, [])
-                + sum(self.raise_from))
+                + sum(self.raise_from[scale] for scale in self.space.scales_at(self.space.layers)))
 
     @cached_property
     def _laid_out(self) -> dict: return {} # device -> GridTensors

@@ -12,7 +12,8 @@ from selfsupnas.core import RunRecord
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("campaign")
     return CampaignConfig(folder=str(place/"runs"), records=str(place/"kept"), data="streetscenes", size=(64, 80), crop=None, fractions=(1 / 40,), seeds=(0,), steps=4, trial_steps=2,
-                          search_steps=4, layers=6, channels=8, lrs=(1e-3,), rivals=("unet_resnet18",), semi_rivals=("unet_resnet18",), arms=("both",), open=False, random=0)
+                          search_steps=4, layers=6, channels=8, lrs=(1e-3,), rivals=("unet_resnet18",), semi_rivals=("unet_resnet18",), arms=("both",), open=False, random=0,
+                          searches=("searched_by_jigsaw",))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def done(config):
     driver.wait(20)
     before = {run.name: {stage: RunRecord.load(f"{config.folder}/{run.name}/{stage}/{stage}-record.json").created for stage, _ in run.stages}
               for run in plan(config) if not missing_stages(config, run)}
-    assert before and len(before) < 6, "stopped on its way"
+    assert before and len(before) < 9, "stopped on its way"
     return run_campaign(config), before
 
 
@@ -36,7 +37,8 @@ def test_nothing_is_made_twice_and_nothing_is_missing(config, done):
     assert failed == []
     runs = plan(config)
     assert {run.name for run in runs} == {"0.025/found", "0.025/trials/searched/0.001", "0.025/trials/unet_resnet18/0.001", "0.025/searched-both/0",
-                                          "0.025/unet_resnet18-labels/0", "0.025/unet_resnet18-semi/0"}
+                                          "0.025/unet_resnet18-labels/0", "0.025/unet_resnet18-semi/0", "0.025/found_by_jigsaw", "0.025/searched_by_jigsaw-labels/0",
+                                          "0.025/searched_by_jigsaw-inherit/0"}
     assert not any(missing_stages(config, run) for run in runs)
     for name, stages in before.items():
         for stage, created in stages.items(): assert RunRecord.load(f"{config.folder}/{name}/{stage}/{stage}-record.json").created == created
@@ -44,7 +46,7 @@ def test_nothing_is_made_twice_and_nothing_is_missing(config, done):
 
 def test_all_runs_share_split_views_and_steps(config, done):
     records = [json.loads(path.read_text()) for path in Path(config.records).glob("*/*-*/*/retrain/retrain-record.json")]
-    assert len(records) == 3
+    assert len(records) == 5
     for key in ("data", "size", "crop", "zoom", "steps", "batch_labelled", "split_folder", "ema_decay", "warmup", "weight_decay", "optimiser"):
         assert len({json.dumps(r["parameters"][key]) for r in records}) == 1, key
     assert {r["figures"]["labelled_images"] for r in records} == {10}
@@ -56,9 +58,14 @@ def test_trials_never_read_the_test_split(config, done):
     assert best_lr(config, "unet_resnet18") == 1e-3
 
 
+def test_a_search_by_the_jigsaw_reads_no_label(config, done):
+    record = RunRecord.load(f"{config.records}/0.025/found_by_jigsaw/search/search-record.json")
+    assert record.parameters["w_sup"] == record.parameters["w_semi"] == 0 and record.figures["derived_inherited_val_miou"] is None
+
+
 def test_what_is_compared_is_what_was_evaluated(config, done):
     rows = {(r["parameters"]["network"], r["parameters"]["arm"]): r["figures"] for r in compared(config.records)}
-    assert set(rows) == {("searched", "both"), ("unet_resnet18", "labels"), ("unet_resnet18", "semi")}
+    assert set(rows) == {("searched", "both"), ("unet_resnet18", "labels"), ("unet_resnet18", "semi"), ("searched_by_jigsaw", "labels"), ("searched_by_jigsaw", "inherit")}
     assert rows["unet_resnet18", "labels"]["gflops"] == rows["unet_resnet18", "semi"]["gflops"] > rows["searched", "both"]["gflops"]
     assert all(0 <= r["test_miou"] <= 1 and len(r["iou"]) == 11 for r in rows.values())
 
@@ -66,4 +73,4 @@ def test_what_is_compared_is_what_was_evaluated(config, done):
 def test_the_committed_records_are_enough(config, done, tmp_path):
     elsewhere = CampaignConfig(**{**config.__dict__, "folder": str(tmp_path)})
     make_routes(elsewhere)
-    assert len(plan(elsewhere)) == 6 and not any(missing_stages(elsewhere, run) for run in plan(elsewhere))
+    assert len(plan(elsewhere)) == 9 and not any(missing_stages(elsewhere, run) for run in plan(elsewhere))
