@@ -85,7 +85,7 @@ camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
 	selfsupnas campaign --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
 
-bench-quick: env ## the direction of make camvid in about 40 minutes: 1 fraction, 1 seed, 200 steps, DeepLabV3-ResNet-50 among the rivals
+bench-quick: env ## the direction of make camvid in about 30 minutes: 1 fraction, 1 seed, 200 steps, DeepLabV3-ResNet-50 among the rivals
 	@echo "== bench-quick: into runs/bench-quick"
 	selfsupnas campaign --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
 	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
