@@ -48,7 +48,7 @@ class CampaignConfig:
     semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with the consistency term, too
     arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
     open: bool = True # is the grid with every path open trained, too?
-    random: int = 2 # random routes of the derived network's cost
+    random: int = 6 # random routes of the derived network's cost; all arms for the first
     only: str = "*" # names of runs, as a shell pattern
     workers: int = 2 # runs at a time
     threads: int = 1 # of each run
@@ -188,7 +188,8 @@ def plan(config: CampaignConfig) -> list[Run]:
             pairs += [(network, "semi") for network in config.semi_rivals]
             for network in others:
                 arms = (SEARCHES[network][1] if network in SEARCHES
-                        else [arm for arm in config.arms if arm != "inherit"])
+                        else [arm for arm in config.arms if arm != "inherit"]
+                        if network in ("open", "random-0") else ["labels"])
                 pairs += [(network, arm) for arm in arms]
             rates = {network: best_lr(config, network if network in BASELINES else "searched")
                      for network, _ in pairs}
@@ -231,16 +232,18 @@ def make_routes(config: CampaignConfig):
         place = FilePath(config.folder)/f"{fraction:g}"
         for network in ("searched", *config.searches):
             found, to = found_architecture(config, fraction, network), place/f"{network}.json"
-            if to.exists() or not found: continue
-            searched = load_architecture(found)
-            if network == "searched":
-                table = measure_costs(searched.space, config.size)
-                def cost(kept): return static_cost(table, kept)
-                for i in range(config.random):
-                    random = random_architecture(searched.space, cost, cost(searched.kept), i)
-                    save_architecture(random, place/f"random-{i}.json")
-                save_architecture(all_open(searched.space), place/"open.json")
-            save_architecture(searched, to) # the last: where it is, the others are
+            if found and not to.exists(): save_architecture(load_architecture(found), to)
+        if not (place/"searched.json").exists(): continue
+        searched = load_architecture(place/"searched.json")
+        if not (place/"open.json").exists():
+            save_architecture(all_open(searched.space), place/"open.json")
+        lacking = [i for i in range(config.random) if not (place/f"random-{i}.json").exists()]
+        if not lacking: continue
+        table = measure_costs(searched.space, config.size)
+        def cost(kept): return static_cost(table, kept)
+        for i in lacking:
+            save_architecture(random_architecture(searched.space, cost, cost(searched.kept), i),
+                              place/f"random-{i}.json")
 
 # %% ../nbs/58_campaign.ipynb #72a68118
 def command_words(folder: FilePath, stage: str, parameters: dict) -> list:
