@@ -28,4 +28,4 @@ def test_the_tables_come_from_the_records(monkeypatch):
     names = {}
     for cell in INDEX["cells"]:
         if cell["cell_type"] == "code": exec("".join(cell["source"]), names)
-    for table in (names["street_scenes"], names["few_labels"], names["long_runs"], names["headline"], names["compared"], names["against_chance"], names["speed"]): assert table(names["records"]) in README
+    for table in (names["street_scenes"], names["ingredients"], names["random_routes"], names["few_labels"], names["long_runs"], names["headline"], names["compared"], names["against_chance"], names["speed"]): assert table(names["records"]) in README
