@@ -10,6 +10,7 @@ __all__ = ['SECTIONS', 'Summary', 'check_record', 'read_records', 'dig', 'record
 import html, json, math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 from .show import new_figure
 
@@ -223,6 +224,8 @@ def to_html(rows:list, # dicts, from `summarise`
 
 # %% ../nbs/61_report.ipynb #d0f156d8
 def comparison_table(results:list, # of `selfsupnas.campaign.compared`
+                     # which rows to show, by fraction, network and arm; None: all
+                     keep:Callable=None,
                     ) -> str: # markdown
     """Test and validation mIoU over seeds, GFLOPs, parameters and latency; by fraction, then by
     test mIoU."""
@@ -234,7 +237,7 @@ def comparison_table(results:list, # of `selfsupnas.campaign.compared`
     for row in rows: # a busy machine only adds to a latency: the least of a network's runs
         row.update(gflops=row["gflops"].mean, millions=row["parameter_count"].mean / 1e6,
                    latency=min(networks[row["fraction"], row["network"]]))
-    rows.sort(key=lambda row: (row["fraction"], -row["test_miou"].mean))
+    rows = sorted(filter(keep, rows), key=lambda row: (row["fraction"], -row["test_miou"].mean))
     columns = {"fraction": "label fraction", "network": "network", "arm": "trained with",
                "test_miou": "test mIoU", "val_miou": "val mIoU",
                "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)",
