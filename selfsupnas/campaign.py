@@ -126,6 +126,7 @@ def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
                 split_folder=f"{config.folder}/{fraction:g}/split")
 
 def search_name(fraction: float, network: str) -> str:
+    "Name of the run whose search finds that network."
     return f"{fraction:g}/{network.replace('searched', 'found')}"
 
 def training(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float,

@@ -429,7 +429,8 @@ CASES = [(group, what) for group, rows in FAULTS.items() for what in rows]
 def told(message):
     "A message as the table has it: in one line, without the words of other libraries, which change."
     message = message.replace(f"{Path.cwd()}/", "")
-    line = re.sub(r"(cannot read the (?:image|mask) \S+?: |holds no weights: |weights of this network: |(?=Expecting )|cut short: |choose from ).*", r"\1...", " ".join(message.split()))
+    message = re.sub(r"\(choose from .*\)", lambda found: found[0].replace("'", ""), message) # quoted by some Pythons
+    line = re.sub(r"(cannot read the (?:image|mask) \S+?: |holds no weights: |weights of this network: |(?=Expecting )|cut short: ).*", r"\1...", " ".join(message.split()))
     return line if len(line) <= 260 else line[:260] + " ..."
 
 
