@@ -1,8 +1,11 @@
-# What a developer runs; `make` alone lists it. Needs GNU make 4, bash, git, and Python 3.10 or newer with venv.
+# What a developer runs; `make` alone lists it. Needs GNU make 4, bash, git, and Python 3.11 or newer with venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
+ifneq (,$(filter 3.%,$(MAKE_VERSION)))
+$(error this is GNU make $(MAKE_VERSION); version 4 is needed (macOS: brew install make, then gmake))
+endif
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv

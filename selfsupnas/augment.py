@@ -10,7 +10,7 @@ import math
 
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
 # %% ../nbs/12_augment.ipynb #cell-08
@@ -60,7 +60,8 @@ class WeakView:
     def __init__(self, size:tuple=None,        # (h, w) in pixels; None: that of the image
                  scale:tuple=(0.5, 2.0),       # least and greatest zoom
                  flip:float=0.5,               # probability of a horizontal flip
-                 category_ratio:float=1.0):    # a window where one class fills more is drawn again
+                 category_ratio:float=1.0,     # a window where one class fills more is drawn again
+                 fill:bool=False):             # True: zoom in as far as it takes to need no padding
         whole = size is None or len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
         if not whole:
             raise ValueError(f"size must be (height, width), each above 0, or None, not {size!r}")
@@ -70,32 +71,37 @@ class WeakView:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability or share from 0 to 1, not {value!r}")
         self.size, self.scale, self.flip = size and tuple(size), tuple(scale), flip
-        self.category_ratio = category_ratio
+        self.category_ratio, self.fill = category_ratio, fill
 
-    def window(self, label:torch.Tensor, # (H, W)
+    def window(self, image:torch.Tensor, # (..., H, W)
+               label:torch.Tensor,       # (H, W), or None where it does not matter
                h:int, w:int, zoom:float) -> tuple: # two results of `_axis`: rows, columns
         "Where to cut; up to ten places are tried for one that is not one-sided."
         for _ in range(10):
-            rows, columns = (_axis(n, size, zoom) for n, size in zip(label.shape, (h, w)))
+            rows, columns = (_axis(n, size, zoom) for n, size in zip(image.shape[-2:], (h, w)))
             (top, sh, *_), (left, sw, *_) = rows, columns
             if self.category_ratio == 1: break
             if not one_sided(label[top:top + sh, left:left + sw], self.category_ratio): break
         return rows, columns
 
     def __call__(self, image:torch.Tensor, # (3, H, W) uint8
-                 label:torch.Tensor,       # (H, W) int64
+                 label:torch.Tensor=None,  # (H, W) int64; None: of the view, too, all is ignored
                 ) -> tuple: # image (3, h, w) uint8, label (h, w) int64, valid (h, w) bool
         h, w = self.size or image.shape[-2:]
         zoom = self.scale[0] + (self.scale[1] - self.scale[0])*float(torch.rand(()))
-        (top, sh, oh, oy), (left, sw, ow, ox) = self.window(label, h, w, zoom)
-        pair = tv_tensors.Image(image), tv_tensors.Mask(label.to(torch.uint8))
-        pair = [tvf.resized_crop(x, top, left, sh, sw, [oh, ow]) for x in pair] # a Mask: nearest
-        if float(torch.rand(())) < self.flip: pair = [tvf.horizontal_flip(x) for x in pair]
+        if self.fill: zoom = max(zoom, h/image.shape[-2], w/image.shape[-1])
+        (top, sh, oh, oy), (left, sw, ow, ox) = self.window(image, label, h, w, zoom)
+        flipped = float(torch.rand(())) < self.flip
+        def seen(x, how):
+            x = tvf.resized_crop(x, top, left, sh, sw, [oh, ow], how)
+            return tvf.horizontal_flip(x) if flipped else x
         grey = torch.tensor([round(255*m) for m in MEAN], dtype=torch.uint8)
         out = grey[:, None, None].repeat(1, h, w)
         marks, valid = torch.full((h, w), 255), torch.zeros(h, w, dtype=torch.bool)
         where = ..., slice(oy, oy + oh), slice(ox, ox + ow)
-        out[where], marks[where], valid[where] = *pair, True
+        out[where], valid[where] = seen(image, InterpolationMode.BILINEAR), True
+        if label is not None: # "nearest" alone would lie half a pixel off the image
+            marks[where] = seen(label[None].to(torch.uint8), InterpolationMode.NEAREST_EXACT).long()
         return out, marks, valid
 
 # %% ../nbs/12_augment.ipynb #cell-22

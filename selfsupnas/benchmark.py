@@ -20,6 +20,7 @@ from .data import load_dataset
 from .evaluation import (check_views, class_counts, evaluate, metrics_figures,
                                    trivial_predictor_metrics)
 from .pairs import SPLITS, PairDataset
+from .processes import own_device
 from .retrain import RetrainConfig, load_network, retrain
 from .splits import load_split
 from .training import TrainingConfig, image_size
@@ -33,7 +34,8 @@ class EvaluateConfig:
     data: str | None = None # another dataset of the same classes; None: that of the retraining
     root: str | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
     split: str = "test" # or val
-    baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
+    # to compare with, or (); the network itself is passed over
+    baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50")
     train_baselines: bool = False # train them as well: minutes to hours
     latency_repeats: int = 15 # timed calls; their median counts
     batch_size: int = 8 # images at once, or windows
@@ -66,7 +68,8 @@ def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"):
         fields[key] = fields[key] and tuple(fields[key])
     fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split",
-                  w_sup=1., w_jig=0., w_semi=0., drop_path=0., seed=config.seed, resume=False)
+                  w_sup=1., w_jig=0., w_semi=0., drop_path=0., recompute=False, seed=config.seed,
+                  resume=False)
     return retrain(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../nbs/55_benchmark.ipynb #1a9cf1c1
@@ -85,15 +88,16 @@ class Evaluated(dict):
 def benchmark(config: EvaluateConfig) -> Evaluated:
     """Evaluate a retrained network; leaves evaluate-record.json in `config.folder`. Raises
     FileNotFoundError for a folder without a retraining."""
-    timer, folder = Timer(), FilePath(config.folder)
-    network = load_network(config.network)
+    timer, folder, device = Timer(), FilePath(config.folder), own_device()
+    network = load_network(config.network).to(device)
     made = RunRecord.load(FilePath(config.network)/"retrain-record.json",
                           needs=("architecture", "data", "root", "size"))
     retrained = made.parameters
     name, root = config.data or retrained["data"], config.root or retrained["root"]
     size = retrained["size"] and tuple(retrained["size"])
     data, train_set = (load_dataset(name, config.split, root, size),
-                       load_dataset(retrained["data"], "train", root, size))
+                       load_dataset(retrained["data"], "train",
+                                    retrained["root"] if config.data else root, size))
     data.skip_unreadable = train_set.skip_unreadable = config.skip_unreadable
     check_labels(data, config.split)
     for found in (data, train_set): # whose files may have changed since the retraining
@@ -109,18 +113,18 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     rows, latencies = ({own: {**row, **metrics_figures(metrics)},
                         "most frequent class": {"name": "most frequent class",
                                                 **metrics_figures(trivial)}}, {own: latency})
-    for baseline in config.baselines:
+    for baseline in (other for other in config.baselines if other != own):
         with timer(baseline):
             torch.manual_seed(config.seed)
             model = (train_baseline(baseline, retrained, config) if config.train_baselines
-                     else build_baseline(baseline, data.spec.num_classes))
+                     else build_baseline(baseline, data.spec.num_classes)).to(device)
             row, latencies[baseline] = cost_row(baseline, model, at, config.latency_repeats)
             scores = (metrics_figures(evaluate(model, data, config.batch_size, **views))
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
     figures = {"dataset": data.spec.name, "split": config.split,
                "images": len(data) - len(data.unreadable), "unreadable_files": len(data.unreadable),
-               "size": list(at), "rows": rows}
+               "size": list(at), "device": device.type, "rows": rows}
     record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
                        {**timer.seconds, "latency": latencies})
     record.save(folder)

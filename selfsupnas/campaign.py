@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARMS', 'SEARCHES', 'PLACES', 'CampaignConfig', 'Run', 'record_of', 'missing_stages', 'trial_name', 'best_lr',
            'shared_parameters', 'search_name', 'training', 'search_run', 'trial_runs', 'compared_run', 'routes', 'plan',
-           'copy_folder', 'make_splits', 'found_architecture', 'make_routes', 'command_words', 'start', 'stop',
-           'keep_records', 'outcome', 'drive', 'run_campaign', 'ended', 'compared']
+           'copy_folder', 'make_splits', 'found_architecture', 'make_routes', 'command_words', 'own_gpu', 'start',
+           'stop', 'keep_records', 'outcome', 'drive', 'run_campaign', 'ended', 'compared']
 
 # %% ../nbs/58_campaign.ipynb #24d5d96b
 import dataclasses, functools, json, os, shutil, signal, subprocess, sys, time
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path as FilePath
 from typing import Callable, NamedTuple
+
+import torch
 
 from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, all_open, random_architecture
@@ -98,17 +100,24 @@ def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None
              for place in (config.folder, config.records) if place]
     return next((RunRecord.load(path) for path in paths if path.exists()), None)
 
-def missing_stages(config: CampaignConfig, run: Run) -> list: # of (stage, parameters)
-    """What has no record yet. ValueError where a record was made with other parameters: such runs
-    must not be compared."""
-    records = [record_of(config, run.name, stage) for stage, _ in run.stages]
-    for (stage, wanted), record in zip(run.stages, records):
+def missing_stages(config: CampaignConfig, run: Run,
+                   free: tuple = PLACES, # parameters in which a record may differ
+                  ) -> list: # of (stage, parameters)
+    """What has no record yet, or one that is older than that of the stage before. ValueError where
+    a record was made with other parameters: such runs must not be compared."""
+    missing, before = [], ""
+    for stage, wanted in run.stages:
+        record = record_of(config, run.name, stage)
         for key, value in json.loads(json.dumps(wanted)).items():
-            if record and key not in PLACES and record.parameters.get(key) != value:
+            if record and key not in free and record.parameters.get(key) != value:
+                places = " and ".join(str(FilePath(place)/run.name)
+                                      for place in (config.folder, config.records) if place)
                 raise ValueError(f"{run.name}: its {stage} record has {key} = "
                                  f"{record.parameters.get(key)!r}, and {value!r} is asked for: use "
-                                 "another folder, or remove that record")
-    return [wanted for wanted, record in zip(run.stages, records) if record is None]
+                                 f"another folder, or remove {places}")
+        if missing or record is None or record.created < before: missing.append((stage, wanted))
+        else: before = record.created
+    return missing
 
 def trial_name(config: CampaignConfig, network: str, lr: float) -> str:
     return f"{config.fractions[0]:g}/trials/{network}/{lr:g}"
@@ -177,7 +186,8 @@ def plan(config: CampaignConfig) -> list[Run]:
     "The runs that can be named now, in the order in which they are made."
     first = config.fractions[0]
     runs = [search_run(config, first)]
-    for network in [*config.rivals, *routes(config, first)[:1]]: runs += trial_runs(config, network)
+    rivals = list(dict.fromkeys([*config.rivals, *config.semi_rivals]))
+    for network in [*rivals, *routes(config, first)[:1]]: runs += trial_runs(config, network)
     for seed in config.seeds:
         for fraction in config.fractions:
             if seed == config.seeds[0]:
@@ -228,12 +238,18 @@ def found_architecture(config: CampaignConfig, fraction: float, network: str = "
 
 def make_routes(config: CampaignConfig):
     """FRACTION/searched.json, open.json and random-I.json for each fraction whose search is done,
-    and a file for each further search that is."""
+    and a file for each further search that is. ValueError where there is a route of an earlier
+    search, which runs may have taken."""
     for fraction in config.fractions:
         place = FilePath(config.folder)/f"{fraction:g}"
         for network in ("searched", *config.searches):
             found, to = found_architecture(config, fraction, network), place/f"{network}.json"
-            if found and not to.exists(): save_architecture(load_architecture(found), to)
+            if not found: continue
+            route = load_architecture(found)
+            if not to.exists(): save_architecture(route, to)
+            elif load_architecture(to) != route:
+                raise ValueError(f"{to} is not what {found} holds now: the search was made again, "
+                                 f"and {place} has runs of the old route; use another folder")
         if not (place/"searched.json").exists(): continue
         searched = load_architecture(place/"searched.json")
         if not (place/"open.json").exists():
@@ -256,8 +272,16 @@ def command_words(folder: FilePath, stage: str, parameters: dict) -> list:
         words += ["-p", key, "null" if value is None else str(value)]
     return words
 
+def own_gpu(slot: int) -> dict: # environment variables
+    "One GPU of those to be seen for each of the runs at a time; nothing where there is but one."
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    return {"CUDA_VISIBLE_DEVICES": seen[slot % len(seen)]} if len(seen) > 1 else {}
+
 def start(config, # has folder and threads
-          name: str, stage: str, parameters: dict) -> subprocess.Popen:
+          name: str, stage: str, parameters: dict,
+          slot: int = 0, # number of the run among those at a time
+         ) -> subprocess.Popen:
     "One stage of a run in a process of its own."
     folder = FilePath(config.folder)/name/stage
     words = command_words(folder, stage, parameters)
@@ -265,7 +289,8 @@ def start(config, # has folder and threads
         return subprocess.Popen([sys.executable, "-c", "from selfsupnas.cli import main; raise "
                                  "SystemExit(main())", *words], stdout=log, stderr=log,
                                 start_new_session=True,
-                                env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
+                                env={**os.environ, **own_gpu(slot),
+                                     "OMP_NUM_THREADS": str(config.threads)})
 
 def stop(process: subprocess.Popen):
     "End a stage and the kernel that it started."
@@ -278,7 +303,7 @@ def keep_records(config: CampaignConfig, run: Run):
         for name in [f"{stage}-record.json"] + ["architecture.json"] * (stage == "search"):
             made, kept = (FilePath(place)/run.name/stage/name
                           for place in (config.folder, config.records))
-            if made.exists() and not kept.exists():
+            if made.exists() and not (kept.exists() and kept.read_bytes() == made.read_bytes()):
                 write_json(kept, json.loads(made.read_text(encoding="utf8")))
 
 # %% ../nbs/58_campaign.ipynb #8f7a15d4
@@ -292,14 +317,14 @@ def outcome(record: RunRecord) -> str:
     return f"val mIoU {figures.get('val_miou', figures.get('derived_inherited_val_miou')):.3f}"
 
 def drive(look: Callable, # -> list of (run, its stages that have no record), as they are now
-          start: Callable, # name of a run, stage, parameters -> process
+          start: Callable, # name of a run, stage, parameters, number below `workers` -> process
           ended: Callable, # run, stage, exit status -> did it end well?
           workers: int, what: str, # processes at a time; what to call all of it
           pause: float = 1., # seconds between looks at the processes
           stop: Callable = stop) -> list: # names of the runs that failed
     "Make what is left, `workers` at a time, until nothing is; a failed run is left alone."
     from tqdm.auto import tqdm
-    # running: name -> (run, stage, process)
+    # running: name -> (run, stage, its number among those at a time, process)
     running, failed, bar = {}, [], tqdm(desc=what, unit="run")
     try:
         while True:
@@ -307,13 +332,14 @@ def drive(look: Callable, # -> list of (run, its stages that have no record), as
             todo = [(run, left[0]) for run, left in runs if left
                     and run.name not in (*running, *failed)]
             for run, (stage, parameters) in todo[:workers - len(running)]:
-                running[run.name] = run, stage, start(run.name, stage, parameters)
+                slot = min({*range(workers)} - {k for _, _, k, _ in running.values()})
+                running[run.name] = run, stage, slot, start(run.name, stage, parameters, slot)
             bar.total, bar.n = len(runs), sum(not left for _, left in runs)
             bar.set_postfix_str(", ".join(running)); bar.refresh()
             if not running: return failed
             while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
-            for run, stage, process in [entry for entry in running.values()
-                                        if entry[2].poll() is not None]:
+            for run, stage, _, process in [entry for entry in running.values()
+                                           if entry[-1].poll() is not None]:
                 del running[run.name]
                 if not ended(run, stage, process.poll()): failed.append(run.name)
     finally:
@@ -322,11 +348,18 @@ def drive(look: Callable, # -> list of (run, its stages that have no record), as
 
 # %% ../nbs/58_campaign.ipynb #ca5e5801
 def run_campaign(config: CampaignConfig,
-                 start=start, # start(config, name, stage, parameters) -> process
+                 start=start, # start(config, name, stage, parameters, slot) -> process
                  pause: float = 1., # seconds between looks at the processes
                 ) -> list: # names of the runs that failed
-    "Make the runs that have no record, `config.workers` at a time, until none is left."
+    """Make the runs that have no record, `config.workers` at a time, until none is left. ValueError
+    if `config.only` names none."""
     make_splits(config)
+    make_routes(config)
+    if not plan(config):
+        known = plan(dataclasses.replace(config, only="*"))
+        raise ValueError(f"only={config.only!r} is the name of no run; there are now {len(known)}, "
+                         f"from {known[0].name} to {known[-1].name} (the networks of a search are "
+                         "named when it is done, and what is compared when the trials are)")
     def look():
         make_routes(config)
         runs = [(run, missing_stages(config, run)) for run in plan(config)]
@@ -348,11 +381,14 @@ def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # 
     return True
 
 # %% ../nbs/58_campaign.ipynb #f440b5b5
-def compared(folder) -> list: # of dicts, as selfsupnas.report.read_records gives them
-    """One entry for each run that was evaluated, from the records in `folder`; [] where there is
-    none."""
-    found = []
-    for path in sorted(FilePath(folder).glob("*/*-*/*/evaluate/evaluate-record.json")):
+def compared(folder, more=None) -> list: # of dicts, as selfsupnas.report.read_records gives them
+    """One entry for each run that was evaluated, from the records in `folder`, and in `more` for
+    runs that it lacks; [] where there is none."""
+    found, paths = [], {}
+    for place in (folder, more) if more else (folder,):
+        for path in FilePath(place).glob("*/*-*/*/evaluate/evaluate-record.json"):
+            paths.setdefault(path.relative_to(place), path)
+    for _, path in sorted(paths.items()):
         test, trained = (RunRecord.load(path),
                          RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json"))
         fraction, network, seed = path.parts[-5:-2]

@@ -38,7 +38,8 @@ def weigh(features: torch.Tensor, # (B,C,h,w)
           factor: float | torch.Tensor, # one for all, or (B,)
          ) -> torch.Tensor: # same
     "Features times a factor; a factor of 1 costs nothing."
-    if isinstance(factor, torch.Tensor): return features * factor[:, None, None, None]
+    if isinstance(factor, torch.Tensor):
+        return features * factor[:, None, None, None].to(features.dtype)
     return features if factor == 1 else features * factor
 
 # %% ../nbs/22_cell.ipynb #d7d0acc8

@@ -19,7 +19,7 @@ from .architecture import load_architecture
 from .core import RunRecord, from_parameters, kind_name
 from .data import DATASETS, load_dataset
 from .pairs import SPLITS
-from .splits import label_count, load_split
+from .splits import check_no_leak, label_count, load_split
 
 # %% ../nbs/90_cli.ipynb #3524d711
 STAGES = {"search": "selfsupnas.search.SearchConfig", "retrain": "selfsupnas.retrain.RetrainConfig",
@@ -278,14 +278,16 @@ def look_at_data(name:str, root, splits, folder, # where the sheets go
     from selfsupnas.show import save_figure
     from selfsupnas.survey import sample_sheet, survey, survey_text
     if samples < 1: raise ValueError(f"samples must be 1 or more, not {samples}")
-    faulty = 0
-    for split, dataset in open_splits(name, root, splits).items():
+    faulty, datasets = 0, open_splits(name, root, splits)
+    for split, dataset in datasets.items():
         found = survey(dataset)
         print(f"\n[{split}] {survey_text(found)}")
         if len(found.faulty) < len(dataset):
             sheet = save_figure(sample_sheet(found, samples), Path(folder)/f"{split}.png", 120)
             print(f"samples: {sheet}", flush=True)
         faulty += len(found.faulty)
+    if name == "folder" and len(datasets) > 1 and not faulty:
+        print(f"\nno image is in two splits: {check_no_leak(datasets):,} compared")
     return int(faulty > 0)
 
 # %% ../nbs/90_cli.ipynb #e5cb1196
@@ -348,15 +350,20 @@ def plan_sweep(words) -> tuple: # grid, runs
     "The checked members of a sweep; raises for a mistake in any of them."
     from selfsupnas.sweep import grid_line, members
     cls, lines = stage_config(words.of), [grid_line(text) for text in words.grid]
-    grid = {name: [parse_parameters(cls, [(name, text)])[name] for text in values]
-            for name, values in lines}
+    kinds = typing.get_type_hints(cls)
+    def read(name, text): return parse_value(text, kinds.get(name, str))
+    grid = {name: [read(name, text) for text in values] for name, values in lines}
     if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
-    shared = parse_parameters(cls, words.pairs)
+    shared = {name: read(name, text) for name, text in words.pairs}
     for name in ("folder", "resume"):
         if name in grid or name in shared:
             raise ValueError(f"{name} is set by the sweep itself: say --folder for all of it")
-    runs = members(words.of, grid, shared)
-    for run in runs: check_inputs(words.of, from_parameters(cls, run.stages[0][1]))
+    runs = []
+    for run in members(words.of, grid, shared): # what is right together need not be so alone
+        config = from_parameters(cls, run.stages[0][1])
+        check_inputs(words.of, config)
+        values = {name: getattr(config, name) for name in run.stages[0][1]}
+        runs.append(run._replace(stages=((words.of, values),)))
     return grid, runs
 
 def sweep(words) -> int: # exit status
@@ -414,7 +421,7 @@ def run_command(words) -> int: # exit status
         signal.signal(signal.SIGTERM,
                       lambda *_: sys.exit("selfsupnas campaign: stopped; the same "
                                           "command goes on"))
-        failed, results = run_campaign(config), compared(config.folder)
+        failed, results = run_campaign(config), compared(config.folder, config.records)
         if results: print(align_table(comparison_table(results)))
         if failed:
             print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}",

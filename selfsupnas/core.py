@@ -179,17 +179,13 @@ def cached_arrays(path,  # the .npz file
             kept = np.load(f, allow_pickle=False)
             return {name: kept[name] for name in kept.files}
     except FileNotFoundError: pass
+    except PermissionError: warnings.warn(f"the cached file {path} may not be read by this user")
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
         warnings.warn(f"the cached file {path} is damaged; it is made again")
-    arrays, part = build(), None
+    arrays = build()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f:
-            part = f.name
-            np.savez_compressed(f, **arrays)
-        os.replace(part, path)
+        with written_aside(path) as aside: np.savez_compressed(aside, **arrays)
     except OSError as e:
-        if part: Path(part).unlink(missing_ok=True)
         warnings.warn(f"cannot write the cache {path} ({e}): set SELFSUPNAS_CACHE elsewhere")
     return arrays
 

@@ -19,8 +19,8 @@ from .bluemarble import BLUEMARBLE_CLASSES, BLUEMARBLE_PALETTE, bluemarble_tiles
 from .cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_PALETTE,
                                    CITYSCAPES_TABLE, cityscapes_folder, find_cityscapes)
 from .core import cache_folder, cached_arrays, read_text
-from .pairs import (SPLITS, FileDataset, PairDataset, SegmentationSpec, check_size,
-                              check_split, match_pairs)
+from .pairs import (IMAGE_TYPES, SPLITS, FileDataset, PairDataset, SegmentationSpec,
+                              check_size, check_split, list_files, match_pairs)
 from .scenes import SCENES_VERSION, draw_scene
 from .show import distinct_colours
 from .voc import VOC
@@ -142,13 +142,18 @@ class Cityscapes(FileDataset):
 # %% ../nbs/10_data.ipynb #cell-30
 def folder_pairs(root, split:str, fractions:tuple, seed:int
                 ) -> dict: # id -> (image path, mask path)
-    "The pairs of images/SPLIT and masks/SPLIT, else a seeded share of images/ and masks/."
+    """The pairs of images/SPLIT and masks/SPLIT, else a seeded share of images/ and masks/; for
+    train, also what is in images/unlabelled, with None for a mask."""
     images, masks = Path(root)/"images", Path(root)/"masks"
     if not images.is_dir():
         raise FileNotFoundError(f"there is no folder {images}: put your dataset into "
                                 "ROOT/images/{train,val,test} and ROOT/masks/{train,val,test}")
+    bare = images/"unlabelled"
+    more = ({f"unlabelled/{stem}": (p, None) for stem, p in list_files(bare, IMAGE_TYPES).items()}
+            if split == "train" and bare.is_dir() else {})
     if any((images/s).is_dir() for s in SPLITS):
-        return {f"{split}/{stem}": p for stem, p in match_pairs(images/split, masks/split).items()}
+        found = match_pairs(images/split, masks/split)
+        return {f"{split}/{stem}": p for stem, p in found.items()} | more
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError("fractions are the shares of train, val and test, with the sum 1, "
                          f"not {fractions!r}")
@@ -156,7 +161,7 @@ def folder_pairs(root, split:str, fractions:tuple, seed:int
     stems = np.random.default_rng(seed).permutation(list(pairs))
     cuts = np.round(np.cumsum((0,) + tuple(fractions))*len(stems)).astype(int)
     part = SPLITS.index(split)
-    return {str(stem): pairs[stem] for stem in sorted(stems[cuts[part]:cuts[part + 1]])}
+    return {str(stem): pairs[stem] for stem in sorted(stems[cuts[part]:cuts[part + 1]])} | more
 
 # %% ../nbs/10_data.ipynb #cell-31
 def read_classes(path) -> list: # of names
@@ -172,7 +177,8 @@ def read_classes(path) -> list: # of names
 
 # %% ../nbs/10_data.ipynb #95a26f8d
 class FolderDataset(FileDataset):
-    "A dataset of your own: images and masks in folders, class names in classes.txt or `classes`."
+    """A dataset of your own: images and masks in folders, class names in classes.txt or `classes`;
+    images without a mask in images/unlabelled."""
     def __init__(self, root, split:str, classes:tuple=None, # names in the order of their numbers
                  size:tuple=None,    # (H, W) that pairs are resized to
                  palette:tuple=None, # colours of the classes

@@ -208,13 +208,17 @@ def config_from_json(data) -> tuple: # Architecture, Usage
 
 # %% ../nbs/62_export.ipynb #9e72fca1
 def check_records(network, record: RunRecord, tested: RunRecord | None):
-    "Raise ValueError for records of another network, by its number of parameters."
+    """Raise ValueError for records of another network, by its number of parameters, and for an
+    evaluation that is older than the retraining."""
     own = sum(p.numel() for p in network.parameters())
     row = next(iter(tested.figures["rows"].values())) if tested else {}
     for told, kind in ((record.figures["parameters"], record.stage),
                        (row.get("parameters", own), "evaluate")):
         if told != own: raise ValueError(f"the {kind} record is of a network with {told:,} "
                                          f"parameters, this one has {own:,}")
+    if tested and tested.created < record.created:
+        raise ValueError(f"the evaluation of {tested.created} is older than the retraining of "
+                         f"{record.created}: evaluate again")
 
 def card_scores(usage: Usage, record: RunRecord, tested: RunRecord | None) -> list:
     # of (name of the data, its word, split, mIoU)

@@ -24,7 +24,8 @@ def gate_activation(logits: torch.Tensor, # any shape
                    ) -> torch.Tensor: # same shape, 0 or in (closing, 1)
     """tanh(logits) where that is over `closing`; else exactly 0, and the gradient is `leak` times
     tanh's."""
-    value = torch.tanh(logits)
+    # in half precision tanh is exactly 1 from 3.5 on, and such a gate would never move again
+    value = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     shut = torch.where(value > closing, 0, value)
     return torch.where(value > closing, value, 0) + leak * (shut - shut.detach())
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'DAMAGED', 'MASK_TYPES', 'IMAGE_TYPES', 'SYNTHETIC', 'SegmentationSpec', 'UnreadableFile', 'read_image',
-           'as_mask', 'read_mask', 'write_mask', 'numbers_in', 'check_pair', 'translate_mask', 'check_size', 'resize',
-           'resize_pair', 'read_all', 'PairDataset', 'unless_unreadable', 'preload', 'common_size', 'check_split',
-           'list_files', 'match_pairs', 'image_file_size', 'FileDataset']
+           'as_mask', 'grey_step', 'read_mask', 'write_mask', 'numbers_in', 'check_pair', 'translate_mask',
+           'check_size', 'resize', 'resize_pair', 'read_all', 'PairDataset', 'noting', 'unless_unreadable', 'preload',
+           'sampled_sizes', 'mean_pixels', 'common_size', 'check_split', 'list_files', 'match_pairs', 'image_file_size',
+           'FileDataset']
 
 # %% ../nbs/08_pairs.ipynb #65b49e4e
 import os, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +72,16 @@ def as_mask(numbers:np.ndarray, # what was in the file
                          f"{numbers.max()}; class numbers are whole, 0 to 254, and 255 is ignored")
     return numbers.astype(np.uint8) # a copy that may be written to
 
+def grey_step(path) -> int: # 1; 17 or 85 for PNG of 4 or 2 bits a pixel
+    "What Pillow multiplies the numbers of a grey file by, so that they fill a byte."
+    with open(path, "rb") as f: head = f.read(26) # the header names bits and colour type
+    return {(2, 0): 85, (4, 0): 17}.get(tuple(head[24:]), 1) if head[1:4] == b"PNG" else 1
+
 def read_mask(path) -> np.ndarray: # (H, W) uint8
     "A mask file of class numbers, grey or palette; UnreadableFile, or ValueError for its content."
     try:
         with Image.open(path) as f: numbers = np.asarray(f)
+        if (step := grey_step(path)) > 1: numbers = numbers//step
     except DAMAGED as e:
         raise UnreadableFile(f"cannot read the mask {path}: {e}") from None
     return as_mask(numbers, path)
@@ -166,7 +174,8 @@ class PairDataset(Dataset):
     def __init__(self, spec:SegmentationSpec, ids:list, # unique and stable
                  size:tuple=None): # (H, W) that pairs are resized to
         self.spec, self.ids, self.size = spec, list(ids), check_size(size)
-        self._pairs, self.unreadable = {}, {} # by index; id -> why, of the damaged files met so far
+        self._pairs, self._images = {}, {} # by index; images that were wanted alone
+        self.unreadable = {} # id -> why, of the damaged files met so far
         if not self.ids: raise ValueError(f"{spec.name}: the split is empty")
 
     def __len__(self): return len(self.ids)
@@ -175,29 +184,33 @@ class PairDataset(Dataset):
     def known_names(self): return {name: name for name in self.ids} # as split files say -> id
     def split_line(self, i): return self.ids[i]    # what a split file for other programs says
     def read_label(self, i): return self.read(i)[1]
+    def read_image(self, i): return self.read(i)[0]
 
-    def fits(self, pair) -> bool: # would the whole set fit, if all were of this size?
-        return len(self)*sum(a.nbytes for a in pair) <= 1e9*self.cache_gb
-
-    def noting(self, read, i:int): # what `read(i)` returns; a damaged file is noted, and raised
-        try: return read(i)
-        except UnreadableFile as e:
-            if self.skip_unreadable and self.ids[i] not in self.unreadable:
-                warnings.warn(f"left out: {e}", stacklevel=2)
-            self.unreadable[self.ids[i]] = str(e)
-            raise
+    @cached_property
+    def mean_pixels(self): return mean_pixels(self) # of an image; each is 4 bytes
+    def fits(self): return 4*self.mean_pixels*len(self) <= 1e9*self.cache_gb # all of the set
 
     def pair(self, i:int) -> tuple: # image (H, W, 3) uint8, mask (H, W) uint8: not to be changed
         "The pair at the dataset's size, kept if it may be; raises UnreadableFile."
         if i in self._pairs: return self._pairs[i]
-        pair = resize_pair(*self.noting(self.read, i), self.size)
-        if self.fits(pair): self._pairs[i] = pair
+        pair = resize_pair(*noting(self, self.read, i), self.size)
+        if self.fits():
+            self._pairs[i] = pair
+            self._images.pop(i, None)
         return pair
+
+    def image(self, i:int) -> torch.Tensor: # (3, H, W) uint8
+        "The image at the dataset's size, its mask unopened; raises UnreadableFile."
+        found = self._pairs[i][0] if i in self._pairs else self._images.get(i)
+        if found is None:
+            found = resize(noting(self, self.read_image, i), self.size)
+            if self.fits(): self._images[i] = found
+        return torch.from_numpy(found.transpose(2, 0, 1).copy())
 
     def label(self, i:int) -> np.ndarray: # (H, W) uint8
         "The mask at the dataset's size, without decoding the image; raises UnreadableFile."
         if i in self._pairs: return self._pairs[i][1]
-        return resize(self.noting(self.read_label, i), self.size)
+        return resize(noting(self, self.read_label, i), self.size)
 
     def __getitem__(self, i:int) -> tuple: # image (3, H, W) uint8, label (H, W) int64
         if not -len(self) <= i < len(self): raise IndexError(f"image {i} of {len(self)}")
@@ -205,9 +218,18 @@ class PairDataset(Dataset):
         image, mask = image.transpose(2, 0, 1).copy(), mask.astype(np.int64) # kept pairs stay clean
         return torch.from_numpy(image), torch.from_numpy(mask)
 
-    def file_size(self, i): return self.pair(i)[1].shape # (H, W)
+    def file_size(self, i): return self.read_label(i).shape # (H, W)
 
 # %% ../nbs/08_pairs.ipynb #71d82368
+def noting(dataset:PairDataset, read, i:int): # what `read(i)` returns
+    "A damaged file is noted by the dataset, and raised."
+    try: return read(i)
+    except UnreadableFile as e:
+        if dataset.skip_unreadable and dataset.ids[i] not in dataset.unreadable:
+            warnings.warn(f"left out: {e}", stacklevel=2)
+        dataset.unreadable[dataset.ids[i]] = str(e)
+        raise
+
 def unless_unreadable(dataset:PairDataset, read, # function of an index
                       instead): # what to return for a damaged file that is to be skipped
     "`read`, with damaged files passed over if the dataset says so, else raised."
@@ -220,14 +242,28 @@ def unless_unreadable(dataset:PairDataset, read, # function of an index
 
 def preload(dataset:PairDataset) -> bool: # whether the set is in memory now
     "Read the whole set if it fits; raises UnreadableFile unless such files are to be skipped."
-    fetch = unless_unreadable(dataset, lambda i: dataset.fits(dataset.pair(i)), True)
-    return fetch(0) and all(list(read_all(fetch, len(dataset), f"reading {dataset.spec.name}")))
+    if not dataset.fits(): return False
+    fetch = unless_unreadable(dataset, lambda i: len(dataset.pair(i)), None)
+    for _ in read_all(fetch, len(dataset), f"reading {dataset.spec.name}"): pass
+    return True
+
+def sampled_sizes(dataset:PairDataset, read, # index -> (H, W), or None
+                 ) -> list: # of (H, W)
+    "What `read` says of up to 32 images, spread over the set; None is left out."
+    some = np.linspace(0, len(dataset) - 1, min(32, len(dataset))).round().astype(int).tolist()
+    return [size for size in map(read, some) if size]
+
+def mean_pixels(dataset:PairDataset) -> float: # of an image, by the sizes of up to 32 of them
+    def readable(i): # of a damaged file there is nothing to keep
+        try: return dataset.file_size(i)
+        except UnreadableFile: return None
+    sizes = [dataset.size] if dataset.size else sampled_sizes(dataset, readable) or [(0, 0)]
+    return sum(h*w for h, w in sizes)/len(sizes)
 
 def common_size(dataset:PairDataset) -> tuple: # (H, W), or None
     "The size of the images; None where they differ, judged by the headers of up to 32 of them."
     if dataset.size: return dataset.size
-    some = np.linspace(0, len(dataset) - 1, min(32, len(dataset))).round().astype(int).tolist()
-    sizes = set(map(unless_unreadable(dataset, dataset.file_size, None), some)) - {None}
+    sizes = set(sampled_sizes(dataset, unless_unreadable(dataset, dataset.file_size, None)))
     return sizes.pop() if len(sizes) == 1 else None
 
 # %% ../nbs/08_pairs.ipynb #cell-27
@@ -299,6 +335,7 @@ class FileDataset(PairDataset):
         return names | {self.relative(image): i for i, (image, _) in zip(self.ids, self.pairs)}
 
     def file_size(self, i): return image_file_size(self.pairs[i][0])
+    def read_image(self, i): return read_image(self.pairs[i][0])
     def decode(self, path): return read_mask(path)         # VOC has masks of another kind, too
 
     def read_label(self, i) -> np.ndarray: # (H, W) uint8, class numbers

@@ -231,12 +231,13 @@ def comparison_table(results:list, # of `selfsupnas.campaign.compared`
     test mIoU."""
     rows = summarise(results, ["fraction", "network", "arm"],
                      ["test_miou", "val_miou", "gflops", "parameter_count", "latency_ms"])
+    def same(row): # whatever the fraction that it was trained with
+        return row["network"], row["gflops"].values[0], row["parameter_count"].values[0]
     networks = {}
-    for row in rows:
-        networks.setdefault((row["fraction"], row["network"]), []).extend(row["latency_ms"].values)
+    for row in rows: networks.setdefault(same(row), []).extend(row["latency_ms"].values)
     for row in rows: # a busy machine only adds to a latency: the least of a network's runs
-        row.update(gflops=row["gflops"].mean, millions=row["parameter_count"].mean / 1e6,
-                   latency=min(networks[row["fraction"], row["network"]]))
+        row.update(latency=min(networks[same(row)]), gflops=row["gflops"].mean,
+                   millions=row["parameter_count"].mean / 1e6)
     rows = sorted(filter(keep, rows), key=lambda row: (row["fraction"], -row["test_miou"].mean))
     columns = {"fraction": "label fraction", "network": "network", "arm": "trained with",
                "test_miou": "test mIoU", "val_miou": "val mIoU",

@@ -42,6 +42,7 @@ class RetrainConfig(TrainingConfig):
         for name, right, is_right in (("w_jig", "0", not self.w_jig),
                                       ("initialise", "scratch", self.initialise == "scratch"),
                                       ("drop_path", "0", not self.drop_path),
+                                      ("recompute", "False", not self.recompute),
                                       ("consistency", "another kind than unimatch", not self.w_semi
                                        or self.consistency != "unimatch")):
             if not is_right:

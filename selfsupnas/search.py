@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SearchConfig', 'GateStatistics', 'gate_statistics', 'solve_jigsaws', 'jigsaw_figures', 'BudgetTerms', 'closing_of',
-           'plain_images', 'calibrate_closing', 'halves', 'make_turns', 'Searched', 'make_space', 'make_table',
+           'plain_images', 'calibrate_closing', 'halves', 'make_turns', 'make_space', 'make_table', 'Searched',
            'save_supernet', 'search', 'check_budget', 'inherited_network', 'derive_within', 'search_figures',
            'reopened', 'load_supernet']
 
 # %% ../nbs/51_search.ipynb #a368b656
-import dataclasses
+import dataclasses, json
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import NamedTuple
@@ -19,8 +19,8 @@ import torch
 
 from .architecture import Architecture, derive, load_architecture, save_architecture
 from .augment import WeakView, normalise
-from .budget import (CostTable, budget_loss, expected_cost, follow_budget, measure_costs,
-                               realised_cost, static_cost, undecided)
+from .budget import (CostTable, budget_loss, costs_of, expected_cost, follow_budget,
+                               measure_costs, realised_cost, static_cost, undecided, with_costs)
 from .checkpoints import alone, load_weights, save_weights
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import COSTS, count_cost
@@ -32,6 +32,7 @@ from .loaders import Stream
 from .network import StaticNetwork, inherit
 from .operations import OPERATIONS
 from .permutations import permutation_set
+from .processes import from_first, own_device
 from .space import RoutingNetwork, gates_by_path, supernet
 from .splits import LabelSplit
 from .training import (Trained, TrainingConfig, TrainingData, image_size,
@@ -171,8 +172,8 @@ def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) ->
     # (count,3,H,W) uint8
     "Training images as they are used: no zoom, no flip, no label; a crop where the run has one."
     stream = Stream(data.train, data.both, WeakView(config.crop, (1., 1.), 0.), config.seed,
-                    kind="unlabelled", strong_views=0)
-    return torch.stack([stream[k]["weak"] for k in range(min(count, len(data.both)))])
+                    kind="plain")
+    return torch.stack([stream[k]["image"] for k in range(min(count, len(data.both)))])
 
 @torch.no_grad()
 def calibrate_closing(model: RoutingNetwork, table: CostTable,
@@ -217,22 +218,32 @@ def make_turns(data: TrainingData, config: SearchConfig) -> list | None: # for `
     weights_half, gates_half = halves(data, config.seed)
     return [(weights_half, lambda name: not of_gates(name)), (gates_half, of_gates)]
 
-# %% ../nbs/51_search.ipynb #b7088cd5
-class Searched(dict):
-    "Result of `search`: trained, table, statistics, architecture, derived, record, data."
-    __getattr__ = dict.__getitem__
-
+# %% ../nbs/51_search.ipynb #c0fe5102
 def make_space(config: SearchConfig, num_classes: int) -> SearchSpace:
     return SearchSpace(num_classes, config.layers, config.channels, config.operations,
                        config.search_operations)
 
-def make_table(config: SearchConfig, data: TrainingData) -> CostTable:
+def make_table(config: SearchConfig, data: TrainingData,
+               folder=None, # of the search; where it counts latency, costs.json is kept there
+              ) -> CostTable: # the same in all processes, and whenever the search goes on
     """The costs of the configured space, at the size of the data; latency on the device that will
-    train."""
-    device = "cuda" if config.cost == "latency" and torch.cuda.is_available() else "cpu"
-    return measure_costs(make_space(config, data.train.spec.num_classes),
-                         image_size(data.train, config.crop), config.cost, config.gate,
-                         device=device)
+    train, or as it was measured for this space before."""
+    space, timed = make_space(config, data.train.spec.num_classes), config.cost == "latency"
+    table = measure_costs(space, image_size(data.train, config.crop), config.cost, config.gate,
+                          device=own_device() if timed else "cpu")
+    if not (timed and folder): return table
+    of = json.loads(json.dumps([dataclasses.asdict(space), table.size, config.gate]))
+    path = FilePath(folder)/"costs.json"
+    kept = json.loads(path.read_text(encoding="utf8")) if path.exists() else None
+    if not kept or kept["of"] != of:
+        kept = {"of": of, "costs": costs_of(table)}
+        write_json(path, kept)
+    return with_costs(table, from_first(kept["costs"]))
+
+# %% ../nbs/51_search.ipynb #b7088cd5
+class Searched(dict):
+    "Result of `search`: trained, table, statistics, architecture, derived, record, data."
+    __getattr__ = dict.__getitem__
 
 def save_supernet(model: RoutingNetwork, folder):
     save_weights(model, FilePath(folder)/"supernet.safetensors")
@@ -245,7 +256,7 @@ def search(config: SearchConfig,
     search-record.json in `config.folder`."""
     timer, folder = Timer(), FilePath(config.folder)
     data = load_training_data(config)
-    with timer("cost table"): table = make_table(config, data)
+    with timer("cost table"): table = make_table(config, data, folder)
     check_budget(table, config.budget)
     torch.manual_seed(config.seed)
     model = supernet(table.space, gate=config.gate, leak=config.leak)
@@ -285,10 +296,12 @@ def check_budget(table: CostTable, budget: float):
 
 def inherited_network(architecture: Architecture, supernet_state: dict,
                       images: torch.Tensor # (n,3,H,W) uint8: training images, no labels
-                     ) -> StaticNetwork: # in evaluation mode
+                     ) -> StaticNetwork: # in evaluation mode, where the state is
     "The derived network with the supernet's weights, its batch-norm statistics taken on `images`."
+    device = next(iter(supernet_state.values())).device
     network = inherit(StaticNetwork(architecture), {k: v.cpu() for k, v in supernet_state.items()})
-    torch.optim.swa_utils.update_bn([normalise(batch) for batch in images.split(16)], network)
+    torch.optim.swa_utils.update_bn([normalise(batch) for batch in images.split(16)],
+                                    network.to(device), device)
     return network.eval()
 
 def derive_within(table: CostTable, statistics: GateStatistics,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .cell import GatedCell, Signal, Up, merge
-from .gate import put
+from .gate import Gate, StaticGate, put
 from .grid import STEP, STRIDES, Path, SearchSpace
 from .operations import separable
 
@@ -60,22 +60,28 @@ class Decoder(nn.Module):
 
 # %% ../nbs/23_space.ipynb #6d0f4c11
 @contextlib.contextmanager
-def uncounted(module: nn.Module):
-    "Within the block batch norm takes the statistics of its batch as ever, and remembers none."
+def uncounted(module: nn.Module, closing: list): # of (gate, its threshold)
+    """Within the block batch norm takes the statistics of its batch as ever, and remembers none;
+    gates close at those thresholds."""
+    moved = [(gate, gate.closing.clone()) for gate, _ in closing]
+    for gate, value in closing: gate.closing.copy_(value)
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms: norm.momentum = 0. # none of the new statistics
     try: yield
     finally:
+        for gate, value in moved: gate.closing.copy_(value)
         for norm, (momentum, count) in zip(norms, before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
 def run_again(cell: nn.Module, signal: Signal, finer_size) -> dict: # kind of path -> Signal
     "What the cell gives; what it computed on the way is forgotten until the gradient needs it."
+    # the search moves the threshold before it asks for the gradient
+    closing = [(m, m.closing.clone()) for m in cell.modules() if isinstance(m, (Gate, StaticGate))]
     return checkpoint(lambda features: cell(Signal(features, signal.present), finer_size),
                       signal.features, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), uncounted(cell)))
+                      context_fn=lambda: (contextlib.nullcontext(), uncounted(cell, closing)))
 
 # %% ../nbs/23_space.ipynb #2fbdc993
 class RoutingNetwork(nn.Module):

@@ -474,7 +474,13 @@ def bench(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRecord
     records = {}
     for part in parts:
         folder = FilePath(config.folder)/part
-        if not (folder/"speed-record.json").exists():
+        made, asked = folder/"speed-record.json", json.loads(json.dumps(dataclasses.asdict(config)))
+        if made.exists():
+            told = RunRecord.load(made).parameters
+            for name in (k for k in asked if k != "folder" and told.get(k) != asked[k]):
+                raise ValueError(f"{made} was made with {name} = {told.get(name)!r}, and "
+                                 f"{asked[name]!r} is asked for: take another folder")
+        else:
             torch.manual_seed(0)
             start = time.perf_counter()
             figures, times = PARTS[part](config)

@@ -80,10 +80,12 @@ def make_split(dataset,            # the training set
     if stratify and count < len(rows):
         present = classes_present(dataset, rows)
         order = covering_order(present, order)
-        missing = np.flatnonzero(present.any(0) & ~present[order[:count]].any(0))
-        if len(missing): warnings.warn(
-            f"{count} labelled images are too few for all classes: no label of "
-            f"{', '.join(dataset.spec.classes[k] for k in missing)}", stacklevel=2)
+        somewhere, here = present.any(0), present[order[:count]].any(0)
+        for missing, why in ((somewhere & ~here, f"{count} labelled images are too few for all "
+                              "classes: no label of"),
+                             (~somewhere, f"not one mask of {dataset.spec.name} train holds")):
+            names = [dataset.spec.classes[k] for k in np.flatnonzero(missing)]
+            if names: warnings.warn(f"{why} {', '.join(names)}", stacklevel=2)
     chosen = {rows[i] for i in order[:count]}
     labelled = [name for i, name in enumerate(dataset.ids) if i in chosen]
     unlabelled = [name for i, name in enumerate(dataset.ids) if i not in chosen]

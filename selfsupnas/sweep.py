@@ -74,11 +74,12 @@ def told(config: SweepConfig, run: Run, stage: str, status: int) -> bool: # did 
     return True
 
 def run_sweep(config: SweepConfig, runs: list[Run],
-              start: Callable = start, # start(config, name, stage, parameters) -> process
+              start: Callable = start, # start(config, name, stage, parameters, slot) -> process
               pause: float = 1., # seconds between looks at the processes
               stop: Callable = stop) -> list: # names of the runs that failed
     "Make the runs that have no record; raises ValueError for a record of other parameters."
-    def look(): return [(run, missing_stages(config, run)) for run in runs]
+    # here an architecture or a split may be what tells two sweeps apart
+    def look(): return [(run, missing_stages(config, run, ("root", "logs"))) for run in runs]
     return drive(look, functools.partial(start, config), functools.partial(told, config),
                  config.workers, "sweep", pause, stop)
 
@@ -126,7 +127,9 @@ class Job:
         if not self.job.done(): return None
         return int(self.job.exception() is not None)
 
-def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict) -> Job:
+def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict,
+           slot: int # of no concern: the queue hands out GPUs
+          ) -> Job:
     "One stage of a run as a job."
     folder = FilePath(config.folder).absolute()/name/stage
     return Job(executor.submit(run_words, command_words(folder, stage, parameters)))

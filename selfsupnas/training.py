@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LEAST', 'check_training', 'TrainingConfig', 'ramp_up', 'learning_rate', 'TrainingData', 'image_size',
            'load_training_data', 'check_shares', 'make_streams', 'make_batches', 'batch_ids', 'Trainee',
-           'perturbed_too', 'make_trainee', 'UnlabelledViews', 'objective', 'make_optimiser', 'mean_of_finite',
-           'RunLog', 'Trained', 'make_parts', 'step_weights', 'seed_step', 'take_step', 'begin', 'make_accelerator',
-           'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked', 'explained', 'train', 'taught_views']
+           'perturbed_too', 'make_trainee', 'UnlabelledViews', 'weights_of_classes', 'supervised_loss', 'objective',
+           'make_optimiser', 'mean_of_finite', 'RunLog', 'Trained', 'make_parts', 'step_weights', 'seed_step',
+           'take_step', 'begin', 'make_accelerator', 'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked',
+           'explained', 'train', 'taught_views']
 
 # %% ../nbs/50_training.ipynb #54575671
 import contextlib, copy, dataclasses, importlib.util, itertools, json, math, signal, sys, time
@@ -27,13 +28,13 @@ from .consistency import CONSISTENCY, consistency_loss, perturb_features
 from .core import (SEEDS, RunRecord, check_fields, keep_freed_memory,
                              seed_everything, write_json)
 from .data import load_dataset
-from .evaluation import eval_mode, evaluate, readable_pairs
+from .evaluation import class_counts, eval_mode, evaluate, readable_pairs
 from .gate import take, watch_gates
 from .grid import STRIDES
 from .jigsaw import (JIGSAW_HEADS, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss,
                                make_jigsaw_head)
 from .loaders import Stream, draw_batches, to_device
-from .losses import pixel_cross_entropy
+from .losses import class_weights_from, pixel_cross_entropy
 from .pairs import PairDataset, common_size, preload, resize_pair
 from .permutations import permutation_set
 from .processes import (World, add_gradients, anyones, everyones, from_first, greatest_of,
@@ -62,6 +63,10 @@ def check_training(config):
             raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
     if not config.clip > 0: raise ValueError(f"clip must be over 0, not {config.clip}")
     label_count(config.label_fraction, sys.maxsize) # raises for what is no share
+    if config.class_weights is not None: # of any classes: raises for what is no kind
+        class_weights_from(torch.ones(2), config.class_weights)
+    if config.ohem_threshold is not None and not 0 < config.ohem_threshold <= 1:
+        raise ValueError(f"ohem_threshold must be in (0, 1], or None, not {config.ohem_threshold}")
     most = min(5000, math.factorial(config.jigsaw_n**2))
     if config.jigsaw_permutations is not None and not 2 <= config.jigsaw_permutations <= most:
         raise ValueError(f"jigsaw_permutations must be from 2 to {most} with jigsaw_n="
@@ -98,7 +103,9 @@ class TrainingConfig:
     weight_decay: float = 1e-4 # not on batch norm and biases
     warmup: float = 0.05 # share of the steps in which lr rises; then polynomial decay of power 0.9
     clip: float = 5.0 # largest gradient norm
-    w_sup: float = 1.0 # weight of the supervised term; 0, with w_semi 0: no label is read
+    w_sup: float = 1.0 # weight of the supervised term; 0, with w_semi 0: no label is used
+    class_weights: str | None = None # of its pixels: inverse_log or median_frequency of the labels
+    ohem_threshold: float | None = None # it takes pixels whose class has less probability than this
     w_jig: float = 0.5 # weight of the jigsaw term; 0 removes it
     w_semi: float = 1.0 # weight of the consistency term; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps
@@ -205,6 +212,9 @@ def check_shares(config: TrainingConfig, world: World):
     if config.recompute and world.count > 1:
         raise ValueError("recompute=True is for one process: a cell that runs again in one of "
                          "several would wait for the others. Take fewer images a process instead")
+    if config.ohem_threshold and world.count > 1:
+        raise ValueError("ohem_threshold is for one process: which pixels are the hard ones of a "
+                         "batch, several would not agree on. Use class_weights, or one process")
     used = {"batch_labelled": 1, "batch_unlabelled": config.w_semi, "batch_jigsaw": config.w_jig}
     for name in (name for name, weight in used.items() if weight):
         if (size := getattr(config, name)) % world.count:
@@ -214,22 +224,22 @@ def check_shares(config: TrainingConfig, world: World):
 # %% ../nbs/50_training.ipynb #ed79a330
 def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> (Stream, images)
     "labelled or plain, unlabelled, jigsaw; what a removed term would read is absent."
-    def stream(ids, zoom, seed=config.seed, flip=0.5, category_ratio=1.0, **kind):
-        return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio),
-                      seed, **kind)
+    def stream(ids, zoom, flip=0.5, category_ratio=1.0, fill=False, **kind):
+        return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio, fill),
+                      config.seed, **kind)
     if config.w_sup:
         streams = {"labelled": (stream(data.split.labelled, config.zoom,
                                        category_ratio=config.category_ratio),
                                 config.batch_labelled)}
     else:
-        streams = {"plain": (stream(data.both, config.zoom, kind="unlabelled", strong_views=0),
-                             config.batch_labelled)}
+        streams = {"plain": (stream(data.both, config.zoom, kind="plain"), config.batch_labelled)}
     strong_views = CONSISTENCY[config.consistency].strong_views
     if config.w_semi:
         streams["unlabelled"] = (stream(data.unlabelled, config.zoom, kind="unlabelled",
                                         strong_views=strong_views), config.batch_unlabelled)
     if config.w_jig:
-        streams["jigsaw"] = (stream(data.both, config.jigsaw_zoom, config.seed + 1, flip=0.),
+        # padding at its border would tell where a tile belongs
+        streams["jigsaw"] = (stream(data.both, config.jigsaw_zoom, 0., fill=True, kind="jigsaw"),
                              config.batch_jigsaw)
     return streams
 
@@ -339,6 +349,24 @@ class UnlabelledViews:
             seen = diagnostics_of(total_of(counts))
         return loss, seen
 
+# %% ../nbs/50_training.ipynb #c0fe5012
+def weights_of_classes(config: TrainingConfig, data: TrainingData, device
+                      ) -> torch.Tensor | None: # (K,)
+    "By the pixels of the labelled images, where the run has class weights."
+    if not (config.w_sup and config.class_weights): return None
+    counts = class_counts(data.train, data.split.labelled)
+    return class_weights_from(counts, config.class_weights).to(device)
+
+def supervised_loss(logits: torch.Tensor, # (B,K,H,W)
+                    labels: torch.Tensor, # (B,H,W) int64
+                    config: TrainingConfig,
+                    class_weights: torch.Tensor | None) -> torch.Tensor: # (K,) -> scalar
+    "Cross-entropy of the labelled pixels; of several processes, this one's part of it."
+    counted = labels != 255
+    if class_weights is not None: counted = counted * class_weights[labels.where(counted, 0)]
+    return part_of(counted) * pixel_cross_entropy(logits, labels, class_weights=class_weights,
+                                                  ohem_threshold=config.ohem_threshold)
+
 # %% ../nbs/50_training.ipynb #17128a64
 def objective(network: nn.Module, # the trainee, perhaps wrapped for several processes
               trainee: Trainee,
@@ -348,12 +376,13 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
               config: TrainingConfig, permutations,
               generator: torch.Generator, # of boxes and jigsaws
               cost: Callable | None = None, # gates (B,paths) by name -> terms, figures
-              threshold: AdaptiveThreshold | None = None): # None: config.threshold
+              threshold: AdaptiveThreshold | None = None, # None: config.threshold
+              class_weights: torch.Tensor | None = None): # (K,) of the supervised term
     """The terms (scalars) and the figures of one step; of several processes, each gets its part of
     the terms, and the parts add up."""
     terms, figures = {}, {}
     parts = ({"labelled": batches["labelled"]["image"]} if "labelled" in batches
-             else {"plain": batches["plain"]["weak"]})
+             else {"plain": batches["plain"]["image"]})
     if weights["semi"]:
         views = UnlabelledViews(batches["unlabelled"], CONSISTENCY[config.consistency], generator,
                                 config.cutmix_p)
@@ -371,8 +400,8 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
                if name in out}
     if weights["sup"]:
         labels = batches["labelled"]["label"]
-        terms["sup"] = part_of(labels != 255) * sum(pixel_cross_entropy(logits["labelled"], labels)
-                                                    for logits in by_part.values())
+        terms["sup"] = sum(supervised_loss(logits["labelled"], labels, config, class_weights)
+                           for logits in by_part.values())
     if weights["jig"]:
         part = 1 / world().count
         terms["jig"] = jigsaw_loss(out["jigsaw"], truth, permutations) * part
@@ -500,8 +529,9 @@ def step_weights(config: TrainingConfig, share: float, # of the steps done
 def seed_step(seed: int, step: int, process: int = 0) -> torch.Generator: # of boxes and jigsaws
     "Seed torch, too: drop path and perturbed features draw from it, each process for itself."
     def number(*key): return int(np.random.SeedSequence(key).generate_state(1)[0])
-    torch.manual_seed(number(seed, step, process))
-    return torch.Generator().manual_seed(number(seed, step))
+    # a key that ends with 0 is the same without it; streams have 0 and 1 in the third place
+    torch.manual_seed(number(seed, step, 2, process))
+    return torch.Generator().manual_seed(number(seed, step, 3))
 
 def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: Callable,
               clip: float, step: int,
@@ -542,8 +572,10 @@ def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -
 
 def make_accelerator(config: TrainingConfig):
     "Accelerate's, for device, precision and event files; batches and gradients are shared here."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, state
+    state.AcceleratorState._reset_state() # of a run before, perhaps in another precision
     return Accelerator(mixed_precision=config.precision, project_dir=config.folder,
+                       cpu=not torch.cuda.is_available(), # see selfsupnas.processes.own_device
                        log_with="tensorboard" if config.tensorboard else None)
 
 def charged_on_all(cost: Callable, # gates by name, share -> terms, figures
@@ -620,15 +652,15 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     first = begin(config, parts, asked, data.split)
     network = accelerator.prepare_model(trainee, evaluation_mode=True) # for precision alone
     optimiser = accelerator.prepare_optimizer(parts["optimiser"])
+    rare = weights_of_classes(config, data, accelerator.device)
     permutations = config.w_jig and permutation_set(config.jigsaw_n, config.jigsaw_permutations)
     turns = turns or [(data, lambda name: True)]
     drawn = [make_batches(config, part, first + (k - first) % len(turns), len(turns))
              for k, (part, _) in enumerate(turns)]
     network.train()
-    bar = progress(config, first)
     if not here.first: watch = len # it says nothing
     with delayed_interrupt() as came, explained(config), tracked(accelerator, config) as track:
-        for step in bar:
+        for step in (bar := progress(config, first)):
             (part, learns), turn = turns[step % len(turns)], drawn[step % len(turns)]
             batches, start = next(turn), time.perf_counter()
             draws, share = seed_step(config.seed, step, here.number), step / config.steps
@@ -641,7 +673,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             before = threshold and threshold.state_dict()
             with accelerator.autocast():
                 terms, figures = objective(network, trainee, teacher, batches, weights, config,
-                                           permutations, draws, charge, threshold)
+                                           permutations, draws, charge, threshold, rare)
             loss = sum(weights[name] * term for name, term in terms.items())
             bad = take_step(loss, accelerator, parts, optimiser, learns, config.clip, step, before)
             terms = added_up(terms)

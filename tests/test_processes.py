@@ -19,7 +19,7 @@ SHORT = dict(steps=6, logs=6, threshold=.1) # some pseudo-labels from the start
 CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adaptive_threshold=True),
          "unimatch": dict(SHORT, consistency="unimatch", jigsaw_head="position"), "cps": dict(SHORT, consistency="cps", w_jig=0.),
          "cells": dict(SHORT, consistency="mean_teacher", search_operations=True, operations=("sep_conv_3x3", "max_pool_3x3", "identity")),
-         "alternating": dict(SHORT, update="alternating"), "stopped": dict(SHORT)}
+         "alternating": dict(SHORT, update="alternating", class_weights="inverse_log"), "stopped": dict(SHORT)}
 
 
 def run_case(name, folder):
@@ -108,6 +108,7 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     check_shares(TrainingConfig(), World(0, 4))
     with pytest.raises(ValueError, match="batch_jigsaw=12 cannot be shared evenly by 8 processes"): check_shares(TrainingConfig(), World(1, 8))
     check_shares(TrainingConfig(w_jig=0.), World(0, 8))
+    with pytest.raises(ValueError, match="ohem_threshold is for one process"): check_shares(TrainingConfig(ohem_threshold=.7), World(0, 2))
     check_shares(TrainingConfig(recompute=True), World())
     with pytest.raises(ValueError, match="recompute=True is for one process"): check_shares(TrainingConfig(recompute=True), World(0, 2))
 

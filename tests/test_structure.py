@@ -59,9 +59,9 @@ def test_every_module_comes_from_one_notebook():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_a_cell_fits_a_screen(path):
-    for source, _ in cells(path):
+    for source, cell in cells(path):
         lines = source.splitlines()
-        assert len(lines) <= 60, lines[:2]
+        assert len(lines) <= 60 or "parameters" in cell["metadata"].get("tags", []), lines[:2] # that is a list, not code
         assert not [line for line in lines if len(line) > 100], "wider than 100 columns"
 
 
