@@ -29,7 +29,7 @@ from selfsupnas.training import TrainingConfig, load_training_data
 
 TABLE = ROOT/"tests"/"faults.md"
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
-GRID = dict(layers=2, channels=4, budget=.9)
+GRID = dict(layers=2, channels=4, budget=1.)
 DONE = ("search", "retrain", "evaluate") # what was finished before
 
 
