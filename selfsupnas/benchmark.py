@@ -34,8 +34,7 @@ class EvaluateConfig:
     data: str | None = None # another dataset of the same classes; None: that of the retraining
     root: str | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
     split: str = "test" # or val
-    # to compare with, or (); the network itself is passed over
-    baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50")
+    baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
     train_baselines: bool = False # train them as well: minutes to hours
     latency_repeats: int = 15 # timed calls; their median counts
     batch_size: int = 8 # images at once, or windows

@@ -41,9 +41,9 @@ class CampaignConfig:
     layers: int = 8 # of the grid
     channels: int = 48 # C0 of the grid
     budget: float = 0.5 # of the search
-    search_steps: int = 800
-    # further searches, by the names of the networks that they find; see SEARCHES
+    search_steps: int = 800 # of every search
     searches: tuple[str, ...] = ("searched_again", "searched_by_labels", "searched_by_jigsaw")
+    # further searches, by the names of the networks that they find; see SEARCHES
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
     trial_steps: int = 100 # of each trial
     rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone

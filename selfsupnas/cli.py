@@ -57,7 +57,7 @@ def class_docs(cls) -> dict: # field name -> what its comment says
         docs[name] = notes.get(line, "")
         while line < len(lines) and lines[line].lstrip().startswith("#"):
             line += 1
-            docs[name] += " " + notes[line]
+            docs[name] = f"{docs[name]} {notes[line]}".strip()
     return docs
 
 def field_docs(cls) -> dict: # field name -> what its comment says; the nearest class has its way
