@@ -181,7 +181,7 @@ def calibrate_closing(model: RoutingNetwork, table: CostTable,
                       images: torch.Tensor, # (n,3,H,W) uint8
                      ) -> float:
     """Set and return the least closing threshold with which the mean realised cost of `images` is
-    within the budget."""
+    within the budget; 1 where it never is, as the gates themselves and the decoder cost more."""
     model.eval()
     def spent(closing):
         set_closing(model, closing)

@@ -63,8 +63,8 @@ def check_training(config):
             raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
     if not config.clip > 0: raise ValueError(f"clip must be over 0, not {config.clip}")
     label_count(config.label_fraction, sys.maxsize) # raises for what is no share
-    if config.class_weights is not None: # of any classes: raises for what is no kind
-        class_weights_from(torch.ones(2), config.class_weights)
+    try: config.class_weights is None or class_weights_from(torch.ones(2), config.class_weights)
+    except ValueError as e: raise ValueError(f"class_weights: {e}") from None
     if config.ohem_threshold is not None and not 0 < config.ohem_threshold <= 1:
         raise ValueError(f"ohem_threshold must be in (0, 1], or None, not {config.ohem_threshold}")
     most = min(5000, math.factorial(config.jigsaw_n**2))

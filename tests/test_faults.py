@@ -290,6 +290,9 @@ FAULTS = {
         **{f"in Python: SearchConfig({name}=nan)": (raises(ValueError, lambda name=name: SearchConfig(**{name: float("nan")})), f"{name} must be finite, not nan")
            for name in ("lr", "w_jig", "budget", "threshold", "label_fraction")},
         "in Python: SearchConfig(zoom=(1, inf))": (raises(ValueError, lambda: SearchConfig(zoom=(1, float("inf")))), "zoom must be finite"),
+        "class weights of no kind": (given("search", class_weights="rare"), "class_weights: kind must be 'inverse_log' or 'median_frequency', got 'rare'"),
+        "a probability over 1 for hard pixels": (given("search", ohem_threshold="2"), "ohem_threshold must be in .0, 1., or None, not 2"),
+        "cells of a hand-crafted network that run again": (given("retrain", architecture="unet_resnet18", w_jig="0", recompute="True"), "no routing network: recompute must be False"),
         "no operation": (given("search", operations="()"), "operations is empty"),
         "an operation twice": (given("search", operations="('identity', 'identity')"), "must differ"),
         "no budget for a front": (given("front", budgets="()"), "budgets must be shares"),

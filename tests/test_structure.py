@@ -4,7 +4,7 @@ import ast, base64, dataclasses, json, re, subprocess, sys
 import pytest
 from conftest import ROOT
 
-from selfsupnas.cli import STAGES, stage_config
+from selfsupnas.cli import STAGES, field_docs, stage_config
 from selfsupnas.core import from_parameters
 
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
@@ -81,6 +81,8 @@ def test_the_parameters_cell_mirrors_the_dataclass(stage):
     del values["__builtins__"]
     assert values == {f.name: f.default for f in dataclasses.fields(cls)}
     assert from_parameters(cls, values) == cls()
+    comments = {line.split(" = ")[0]: line.partition(" # ")[2] for line in tagged[0].splitlines()}
+    assert comments == field_docs(cls), "the same explanations"
 
 
 def test_every_run_notebook_has_a_stage():
