@@ -1,9 +1,9 @@
 "The command: what a mistake is answered with, and what a failed run leaves behind."
-import dataclasses, io, json, sys
+import dataclasses, io, json, shutil, sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, draw_folder
 
 from selfsupnas.architecture import Architecture, save_architecture
 from selfsupnas.cityscapes import draw_cityscapes
@@ -141,6 +141,14 @@ def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
     run_notebook(tmp_path/"in.ipynb", tmp_path/"out.ipynb", {"seed": 5}, out=out, err=out)
     assert out.getvalue() == f"5 {sys.executable}\n"
     assert "image/png" in nbformat.read(tmp_path/"out.ipynb", 4).cells[-1].outputs[0].data
+
+
+def test_an_image_in_two_splits_of_a_folder_is_told(tmp_path, capsys):
+    draw_folder(tmp_path/"data", dict(train=3, val=2))
+    words = ["data", "folder", str(tmp_path/"data"), "--folder", str(tmp_path/"sheets")]
+    assert main(words) == 0 and "no image is in two splits: 5 compared" in capsys.readouterr().out
+    shutil.copy(tmp_path/"data/images/train/0.png", tmp_path/"data/images/val/1.png")
+    assert main(words) == 2 and "the same image is in two splits: 'train/0' of train and 'val/1' of val" in capsys.readouterr().err
 
 
 def test_a_report_needs_runs(refused): assert "no run record or folder at nowhere" in refused("report", "nowhere")
