@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'Architecture', 'reached', 'useful', 'check_json', 'check_s
            'take_back', 'derive', 'weaker_operations']
 
 # %% ../nbs/24_architecture.ipynb #e8c69e9b
-import dataclasses, math, random
+import dataclasses, math
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Callable, Mapping

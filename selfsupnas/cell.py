@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .gate import CLOSED, add_rows, make_gate, put, take
+from .gate import CLOSED, add_rows, make_gate, take
 from .operations import make_operation
 from .processes import anywhere
 

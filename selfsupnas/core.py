@@ -8,7 +8,7 @@ __all__ = ['SEEDS', 'seed_everything', 'keep_freed_memory', 'kind_name', 'from_p
            'RunRecord', 'Timer']
 
 # %% ../nbs/01_core.ipynb #cell-02
-import ctypes, dataclasses, json, math, os, platform, random, subprocess, tempfile
+import ctypes, dataclasses, json, math, os, platform, random, subprocess
 import sys, time, types, typing, warnings, zipfile, zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field

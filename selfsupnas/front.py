@@ -11,9 +11,7 @@ import dataclasses, json
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-import torch
-
-from .architecture import Architecture, load_architecture, save_architecture
+from .architecture import Architecture, save_architecture
 from .baselines import BASELINES, random_architecture
 from .benchmark import check_labels
 from .budget import CostTable, static_cost

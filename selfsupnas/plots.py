@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from .architecture import Architecture, draw_architecture
-from .grid import STEP, STRIDES, Path, SearchSpace
+from .grid import STEP, STRIDES, SearchSpace
 from .show import new_figure
 
 # Okabe and Ito (2008), without the yellow, which is lost on white

@@ -20,7 +20,7 @@ from .cost import count_cost
 from .evaluation import evaluate
 from .network import StaticNetwork, inherit
 from .search import jigsaw_figures
-from .training import TrainingConfig, TrainingData, image_size, load_training_data, train
+from .training import TrainingConfig, image_size, load_training_data, train
 
 # %% ../nbs/54_retrain.ipynb #ed0ce7e5
 @dataclass

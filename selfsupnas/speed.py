@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .augment import normalise
 from .baselines import build_baseline, random_architecture
 from .budget import measure_costs, realised_cost, static_cost
 from .cell import GatedCell, Signal, weigh

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .pairs import PairDataset, UnreadableFile, read_all, resize_pair
+from .pairs import PairDataset, read_all, resize_pair
 from .show import show_samples
 
 # %% ../nbs/14_survey.ipynb #2d9e27e4

@@ -25,10 +25,10 @@ from .cell import Signal
 from .checkpoints import (checkpoint_paths, delayed_interrupt, load_checkpoint,
                                     save_checkpoint, step_of)
 from .consistency import CONSISTENCY, consistency_loss, perturb_features
-from .core import (SEEDS, RunRecord, check_fields, keep_freed_memory,
-                             seed_everything, write_json)
+from .core import (SEEDS, check_fields, keep_freed_memory, seed_everything,
+                             write_json)
 from .data import load_dataset
-from .evaluation import class_counts, eval_mode, evaluate, readable_pairs
+from .evaluation import class_counts, evaluate, readable_pairs
 from .gate import take, watch_gates
 from .grid import STRIDES
 from .jigsaw import (JIGSAW_HEADS, cut_and_shuffle, jigsaw_accuracy, jigsaw_loss,

@@ -57,6 +57,13 @@ def test_every_module_comes_from_one_notebook():
     assert not [p.name for p in CHAPTERS if p.name[:2] != "00" and module_of(p) is None]
 
 
+def test_no_module_imports_what_it_does_not_use():
+    for path in sorted((ROOT/"selfsupnas").glob("[!_]*.py")):
+        tree = ast.parse(path.read_text("utf8"))
+        imported = {(a.asname or a.name).split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+        assert imported <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}, path.name
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_a_cell_fits_a_screen(path):
     for source, cell in cells(path):
