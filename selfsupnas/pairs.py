@@ -240,10 +240,12 @@ def unless_unreadable(dataset:PairDataset, read, # function of an index
             return instead
     return careful
 
-def preload(dataset:PairDataset) -> bool: # whether the set is in memory now
+def preload(dataset:PairDataset, images:bool=False, # True: no masks
+           ) -> bool: # whether the set is in memory now
     "Read the whole set if it fits; raises UnreadableFile unless such files are to be skipped."
     if not dataset.fits(): return False
-    fetch = unless_unreadable(dataset, lambda i: len(dataset.pair(i)), None)
+    read = dataset.image if images else dataset.pair
+    fetch = unless_unreadable(dataset, lambda i: len(read(i)), None)
     for _ in read_all(fetch, len(dataset), f"reading {dataset.spec.name}"): pass
     return True
 

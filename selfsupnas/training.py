@@ -203,7 +203,7 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
     if config.split_folder: split = load_split(config.split_folder, train)
     elif config.w_sup: split = make_split(train, config.label_fraction, config.seed)
     else: split = LabelSplit([], list(train.ids), dataset=train.spec.name)
-    if config.workers: preload(train) # once, for all workers
+    if config.workers: preload(train, images=not config.w_sup) # once, for all workers
     return TrainingData(train, val, split)
 
 # %% ../nbs/50_training.ipynb #ca5e5003
