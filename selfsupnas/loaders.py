@@ -55,7 +55,7 @@ class Stream:
         if kind != "labelled" and self.view.category_ratio < 1:
             raise ValueError("category_ratio looks at labels: not for unlabelled images")
         self.key, self.strong_views = [seed, KINDS.index(kind)], strong_views
-        self._pass = -1, None
+        self.alone, self._pass = kind in KINDS[2:], (-1, None)
 
     def source(self, k:int) -> int: # index into the dataset
         "Which image position `k` shows: each pass is shuffled afresh from (seed, pass)."
@@ -67,10 +67,9 @@ class Stream:
 
     def pair(self, k:int) -> tuple: # image, label or None
         "The pair of position `k`, or of the next readable one if the dataset skips the unreadable."
-        alone = self.kind in ("jigsaw", "plain")
         for step in range(len(self.indices)):
             i = self.source(k + step)
-            try: return (self.dataset.image(i), None) if alone else self.dataset[i]
+            try: return (self.dataset.image(i), None) if self.alone else self.dataset[i]
             except UnreadableFile:
                 if not self.dataset.skip_unreadable: raise
         raise ValueError(f"not one of {len(self.indices)} images of {self.dataset.spec.name} "
@@ -83,7 +82,7 @@ class Stream:
             # torch.manual_seed would also reset the GPU's generator, in the middle of training
             torch.default_generator.manual_seed(int(state))
             weak, label, valid = self.view(image, label)
-            if self.kind in ("jigsaw", "plain"): return dict(image=weak)
+            if self.alone: return dict(image=weak)
             label = label.to(torch.uint8) # a byte a pixel on the way to the device
             if self.kind == "labelled": return dict(image=weak, label=label)
             return dict(weak=weak, valid=valid, diagnosis_label=label,

@@ -25,7 +25,7 @@ from .checkpoints import alone, load_weights, save_weights
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import COSTS, count_cost
 from .evaluation import evaluate, same_size_batches
-from .gate import CLOSED, GATES, set_closing, watch_gates
+from .gate import CLOSED, GATES, gates_of, set_closing, watch_gates
 from .grid import STRIDES, SearchSpace
 from .jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
 from .loaders import Stream
@@ -165,7 +165,7 @@ class BudgetTerms:
 
 def closing_of(model) -> float:
     "The closing threshold that all gates of a network share."
-    return next(m for m in model.modules() if isinstance(m, tuple(GATES.values()))).closing.item()
+    return next(iter(gates_of(model).values())).closing.item()
 
 # %% ../nbs/51_search.ipynb #fea295da
 def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .cell import GatedCell, Signal, Up, merge
-from .gate import Gate, StaticGate, put
+from .gate import gates_of, put
 from .grid import STEP, STRIDES, Path, SearchSpace
 from .operations import separable
 
@@ -78,7 +78,7 @@ def uncounted(module: nn.Module, closing: list): # of (gate, its threshold)
 def run_again(cell: nn.Module, signal: Signal, finer_size) -> dict: # kind of path -> Signal
     "What the cell gives; what it computed on the way is forgotten until the gradient needs it."
     # the search moves the threshold before it asks for the gradient
-    closing = [(m, m.closing.clone()) for m in cell.modules() if isinstance(m, (Gate, StaticGate))]
+    closing = [(gate, gate.closing.clone()) for gate in gates_of(cell).values()]
     return checkpoint(lambda features: cell(Signal(features, signal.present), finer_size),
                       signal.features, use_reentrant=False,
                       context_fn=lambda: (contextlib.nullcontext(), uncounted(cell, closing)))

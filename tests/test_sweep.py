@@ -38,6 +38,11 @@ def created(folder): return {path.parts[-3]: RunRecord.load(path).created for pa
 def single(monkeypatch): monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+def test_what_is_right_together_need_not_be_right_alone():
+    assert [run.stages[0][1]["w_sup"] for run in planned("--grid", "w_sup=0,1", "-p", "w_semi", "0")[1]] == [0., 1.]
+    assert len(planned("--grid", "keep_operations=1,2", "-p", "search_operations", "True")[1]) == 2
+
+
 def test_a_sweep_goes_on_where_it_was_and_a_failing_run_stops_no_other(tmp_path, capsys, single):
     folder = tmp_path/"sweep"
     # no grid of that few layers costs so little: this run fails, and the two after it are made
