@@ -13,7 +13,9 @@ from pathlib import Path as FilePath
 import torch
 
 from .baselines import BASELINES, build_baseline
+from .batches import image_size
 from .checkpoints import alone
+from .config import TrainingConfig
 from .core import SEEDS, RunRecord, Timer, check_fields
 from .cost import count_cost, measure_latency
 from .data import load_dataset
@@ -23,7 +25,6 @@ from .pairs import SPLITS, PairDataset
 from .processes import own_device
 from .retrain import RetrainConfig, load_network, retrain
 from .splits import load_split
-from .training import TrainingConfig, image_size
 
 # %% ../nbs/55_benchmark.ipynb #d3eaa907
 @dataclass

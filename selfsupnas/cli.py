@@ -125,7 +125,7 @@ f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves o
         from selfsupnas.baselines import BASELINES
         if config.architecture not in BASELINES: load_architecture(config.architecture)
     if config.data == "streetscenes": return # drawn by the run, with its progress
-    from selfsupnas.training import image_size
+    from selfsupnas.batches import image_size
     train, _ = (load_dataset(config.data, split, config.root, config.size)
                 for split in ("train", "val"))
     image_size(train, config.crop)

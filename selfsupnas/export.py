@@ -23,14 +23,15 @@ from .architecture import (architecture_from_json, architecture_to_json, check_j
                                      check_schema)
 from .augment import MEAN, STD
 from .baselines import BASELINES
+from .batches import image_size
 from .checkpoints import load_weights, save_weights
+from .config import LEAST
 from .core import RunRecord, read_json, write_json, written_aside
 from .data import load_dataset
 from .network import StaticNetwork
 from .pairs import SegmentationSpec
 from .report import to_markdown
 from .retrain import load_network
-from .training import LEAST, image_size
 
 # %% ../nbs/62_export.ipynb #91227ba4
 def fold_batch_norm(network: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from pathlib import Path as FilePath
 
 from .architecture import Architecture, save_architecture
 from .baselines import BASELINES, random_architecture
+from .batches import TrainingData, load_training_data
 from .benchmark import check_labels
 from .budget import CostTable, static_cost
 from .checkpoints import alone
@@ -28,7 +29,6 @@ from .search import (SearchConfig, calibrate_closing, check_budget, derive_withi
                                gate_statistics, inherited_network, load_supernet, make_table,
                                plain_images)
 from .splits import save_split
-from .training import TrainingData, load_training_data
 
 # %% ../nbs/56_front.ipynb #3a88cdb7
 @dataclass

@@ -18,8 +18,10 @@ from pathlib import Path as FilePath
 import torch
 from torch import nn
 
+from .batches import load_training_data
 from .budget import CostTable, measure_costs
 from .cell import Signal
+from .config import TrainingConfig, ramp_up
 from .consistency import CONSISTENCY
 from .core import from_parameters
 from .data import CITYSCAPES_SPEC
@@ -28,7 +30,7 @@ from .losses import pixel_cross_entropy
 from .retrain import RetrainConfig
 from .search import BudgetTerms, SearchConfig, make_space, make_table
 from .space import RoutingNetwork, feature_sizes, supernet
-from .training import TrainingConfig, load_training_data, ramp_up, train
+from .training import train
 from .voc import VOC_SPEC
 
 # %% ../nbs/66_recipes.ipynb #27050313

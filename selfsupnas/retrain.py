@@ -14,13 +14,15 @@ import torch
 
 from .architecture import load_architecture, save_architecture
 from .baselines import BASELINES, build_baseline
+from .batches import image_size, load_training_data
 from .checkpoints import alone, load_weights, read_weights, save_weights
+from .config import TrainingConfig
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import count_cost
 from .evaluation import evaluate
 from .network import StaticNetwork, inherit
 from .search import jigsaw_figures
-from .training import TrainingConfig, image_size, load_training_data, train
+from .training import train
 
 # %% ../nbs/54_retrain.ipynb #ed0ce7e5
 @dataclass

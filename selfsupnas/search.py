@@ -19,9 +19,11 @@ import torch
 
 from .architecture import Architecture, derive, load_architecture, save_architecture
 from .augment import WeakView, normalise
+from .batches import TrainingData, image_size, load_training_data
 from .budget import (CostTable, budget_loss, costs_of, expected_cost, follow_budget,
                                measure_costs, realised_cost, static_cost, undecided, with_costs)
 from .checkpoints import alone, load_weights, save_weights
+from .config import TrainingConfig, ramp_up
 from .core import RunRecord, Timer, check_fields, write_json
 from .cost import COSTS, count_cost
 from .evaluation import evaluate, same_size_batches
@@ -35,8 +37,7 @@ from .permutations import permutation_set
 from .processes import from_first, own_device
 from .space import RoutingNetwork, gates_by_path, supernet
 from .splits import LabelSplit
-from .training import (Trained, TrainingConfig, TrainingData, image_size,
-                                 load_training_data, ramp_up, train)
+from .training import Trained, train
 
 # %% ../nbs/51_search.ipynb #d43f4756
 @dataclass

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .baselines import build_baseline, random_architecture
+from .batches import load_training_data, make_batches
 from .budget import measure_costs, realised_cost, static_cost
 from .cell import GatedCell, Signal, weigh
 from .core import RunRecord, check_fields, keep_freed_memory
@@ -31,13 +32,13 @@ from .grid import SearchSpace
 from .loaders import to_device
 from .losses import pixel_cross_entropy
 from .network import StaticNetwork
+from .objective import objective
 from .permutations import permutation_set
 from .presets import load
 from .recipes import step_flops, step_memory, view_table
 from .search import BudgetTerms, SearchConfig
 from .space import RoutingNetwork, gate_name, gates_by_path, supernet
-from .training import (load_training_data, make_batches, make_optimiser, make_parts,
-                                 objective, seed_step, step_weights, take_step)
+from .training import make_optimiser, make_parts, seed_step, step_weights, take_step
 
 # %% ../nbs/69_speed.ipynb #44f53c94
 @dataclass

@@ -9,10 +9,11 @@ __all__ = ['time_terms', 'time_loader']
 import dataclasses, time
 from pathlib import Path as FilePath
 
+from .batches import load_training_data, make_batches
 from .core import RunRecord
 from .search import BudgetTerms, SearchConfig, make_table
 from .space import supernet
-from .training import load_training_data, make_batches, train
+from .training import train
 
 # %% ../nbs/57_timing.ipynb #019103be
 def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:

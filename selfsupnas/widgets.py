@@ -17,6 +17,7 @@ from PIL import Image
 from .architecture import Architecture
 from .augment import normalise
 from .budget import CostTable, realised_cost, static_cost
+from .config import TrainingConfig
 from .core import from_parameters
 from .evaluation import Metrics, confusion_matrix
 from .gate import watch_gates
@@ -30,7 +31,6 @@ from .search import (GateStatistics, SearchConfig, derive_within, inherited_netw
 from .show import new_figure, overlay
 from .space import gates_by_path
 from .splits import classes_present, make_split
-from .training import TrainingConfig
 
 # %% ../nbs/70_widgets.ipynb #a43e8a12
 def is_live() -> bool:

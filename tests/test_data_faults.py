@@ -7,14 +7,15 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from selfsupnas.batches import load_training_data, make_batches
 from selfsupnas.cityscapes import draw_cityscapes
 from selfsupnas.cli import main
+from selfsupnas.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.data import load_dataset
 from selfsupnas.pairs import UnreadableFile
 from selfsupnas.search import SearchConfig, search
 from selfsupnas.splits import load_split
-from selfsupnas.training import TrainingConfig, load_training_data, make_batches
 from selfsupnas.voc import draw_voc
 
 PLACE = "Straßen und Wege" # a blank and a letter beyond ASCII in every path of this file

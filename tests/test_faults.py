@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import selfsupnas
 from selfsupnas.architecture import load_architecture, save_architecture
+from selfsupnas.batches import load_training_data
 from selfsupnas.benchmark import EvaluateConfig, benchmark
 from selfsupnas.checkpoints import checkpoint_paths, own_folder, read_checkpoint
 from selfsupnas.cli import main
+from selfsupnas.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
 from selfsupnas.front import FrontConfig, front
@@ -25,7 +27,6 @@ from selfsupnas.page import write_page
 from selfsupnas.pairs import SegmentationSpec, UnreadableFile
 from selfsupnas.retrain import RetrainConfig, load_network, retrain
 from selfsupnas.search import SearchConfig, load_supernet, search
-from selfsupnas.training import TrainingConfig, load_training_data
 
 TABLE = ROOT/"tests"/"faults.md"
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from selfsupnas.batches import load_training_data, make_batches
 from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.splits import save_split
-from selfsupnas.training import TrainingConfig, load_training_data, make_batches
 from selfsupnas.voc import draw_voc
 
 pytestmark = pytest.mark.filterwarnings("ignore:not one mask of") # drawn trees lack most classes

@@ -4,14 +4,16 @@ import dataclasses, subprocess, sys
 import pytest
 import torch
 
+from selfsupnas.batches import load_training_data, make_batches
 from selfsupnas.consistency import CONSISTENCY
 from selfsupnas.front import FrontConfig, front
 from selfsupnas.loaders import to_device
+from selfsupnas.objective import make_trainee, objective
 from selfsupnas.permutations import permutation_set
 from selfsupnas.search import SearchConfig, halves, load_supernet, make_space, make_turns, search
 from selfsupnas.space import supernet
-from selfsupnas.training import load_training_data, make_batches, make_trainee, objective, train
 from selfsupnas.teacher import EMATeacher
+from selfsupnas.training import train
 
 SMALL = dict(size=(64, 80), steps=4, layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=2, budget=0.8,
              ramp=(0., 0.), cost_ramp=(0., 0.5), threshold=0.)

@@ -103,8 +103,9 @@ def test_a_stop_that_one_process_hears_of_stops_all_and_they_go_on(runs):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
+    from selfsupnas.batches import check_shares
+    from selfsupnas.config import TrainingConfig
     from selfsupnas.processes import World
-    from selfsupnas.training import TrainingConfig, check_shares
     check_shares(TrainingConfig(), World(0, 4))
     with pytest.raises(ValueError, match="batch_jigsaw=12 cannot be shared evenly by 8 processes"): check_shares(TrainingConfig(), World(1, 8))
     check_shares(TrainingConfig(w_jig=0.), World(0, 8))

@@ -4,10 +4,10 @@ import json, re, shlex
 import pytest
 from conftest import ROOT
 
+from selfsupnas.batches import check_shares
 from selfsupnas.cli import STAGES, make_parser, parse_parameters, stage_config
 from selfsupnas.core import from_parameters
 from selfsupnas.processes import World
-from selfsupnas.training import check_shares
 
 INDEX = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf8"))
 README = (ROOT/"README.md").read_text("utf8")

@@ -3,8 +3,8 @@ import dataclasses, importlib.util, math, subprocess, sys
 
 import pytest
 
+from selfsupnas.config import TrainingConfig
 from selfsupnas.search import SearchConfig, search
-from selfsupnas.training import TrainingConfig
 
 SMALL = dict(size=(64, 80), steps=6, layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=3, budget=0.8, ramp=(0., 0.), threshold=0.)
 
