@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Callable
 
-from .campaign import (Run, command_words, drive, missing_stages, record_of, start,
-                                 stop)
+from .campaign import Run, missing_stages, record_of
+from .driver import command_words, drive, start, stop
 from .report import summarise, to_markdown
 
 # %% ../nbs/68_sweep.ipynb #ca5e6805

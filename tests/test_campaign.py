@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from selfsupnas.campaign import CampaignConfig, best_lr, compared, make_routes, missing_stages, plan, run_campaign
+from selfsupnas.campaign import CampaignConfig, best_lr, compared, make_routes, missing_stages, plan
 from selfsupnas.core import RunRecord
+from selfsupnas.driver import run_campaign
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(config):
     "Stopped after its first record, then run to its end."
-    command = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from selfsupnas.campaign import *; run_campaign(CampaignConfig(**{config.__dict__!r}))"
+    command = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from selfsupnas.campaign import CampaignConfig; from selfsupnas.driver import run_campaign; run_campaign(CampaignConfig(**{config.__dict__!r}))"
     driver = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(3000): # a busy machine needs minutes
         if any(not missing_stages(config, run) for run in plan(config)): break

@@ -7,8 +7,10 @@ from conftest import ROOT, draw_folder
 
 from selfsupnas.architecture import Architecture, save_architecture
 from selfsupnas.cityscapes import draw_cityscapes
-from selfsupnas.cli import STAGES, main, parse_parameters, plan_demo, run_notebook, run_stage, stage_config
+from selfsupnas.cli import main, plan_demo
+from selfsupnas.execution import run_notebook, run_stage
 from selfsupnas.grid import SearchSpace
+from selfsupnas.stages import STAGES, parse_parameters, stage_config
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from selfsupnas.baselines import all_open
 from selfsupnas.benchmark import EvaluateConfig
 from selfsupnas.budget import expected_cost, measure_costs, realised_cost, static_cost
 from selfsupnas.checkpoints import checkpoint_paths, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights, step_of
-from selfsupnas.cli import parse_value
 from selfsupnas.config import learning_rate, ramp_up
 from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.cost import count_flops
@@ -28,6 +27,7 @@ from selfsupnas.retrain import RetrainConfig
 from selfsupnas.search import SearchConfig
 from selfsupnas.space import gates_by_path, gates_from_paths, supernet
 from selfsupnas.splits import LabelSplit, label_count, load_split, save_split
+from selfsupnas.stages import parse_value
 
 FAST = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def examples(count): return settings(max_examples=count, **FAST)

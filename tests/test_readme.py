@@ -5,9 +5,10 @@ import pytest
 from conftest import ROOT
 
 from selfsupnas.batches import check_shares
-from selfsupnas.cli import STAGES, make_parser, parse_parameters, stage_config
+from selfsupnas.cli import make_parser
 from selfsupnas.core import from_parameters
 from selfsupnas.processes import World
+from selfsupnas.stages import STAGES, parse_parameters, stage_config
 
 INDEX = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf8"))
 README = (ROOT/"README.md").read_text("utf8")

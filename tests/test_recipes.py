@@ -9,11 +9,11 @@ from papermill.iorw import load_notebook_node, read_yaml_file
 from papermill.parameterize import parameterize_notebook
 
 from selfsupnas.cityscapes import draw_cityscapes
-from selfsupnas.cli import stage_config
 from selfsupnas.core import from_parameters
 from selfsupnas.recipes import SETS, recipe_config, recipe_estimate, recipes, write_recipes
 from selfsupnas.retrain import retrain
 from selfsupnas.search import search
+from selfsupnas.stages import stage_config
 from selfsupnas.voc import draw_voc
 
 FILES = sorted((ROOT/"nbs"/"runs"/"recipes").iterdir())

@@ -4,8 +4,8 @@ import ast, base64, dataclasses, json, re, subprocess, sys
 import pytest
 from conftest import ROOT
 
-from selfsupnas.cli import STAGES, field_docs, stage_config
 from selfsupnas.core import from_parameters
+from selfsupnas.stages import STAGES, field_docs, stage_config
 
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"\d\d_", p.name)]
