@@ -9,9 +9,6 @@ __all__ = ['MEAN', 'STD', 'normalise', 'denormalise', 'one_sided', 'WeakView', '
 import math
 
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as tvf
 
 # %% ../nbs/12_augment.ipynb #cell-08
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # of ImageNet, for values in 0..1
@@ -87,6 +84,8 @@ class WeakView:
     def __call__(self, image:torch.Tensor, # (3, H, W) uint8
                  label:torch.Tensor=None,  # (H, W) int64; None: of the view, too, all is ignored
                 ) -> tuple: # image (3, h, w) uint8, label (h, w) int64, valid (h, w) bool
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional as tvf
         h, w = self.size or image.shape[-2:]
         zoom = self.scale[0] + (self.scale[1] - self.scale[0])*float(torch.rand(()))
         if self.fill: zoom = max(zoom, h/image.shape[-2], w/image.shape[-1])
@@ -110,12 +109,14 @@ class StrongView:
     def __init__(self, jitter:tuple=(0.5, 0.5, 0.5, 0.25), # brightness, contrast, saturation, hue
                  p_jitter:float=0.8, p_grey:float=0.2, p_blur:float=0.5, # probabilities
                  sigma:tuple=(0.1, 2.0)):                  # least and greatest blur in pixels
+        from torchvision.transforms import v2
         self.transform = v2.Compose([
             v2.RandomApply([v2.ColorJitter(*jitter)], p=p_jitter), v2.RandomGrayscale(p_grey),
             v2.RandomApply([v2.GaussianBlur(9, sigma)], p=p_blur)])
 
     def __call__(self, image:torch.Tensor, # (3, h, w) uint8
                 ) -> torch.Tensor: # (3, h, w) uint8
+        from torchvision import tv_tensors
         return self.transform(tv_tensors.Image(image)).as_subclass(torch.Tensor)
 
 # %% ../nbs/12_augment.ipynb #cell-26

@@ -12,7 +12,6 @@ from typing import Callable
 
 import torch
 from torch import nn
-from torchvision.models import segmentation
 
 from .architecture import Architecture, derive
 from .grid import STEP, SearchSpace
@@ -21,6 +20,7 @@ from .grid import STEP, SearchSpace
 def torchvision_network(name:str, # of torchvision.models.segmentation
                         num_classes:int) -> nn.Module: # returns a dict with the logits under "out"
     "From random weights, without auxiliary head."
+    from torchvision.models import segmentation
     build = getattr(segmentation, name)
     scratch = dict(weights=None, weights_backbone=None, num_classes=num_classes)
     if "aux_loss" in inspect.signature(build).parameters: scratch["aux_loss"] = False
