@@ -24,7 +24,8 @@ CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adap
 
 def run_case(name, folder):
     "One run; the history is written by the first process."
-    from selfsupnas import augment, consistency, evaluation, loaders, training
+    from selfsupnas import augment, consistency, evaluation, loaders, objective, training
+    from selfsupnas.batches import load_training_data
     from selfsupnas.core import write_json
     from selfsupnas.evaluation import evaluate
     from selfsupnas.processes import world
@@ -35,9 +36,9 @@ def run_case(name, folder):
     torch.Tensor.float = torch.Tensor.double
     for module in (loaders, evaluation): module.normalise = lambda images: augment.normalise(images).double()
     # each process draws these for itself: where everything is kept there is nothing to draw
-    training.perturb_features = lambda features: consistency.perturb_features(features, 0.)
+    objective.perturb_features = lambda features: consistency.perturb_features(features, 0.)
     config = SearchConfig(folder=f"{folder}/{name}", **{**SMALL, **CASES[name]})
-    data = training.load_training_data(config)
+    data = load_training_data(config)
     table = make_table(config, data)
     def run():
         torch.manual_seed(config.seed)
