@@ -54,6 +54,7 @@ class RunLog:
 
     def add(self, step: int, terms: dict, figures: dict, weights: dict,
             seconds: float) -> dict | None: # the row, when one is due
+        "Take one step's terms (scalars) and figures (numbers or lists)."
         self.seconds.append(seconds)
         values = {k: float(v.detach()) for k, v in terms.items()}
         self.window.append({**{k: v if math.isfinite(v) else math.nan for k, v in values.items()},
