@@ -6,7 +6,7 @@
 __all__ = ['RATES', 'SETS', 'LAYERS', 'CHANNELS', 'BUDGET', 'SHARED', 'STAGES', 'passes', 'view_table', 'step_flops',
            'executed_share', 'run_flops', 'saved_bytes', 'trunk_bytes', 'cell_bytes', 'answer_bytes', 'saved_lines',
            'grid_pixels', 'step_memory', 'measure_rate', 'Estimate', 'estimate', 'recipes', 'recipe_config',
-           'recipe_estimate', 'recipe_text', 'write_recipes']
+           'recipe_estimate', 'measure_recipe', 'recipe_text', 'write_recipes']
 
 # %% ../nbs/66_recipes.ipynb #e268db37
 import dataclasses, json, tempfile
@@ -18,15 +18,17 @@ from pathlib import Path as FilePath
 import torch
 from torch import nn
 
+from .baselines import random_architecture
 from .batches import load_training_data
-from .budget import CostTable, measure_costs
+from .budget import CostTable, measure_costs, static_cost
 from .cell import Signal
 from .config import TrainingConfig, ramp_up
 from .consistency import CONSISTENCY
-from .core import from_parameters
+from .core import RunRecord, from_parameters
 from .data import CITYSCAPES_SPEC
 from .grid import SearchSpace
 from .losses import pixel_cross_entropy
+from .network import StaticNetwork
 from .retrain import RetrainConfig
 from .search import BudgetTerms, SearchConfig, make_space, make_table
 from .space import RoutingNetwork, feature_sizes, supernet
@@ -187,10 +189,13 @@ def measure_rate(
         # with size: drawn scenes are resized to it; channels and batches as in the run, layers may
         # be fewer
         config: SearchConfig,
+        steps: int = 5,
+        # of the grid's cost; 1: the supernet, all paths open; less: a random route of that cost
+        share: float = 1.,
         # multiply-adds a second, seconds of a step (median), multiply-adds of a step
-        steps: int = 5) -> tuple:
-    """Train a supernet on drawn scenes for a few steps with all terms and all paths open, on the
-    device that training would use."""
+        ) -> tuple:
+    """Train on drawn scenes for a few steps with all terms, on the device that training would use:
+    the supernet, or a network as retraining has it."""
     config = dataclasses.replace(config, data="streetscenes", root=None, split_folder=None,
                                  crop=None, label_fraction=1 / 10, steps=steps, logs=1,
                                  resume=False, ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9,
@@ -198,9 +203,15 @@ def measure_rate(
     with tempfile.TemporaryDirectory() as config.folder:
         data = load_training_data(config)
         table = make_table(config, data)
-        model = supernet(table.space, gate=config.gate)
-        seconds = train(model, config, data, BudgetTerms(model, table, config)).step_ms / 1e3
-    return step_flops(config, table) / seconds, seconds, step_flops(config, table)
+        model, cost = supernet(table.space, gate=config.gate), None
+        if share < 1:
+            def route_cost(kept): return static_cost(table, kept)
+            route = random_architecture(table.space, route_cost, share * table.full, seed=0)
+            model, share = StaticNetwork(route), route_cost(route.kept) / table.full
+        else: cost = BudgetTerms(model, table, config)
+        seconds = train(model, config, data, cost).step_ms / 1e3
+    flops = step_flops(config, table, share)
+    return flops / seconds, seconds, flops
 
 # %% ../nbs/66_recipes.ipynb #af023144
 # multiply-adds a second that a GPU may sustain: assumptions, see measure_rate
@@ -296,6 +307,26 @@ def recipe_estimate(name: str, stage: str) -> Estimate:
     searched = recipe_config(name, "search")
     space = make_space(searched, SETS[searched.data]["spec"].num_classes)
     return estimate(recipe_config(name, stage), space, 1. if stage == "search" else searched.budget)
+
+# %% ../nbs/66_recipes.ipynb #12c658f1
+def measure_recipe(name: str, stage: str, # as in `recipe_config`
+                   folder, # of the record, which is returned
+                   steps: int = 10) -> RunRecord:
+    """Time a recipe's steps where it would run, as `measure_rate` does, at the size, the width, the
+    depth, the batches and the precision of the recipe."""
+    config, searched = recipe_config(name, stage), recipe_config(name, "search")
+    told = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)}
+    if on_gpu := torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    rate, seconds, flops = measure_rate(
+        SearchConfig(**told | {"size": config.crop, "layers": searched.layers,
+                               "channels": searched.channels}),
+        steps, 1. if stage == "search" else searched.budget)
+    figures = {"multiply_adds": flops, "multiply_adds_per_second": rate,
+               "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None}
+    record = RunRecord("rate", f"{name} {stage}", {**dataclasses.asdict(config), "measured": steps},
+                       config.seed, figures, {"step": seconds})
+    record.save(folder)
+    return record
 
 # %% ../nbs/66_recipes.ipynb #4e4bafd0
 def recipe_text(name: str, stage: str) -> str:

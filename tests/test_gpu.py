@@ -1,0 +1,155 @@
+"On a GPU of CUDA: what it computes is what the processor computes, in every precision a run ends, stops and goes on, and what it leaves can be read without one."
+import dataclasses, json
+
+import pytest
+import torch
+from accelerate import Accelerator, state
+
+from selfsupnas.batches import load_training_data, make_batches
+from selfsupnas.benchmark import EvaluateConfig, benchmark
+from selfsupnas.budget import measure_costs
+from selfsupnas.evaluation import evaluate
+from selfsupnas.loaders import to_device
+from selfsupnas.losses import pixel_cross_entropy
+from selfsupnas.objective import objective
+from selfsupnas.permutations import permutation_set
+from selfsupnas.processes import own_device
+from selfsupnas.retrain import RetrainConfig, load_network, retrain
+from selfsupnas.search import SearchConfig, load_supernet, make_space, search
+from selfsupnas.gate import hold_gates
+from selfsupnas.space import supernet
+from selfsupnas.speed import SpeedConfig, closed_gates
+from selfsupnas.training import make_parts, seed_step, step_weights, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA on this machine")
+
+SMALL = dict(size=(64, 80), layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=2, steps=6, budget=0.8,
+             ramp=(0., 0.), cost_ramp=(0., 0.5), threshold=0.)
+
+
+@pytest.fixture
+def config(tmp_path): return SearchConfig(folder=str(tmp_path/"search"), **SMALL)
+
+
+@pytest.fixture
+def exact():
+    "Single precision as it is on a processor, not rounded to 19 bits on its way into a product."
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def apart(a, b): return ((a.cpu() - b.cpu()).norm() / b.cpu().norm().clamp(min=1e-12)).item()
+
+
+def one_pass(config, data, device):
+    "Terms and gradients of the first step's objective, computed there."
+    state.AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=device == "cpu")
+    torch.manual_seed(0)
+    parts = make_parts(supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
+    parts["trainee"].train()
+    batches = {name: to_device(b, accelerator.device) for name, b in next(make_batches(config, data)).items()}
+    weights = step_weights(config, 1., None)
+    permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
+    terms, _ = objective(parts["trainee"], parts["trainee"], parts["teacher"], batches, weights, config, permutations, seed_step(0, 0))
+    sum(weights[name] * term for name, term in terms.items()).backward()
+    state.AcceleratorState._reset_state(True)
+    return terms, {name: p.grad for name, p in parts["trainee"].named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["fixmatch", "mean_teacher", "cps"]) # unimatch draws which features it drops
+def test_the_objective_and_its_gradients_are_the_processors(config, exact, kind):
+    config = dataclasses.replace(config, consistency=kind, w_cost=0., w_harden=0.)
+    data = load_training_data(config)
+    (terms, gradients), (there, theirs) = (one_pass(config, data, device) for device in ("cuda", "cpu"))
+    assert all(term.is_cuda for term in terms.values()) and set(terms) == set(there) == {"sup", "jig", "semi"}
+    for name, term in terms.items(): assert abs(term.item() / there[name].item() - 1) < 1e-4, name
+    assert set(gradients) == set(theirs)
+    whole, other = (torch.cat([g[name].cpu().flatten() for name in sorted(theirs)]) for g in (gradients, theirs))
+    assert apart(whole, other) < 1e-3
+
+
+@pytest.mark.parametrize("p", [0., .5, .75])
+def test_paths_shut_image_by_image_give_the_processors_answer(exact, p):
+    told = SpeedConfig(layers=4, channels=8, num_classes=5, images=3)
+    torch.manual_seed(0)
+    network, x, gates = supernet(told.space).train(), torch.randn(3, 3, 64, 80), closed_gates(told, p)
+    label, found = torch.randint(5, (3, 64, 80)), {}
+    for device in ("cpu", "cuda"):
+        network.to(device).zero_grad()
+        with hold_gates(network, {name: g.to(device) for name, g in gates.items()}): logits = network(x.to(device))
+        pixel_cross_entropy(logits, label.to(device)).backward()
+        found[device] = logits.detach().cpu(), torch.cat([p.grad.cpu().flatten() for p in network.parameters() if p.grad is not None])
+    for there, here in zip(found["cuda"], found["cpu"]): assert apart(there, here) < 1e-3
+
+
+@pytest.mark.parametrize("consistency", ["fixmatch", "mean_teacher", "unimatch", "cps"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_search_ends_and_is_read_on_the_processor(config, precision, consistency):
+    config = dataclasses.replace(config, precision=precision, consistency=consistency)
+    found = search(config)
+    last = found.trained.history[-1]
+    assert last["semi"] > 0 and last["jig"] > 0 and torch.cuda.get_device_name(0) == found.record.hardware["gpu"]
+    x = torch.randn(1, 3, 64, 80)
+    here = load_supernet(config.folder)
+    assert not next(here.parameters()).is_cuda
+    with torch.no_grad(): assert apart(here(x), found.trained.model(x.to(own_device()))) < 0.05 # some gate may be near its edge
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_what_was_stopped_goes_on(config, precision):
+    "Sums on a GPU come in any order: the same run twice is alike, not equal, and so is one that was stopped."
+    config = dataclasses.replace(config, precision=precision, steps=8, logs=4, budget_gain=0.)
+    data = load_training_data(config)
+    def run(folder, stop=None):
+        told = dataclasses.replace(config, folder=config.folder + folder)
+        def model():
+            torch.manual_seed(0)
+            return supernet(make_space(told, data.train.spec.num_classes), gate=told.gate)
+        def watch(rows):
+            if rows[-1]["step"] == stop: raise KeyboardInterrupt
+        try: return train(model(), told, data, watch=watch).history
+        except KeyboardInterrupt: return train(model(), dataclasses.replace(told, resume=True), data).history
+    whole, parts = run("-whole"), run("-parts", stop=4)
+    assert [row["step"] for row in whole] == [row["step"] for row in parts]
+    for a, b in zip(whole, parts):
+        for name in ("sup", "jig", "semi"): assert abs(a[name] - b[name]) < 0.05 * abs(a[name]) + 1e-3, (a["step"], name)
+
+
+def test_a_retrained_network_is_measured_alike_on_both(config, tmp_path):
+    found = search(config)
+    folder = str(tmp_path/"retrain")
+    retrain(RetrainConfig(folder=folder, architecture=f"{config.folder}/architecture.json", split_folder=f"{config.folder}/split",
+                          **{k: SMALL[k] for k in ("size", "batch_labelled", "batch_unlabelled", "batch_jigsaw", "logs", "steps")}))
+    network = load_network(folder)
+    assert not next(network.parameters()).is_cuda
+    both = [evaluate(network.to(device), found.data.val, progress=False) for device in ("cpu", "cuda")]
+    assert abs(both[0].miou - both[1].miou) < 0.01 and abs(both[0].pixel_accuracy - both[1].pixel_accuracy) < 0.01
+    record = benchmark(EvaluateConfig(folder=str(tmp_path/"evaluate"), network=folder, baselines=("unet_resnet18",)))
+    assert record.record.figures["device"] == "cuda" and json.dumps(record.record.figures["rows"])
+
+
+def test_batches_are_pinned_and_arrive(config):
+    data = load_training_data(config)
+    batch = next(make_batches(config, data))
+    assert all(x.is_pinned() for x in batch["labelled"].values() if isinstance(x, torch.Tensor))
+    moved, plain = (to_device(batch["labelled"], device) for device in ("cuda", "cpu"))
+    for name in plain: assert torch.allclose(moved[name].cpu(), plain[name], atol=1e-6), name
+
+
+def test_latency_is_measured_where_it_will_run(config):
+    table = measure_costs(make_space(config, 5), (64, 80), "latency", device=own_device())
+    assert table.full > 0
+
+
+def test_memory_that_gives_out_is_explained(config):
+    "No batch of this size fits into any GPU of today."
+    data = load_training_data(config)
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(MemoryError, match="lower one of these"):
+            train(supernet(make_space(config, data.train.spec.num_classes), gate="conditional"),
+                  dataclasses.replace(config, size=(768, 768), batch_labelled=32), load_training_data(dataclasses.replace(config, size=(768, 768))))
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
