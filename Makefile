@@ -23,7 +23,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test faults kills soak test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test faults kills soak test-gpu test-browser drift notebook-tests pytest baselines notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -136,10 +136,11 @@ drift: env ## are modules and notebooks in step? exports and cleans
 	  exit 1
 	fi
 
-# A thread a worker: two workers with a thread for each core would wait for one another.
+# A thread a worker: two workers with a thread for each core would wait for one another. What is compared to the last
+# bit is computed on the processor, also where a GPU is; so with pytest (tests/conftest.py).
 notebook-tests: env ## every notebook runs from top to bottom
 	@echo "== notebooks: running each from top to bottom, $(WORKERS) at a time"
-	MPLBACKEND=Agg OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
+	CUDA_VISIBLE_DEVICES= MPLBACKEND=Agg OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
 
 # As with the notebooks; what stands in one file shares its runs, and stays in one worker.
 pytest: env ## what guards rather than teaches: tests/
@@ -163,6 +164,10 @@ soak: env ## 2,000 steps of a search: memory and open files stay what they were
 faults: env ## the table of bad inputs and faults with their answers, tests/faults.md, anew
 	@echo "== faults: into tests/faults.md"
 	SELFSUPNAS_FAULTS=write python -m pytest -q tests/test_faults.py
+
+test-gpu: env ## what a GPU of CUDA computes, against the processor; with none, all of it is skipped
+	@echo "== test-gpu: tests/test_gpu.py"
+	SELFSUPNAS_GPU=1 python -m pytest -q -rs tests/test_gpu.py
 
 test-browser: env ## the tour in a real JupyterLab in a real browser; needs chromium; SELFSUPNAS_SHOTS=FOLDER keeps screenshots
 	@echo "== test-browser: tests/test_browser.py"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'SEARCHES', 'PLACES', 'CampaignConfig', 'Run', 'record_of', 'missing_stages', 'trial_name', 'best_lr',
-           'shared_parameters', 'search_name', 'training', 'search_run', 'trial_runs', 'compared_run', 'routes', 'plan',
-           'copy_folder', 'make_splits', 'found_architecture', 'make_routes', 'compared']
+           'shared_parameters', 'search_name', 'training', 'search_run', 'trial_runs', 'compared_run', 'routes',
+           'semi_arms', 'plan', 'copy_folder', 'make_splits', 'found_architecture', 'make_routes', 'compared']
 
 # %% ../nbs/58_campaign.ipynb #24d5d96b
 import json, shutil
@@ -43,7 +43,7 @@ class CampaignConfig:
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
     trial_steps: int = 100 # of each trial
     rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone
-    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with the consistency term, too
+    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with consistency too, see semi_arms
     arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
     open: bool = True # is the grid with every path open trained, too?
     random: int = 6 # random routes of the derived network's cost; all arms for the first
@@ -178,6 +178,11 @@ def routes(config: CampaignConfig, fraction: float) -> list: # names; none befor
              *(name for name in config.searches if made(name))]
     return names if made("searched") else []
 
+def semi_arms(config: CampaignConfig) -> list:
+    "The arms that have a consistency term and no jigsaw, which a hand-crafted network can have."
+    return [arm for arm in config.arms if ARMS[arm].get("w_jig") == 0
+            and ARMS[arm].get("w_semi", 1) > 0] or ["semi"]
+
 def plan(config: CampaignConfig) -> list[Run]:
     "The runs that can be named now, in the order in which they are made."
     first = config.fractions[0]
@@ -192,7 +197,8 @@ def plan(config: CampaignConfig) -> list[Run]:
             found, *others = routes(config, fraction) or [None]
             pairs = ([(found, arm) for arm in config.arms if found]
                      + [(network, "labels") for network in config.rivals])
-            pairs += [(network, "semi") for network in config.semi_rivals]
+            pairs += [(network, arm) for network in config.semi_rivals
+                      for arm in semi_arms(config)]
             for network in others:
                 arms = (SEARCHES[network][1] if network in SEARCHES
                         else [arm for arm in config.arms if arm != "inherit"]

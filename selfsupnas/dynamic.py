@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from .augment import normalise
 from .budget import CostTable, realised_cost
-from .evaluation import same_size_batches
+from .evaluation import same_size_batches, segment
 from .gate import watch_gates
 from .space import RoutingNetwork, gates_by_path
 
@@ -33,11 +32,10 @@ class DynamicRun(NamedTuple):
 def run_dynamic(model: RoutingNetwork, dataset, # of images (3,H,W) and labels (H,W), with .spec
                 table: CostTable, batch_size: int = 8) -> DynamicRun:
     "Route, cost and accuracy of each image, in evaluation mode."
-    device, ids, costs, right, gates = next(model.parameters()).device, [], [], [], {}
+    ids, costs, right, gates = [], [], [], {}
     model.eval()
     for names, images, labels in same_size_batches(dataset, batch_size):
-        with watch_gates(model) as watched:
-            guess = model(normalise(images).to(device)).argmax(1).cpu()
+        with watch_gates(model) as watched: guess = segment(model, images)
         by_path = gates_by_path(table.space, watched)
         known = labels != dataset.spec.ignore_index
         ids += names

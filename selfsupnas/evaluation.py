@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_of_known', 'Metrics', 'metrics_text', 'metrics_figures', 'confusion_figure', 'eval_mode',
            'readable_pairs', 'same_size_batches', 'check_logits', 'check_views', 'window_starts', 'window_logits',
-           'predict', 'evaluate', 'class_counts', 'trivial_predictor_metrics']
+           'predict', 'segment', 'evaluate', 'class_counts', 'trivial_predictor_metrics']
 
 # %% ../nbs/43_evaluation.ipynb #3aa14e2f
 from contextlib import contextmanager
@@ -251,6 +251,15 @@ def predict(model, # images -> logits
         if len(views) == 1: return logits
         total = logits.softmax(1) if total is None else total.add_(logits.softmax(1))
     return total
+
+# %% ../nbs/43_evaluation.ipynb #43c0de2f
+def segment(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
+            images:torch.Tensor, # (B,3,H,W) uint8
+            **views) -> torch.Tensor: # (B,H,W) int64 class numbers, on the processor
+    "What a network makes of images as a dataset has them, wherever it is; views: see predict."
+    home = next(model.parameters()).device
+    with eval_mode(model), torch.no_grad():
+        return predict(model, normalise(images).to(home), **views).argmax(1).cpu()
 
 # %% ../nbs/43_evaluation.ipynb #cell-39
 def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)

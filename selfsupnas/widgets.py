@@ -19,7 +19,7 @@ from .augment import normalise
 from .budget import CostTable, realised_cost, static_cost
 from .config import TrainingConfig
 from .core import from_parameters
-from .evaluation import Metrics, confusion_matrix
+from .evaluation import Metrics, confusion_matrix, segment
 from .gate import watch_gates
 from .grid import STRIDES, Path
 from .jigsaw import cut_and_shuffle, unshuffle
@@ -125,10 +125,9 @@ class Inherited:
         key = tuple(architecture.kept.items())
         if key not in self.known:
             network = inherited_network(architecture, self.state, self.plain)
-            with torch.no_grad(): guess = network(normalise(self.images)).argmax(1)
-            self.known[key] = (network,
-                               Metrics(confusion_matrix(guess, self.labels, len(self.classes)),
-                                       self.classes).miou)
+            counts = confusion_matrix(segment(network, self.images), self.labels,
+                                      len(self.classes))
+            self.known[key] = network, Metrics(counts, self.classes).miou
         return self.known[key]
 
 # %% ../nbs/70_widgets.ipynb #571966e1
@@ -212,7 +211,7 @@ def edit_architecture(architecture: Architecture, table: CostTable,
         draw_route(axes[0, 0], route)
         fig.suptitle(route_words(table, route, worth), fontsize=10)
         if image is None or worth is None: return [fig]
-        with torch.no_grad(): guess = worth(route)[0](normalise(image[None])).argmax(1)
+        guess = segment(worth(route)[0], image[None])
         return [fig, plot_predictions([image], [label], guess, spec)]
     return Explorer(draw, buttons, [grid])
 
@@ -231,9 +230,7 @@ def browse_images(dataset, # of images (3,H,W) and labels (H,W), with .spec and 
         image, label = dataset[values["image"]]
         gates, guesses = {}, []
         for name, network in networks.items():
-            device = next(network.parameters()).device
-            with torch.no_grad(), watch_gates(network) as watched:
-                guesses.append(network.eval()(normalise(image[None]).to(device)).argmax(1)[0].cpu())
+            with watch_gates(network) as watched: guesses.append(segment(network, image[None])[0])
             if table and watched: gates[name] = gates_by_path(table.space, watched)
         count = len(guesses)
         figures = [plot_predictions([image] * count, [label] * count, guesses, dataset.spec,

@@ -21,7 +21,7 @@ from selfsupnas.space import supernet
 from selfsupnas.speed import SpeedConfig, closed_gates
 from selfsupnas.training import make_parts, seed_step, step_weights, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA on this machine")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")
 
 SMALL = dict(size=(64, 80), layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=2, steps=6, budget=0.8,
              ramp=(0., 0.), cost_ramp=(0., 0.5), threshold=0.)
