@@ -6,7 +6,7 @@
 __all__ = ['RATES', 'SETS', 'LAYERS', 'CHANNELS', 'BUDGET', 'SHARED', 'STAGES', 'passes', 'view_table', 'step_flops',
            'executed_share', 'run_flops', 'saved_bytes', 'trunk_bytes', 'cell_bytes', 'answer_bytes', 'saved_lines',
            'grid_pixels', 'step_memory', 'measure_rate', 'Estimate', 'estimate', 'recipes', 'recipe_config',
-           'recipe_estimate', 'measure_recipe', 'recipe_text', 'write_recipes']
+           'recipe_estimate', 'measure_recipe', 'measured_text', 'recipe_text', 'write_recipes']
 
 # %% ../nbs/66_recipes.ipynb #e268db37
 import dataclasses, json, tempfile
@@ -329,7 +329,18 @@ def measure_recipe(name: str, stage: str, # as in `recipe_config`
     return record
 
 # %% ../nbs/66_recipes.ipynb #4e4bafd0
-def recipe_text(name: str, stage: str) -> str:
+def measured_text(record: RunRecord | None, e: Estimate) -> list: # one line; none without a record
+    "What `measure_recipe` found of a recipe, and the hours that the run would take by it."
+    if not record: return []
+    found, steps = record.figures, record.parameters["measured"]
+    return [f"Measured on one {record.hardware['gpu'] or 'processor'}, {steps} steps on drawn "
+            f"scenes: {record.timings['step']:.2f} s a step, "
+            + f"{found['peak_bytes'] / 1e9:.0f} GB at its peak, " * bool(found["peak_bytes"])
+            + f"{found['multiply_adds_per_second'] / 1e12:.1f}e12 multiply-adds a second; "
+            f"{e.hours(found['multiply_adds_per_second']):.0f} hours at that rate."]
+
+def recipe_text(name: str, stage: str,
+                record: RunRecord | None = None) -> str: # of measure_recipe
     "The parameter file of a recipe: YAML, with what the run will take in its header."
     config, e, parameters = (recipe_config(name, stage), recipe_estimate(name, stage),
                              recipes()[name][stage])
@@ -351,7 +362,8 @@ def recipe_text(name: str, stage: str) -> str:
             f"Memory: {e.memory / 1e9:.0f} GB (1e9 bytes) at least, on the device that trains, for "
             f"views of {config.crop[0]}x{config.crop[1]} {words[1]}.",
             f"GPU hours: {', '.join(hours)} multiply-adds a second, sustained. The rates are "
-            "assumptions; measure yours with selfsupnas.recipes.measure_rate.",
+            "assumptions; measure yours with selfsupnas.recipes.measure_recipe.",
+            *measured_text(record, e),
             f"Start: mkdir -p {config.folder} && papermill nbs/runs/{stage}.ipynb "
             f"{config.folder}/{stage}.ipynb -f nbs/runs/recipes/{name}-{stage}.yaml",
             "Data: in the folder that SELFSUPNAS_DATA names, or add -p root FOLDER."
@@ -367,11 +379,17 @@ def recipe_text(name: str, stage: str) -> str:
              for k, (value, why) in parameters.items()]
     return "".join(f"# {line}\n" for line in head) + "\n".join(lines) + "\n"
 
-def write_recipes(folder) -> list: # of paths
+# %% ../nbs/66_recipes.ipynb #4e4bafd1
+def write_recipes(folder,
+                  rates=None, # folder of records: NAME-STAGE/rate-record.json, see measure_recipe
+                 ) -> list: # of paths
     "Write every recipe into `folder` as NAME-STAGE.yaml."
-    folder = FilePath(folder)
+    folder, texts = FilePath(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {folder/f"{name}-{stage}.yaml": recipe_text(name, stage)
-             for name, stages in recipes().items() for stage in stages}
+    for name, stages in recipes().items():
+        for stage in stages:
+            made = rates and FilePath(rates)/f"{name}-{stage}"/"rate-record.json"
+            record = RunRecord.load(made) if made and made.exists() else None
+            texts[folder/f"{name}-{stage}.yaml"] = recipe_text(name, stage, record)
     for path, text in texts.items(): path.write_text(text, "utf8")
     return list(texts)

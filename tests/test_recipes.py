@@ -8,14 +8,16 @@ from conftest import ROOT
 from papermill.iorw import load_notebook_node, read_yaml_file
 from papermill.parameterize import parameterize_notebook
 
+from selfsupnas import recipes as recipes_module
 from selfsupnas.cityscapes import draw_cityscapes
-from selfsupnas.core import from_parameters
+from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.recipes import SETS, recipe_config, recipe_estimate, recipes, write_recipes
 from selfsupnas.retrain import retrain
 from selfsupnas.search import search
 from selfsupnas.stages import stage_config
 from selfsupnas.voc import draw_voc
 
+RATES = ROOT/"nbs"/"experiments"/"records"/"rates"
 FILES = sorted((ROOT/"nbs"/"runs"/"recipes").iterdir())
 SMALL = dict(crop=(64, 64), steps=6, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, workers=0, logs=2)
 
@@ -24,8 +26,8 @@ def named(path): return path.stem.rsplit("-", 1)
 
 
 def test_the_committed_files_are_those_that_the_module_writes(tmp_path):
-    assert FILES, "run selfsupnas.recipes.write_recipes('nbs/runs/recipes')"
-    written = {path.name: path.read_text("utf8") for path in write_recipes(tmp_path)}
+    assert FILES, "run selfsupnas.recipes.write_recipes('nbs/runs/recipes', 'nbs/experiments/records/rates')"
+    written = {path.name: path.read_text("utf8") for path in write_recipes(tmp_path, RATES)}
     assert written == {path.name: path.read_text("utf8") for path in FILES}
 
 
@@ -102,3 +104,18 @@ def test_a_recipe_in_miniature_runs(fresh_accelerator, data, tmp_path, monkeypat
     done = retrain(dataclasses.replace(recipe_config(f"{data}-16", "retrain"), **small))
     assert done.record.parameters["precision"] == "bf16" and done.trained.model.architecture.live == found.architecture.live
     assert done.data.split.labelled == found.data.split.labelled
+
+
+@pytest.mark.parametrize("stage", ["search", "retrain"])
+def test_a_recipe_can_be_timed(stage, tmp_path, monkeypatch):
+    "In miniature: the same grid of fewer layers, smaller views and batches."
+    full = recipes_module.recipe_config
+    def small(name, stage):
+        return dataclasses.replace(full(name, stage), **{k: v for k, v in SMALL.items() if k != "steps"}, **({"layers": 4, "channels": 8} if stage == "search" else {}))
+    monkeypatch.setattr(recipes_module, "recipe_config", small)
+    record = recipes_module.measure_recipe("voc_aug-16", stage, tmp_path, steps=2)
+    made = RunRecord.load(tmp_path/"rate-record.json")
+    assert made.figures == record.figures and made.parameters["measured"] == 2 and made.parameters["crop"] == [64, 64]
+    assert record.figures["multiply_adds"] / record.figures["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
+    line, = recipes_module.measured_text(record, recipe_estimate("voc_aug-16", stage))
+    assert "2 steps" in line and "hours" in line and "GB" not in line
