@@ -333,10 +333,10 @@ def measured_text(record: RunRecord | None, e: Estimate) -> list: # one line; no
     "What `measure_recipe` found of a recipe, and the hours that the run would take by it."
     if not record: return []
     found, steps = record.figures, record.parameters["measured"]
+    peak = f"{found['peak_bytes'] / 1e9:.0f} GB at its peak, " if found["peak_bytes"] else ""
     return [f"Measured on one {record.hardware['gpu'] or 'processor'}, {steps} steps on drawn "
-            f"scenes: {record.timings['step']:.2f} s a step, "
-            + f"{found['peak_bytes'] / 1e9:.0f} GB at its peak, " * bool(found["peak_bytes"])
-            + f"{found['multiply_adds_per_second'] / 1e12:.1f}e12 multiply-adds a second; "
+            f"scenes: {record.timings['step']:.2f} s a step, {peak}"
+            f"{found['multiply_adds_per_second'] / 1e12:.1f}e12 multiply-adds a second; "
             f"{e.hours(found['multiply_adds_per_second']):.0f} hours at that rate."]
 
 def recipe_text(name: str, stage: str,

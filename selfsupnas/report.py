@@ -226,6 +226,7 @@ def to_html(rows:list, # dicts, from `summarise`
 def comparison_table(results:list, # of `selfsupnas.campaign.compared`
                      # which rows to show, by fraction, network and arm; None: all
                      keep:Callable=None,
+                     latency:bool=True, # False: it was measured beside other work
                     ) -> str: # markdown
     """Test and validation mIoU over seeds, GFLOPs, parameters and latency; by fraction, then by
     test mIoU."""
@@ -243,8 +244,10 @@ def comparison_table(results:list, # of `selfsupnas.campaign.compared`
                "test_miou": "test mIoU", "val_miou": "val mIoU",
                "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)",
                "latency": "latency (ms, batch 1)"}
-    return to_markdown(rows, columns, {"fraction": ".3f", "test_miou": ".1%", "val_miou": ".1%",
-                                       "gflops": ".3f", "millions": ".3f", "latency": ".0f"})
+    formats = {"fraction": ".3f", "test_miou": ".1%", "val_miou": ".1%", "gflops": ".3f",
+               "millions": ".3f", "latency": ".0f"}
+    if not latency: del columns["latency"], formats["latency"]
+    return to_markdown(rows, columns, formats)
 
 # %% ../nbs/61_report.ipynb #cell-43
 def summary_figure(rows:list, # dicts, from `summarise`

@@ -111,7 +111,7 @@ def test_a_recipe_can_be_timed(stage, tmp_path, monkeypatch):
     "In miniature: the same grid of fewer layers, smaller views and batches."
     full = recipes_module.recipe_config
     def small(name, stage):
-        return dataclasses.replace(full(name, stage), **{k: v for k, v in SMALL.items() if k != "steps"}, **({"layers": 4, "channels": 8} if stage == "search" else {}))
+        return dataclasses.replace(full(name, stage), **{k: v for k, v in SMALL.items() if k != "steps"}, **({"layers": 6, "channels": 16} if stage == "search" else {}))
     monkeypatch.setattr(recipes_module, "recipe_config", small)
     record = recipes_module.measure_recipe("voc_aug-16", stage, tmp_path, steps=2)
     made = RunRecord.load(tmp_path/"rate-record.json")
