@@ -328,7 +328,7 @@ def measure_recipe(name: str, stage: str, # as in `recipe_config`
     record.save(folder)
     return record
 
-# %% ../nbs/66_recipes.ipynb #4e4bafd0
+# %% ../nbs/66_recipes.ipynb #4e4bafcf
 def measured_text(record: RunRecord | None, e: Estimate) -> list: # one line; none without a record
     "What `measure_recipe` found of a recipe, and the hours that the run would take by it."
     if not record: return []
@@ -339,6 +339,7 @@ def measured_text(record: RunRecord | None, e: Estimate) -> list: # one line; no
             f"{found['multiply_adds_per_second'] / 1e12:.1f}e12 multiply-adds a second; "
             f"{e.hours(found['multiply_adds_per_second']):.0f} hours at that rate."]
 
+# %% ../nbs/66_recipes.ipynb #4e4bafd0
 def recipe_text(name: str, stage: str,
                 record: RunRecord | None = None) -> str: # of measure_recipe
     "The parameter file of a recipe: YAML, with what the run will take in its header."
