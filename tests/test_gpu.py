@@ -9,6 +9,7 @@ from selfsupnas.batches import load_training_data, make_batches
 from selfsupnas.benchmark import EvaluateConfig, benchmark
 from selfsupnas.budget import measure_costs
 from selfsupnas.evaluation import evaluate
+from selfsupnas.gate import hold_gates
 from selfsupnas.loaders import to_device
 from selfsupnas.losses import pixel_cross_entropy
 from selfsupnas.objective import objective
@@ -16,7 +17,6 @@ from selfsupnas.permutations import permutation_set
 from selfsupnas.processes import own_device
 from selfsupnas.retrain import RetrainConfig, load_network, retrain
 from selfsupnas.search import SearchConfig, load_supernet, make_space, search
-from selfsupnas.gate import hold_gates
 from selfsupnas.space import supernet
 from selfsupnas.speed import SpeedConfig, closed_gates
 from selfsupnas.training import make_parts, seed_step, step_weights, train
@@ -145,7 +145,7 @@ def test_latency_is_measured_where_it_will_run(config):
 
 
 def test_memory_that_gives_out_is_explained(config):
-    "No batch of this size fits into any GPU of today."
+    "In a thousandth of the GPU's memory no such batch has room."
     data = load_training_data(config)
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
