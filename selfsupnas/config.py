@@ -84,7 +84,7 @@ class TrainingConfig:
     split_folder: str | None = None # with (un)labeled.txt; None: label_fraction and seed draw one
     skip_unreadable: bool = False # pass over damaged files and name them; False: they end the run
     cache_gb: float = 4.0 # for decoded images of a set, 1e9 bytes; more are decoded at each view
-    seed: int = 0 # of everything that is random
+    seed: int = 0 # of everything that is random; sums on a GPU still differ in their last digits
     steps: int = 500 # optimiser steps (published: 190,000 of batch 8)
     batch_labelled: int = 8 # images of a step, with labels
     batch_unlabelled: int = 8 # images of a step, without

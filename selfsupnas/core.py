@@ -238,7 +238,7 @@ class RunRecord:
     name: str # what to call this run in a table
     parameters: dict # every field of the stage's dataclass, as it really ran
     seed: int
-    figures: dict = field(default_factory=dict) # results: the same for the same seed and machine
+    figures: dict = field(default_factory=dict) # results: the same for the same seed and processor
     timings: dict = field(default_factory=dict) # seconds and milliseconds: never the same twice
     versions: dict = field(default_factory=versions)
     hardware: dict = field(default_factory=hardware)
