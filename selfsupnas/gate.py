@@ -86,8 +86,9 @@ class Gate(nn.Module):
         # batch norm needs two values: this image keeps its pixels
         single = False
         if self.training and size[0] * size[1] == 1:
-            count = torch.tensor(len(x), device=x.device)
-            single = int(total_of(count) if self.together else count) == 1
+            count = len(x)
+            if self.together: count = int(total_of(torch.tensor(count, device=x.device)))
+            single = count == 1
         if not single and min(x.shape[-2:]) >= self.shrink:
             x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
         elif not single: x = F.adaptive_avg_pool2d(x, size)
