@@ -113,6 +113,11 @@ def test_outputs_name_no_place_of_a_machine(path):
     for text in texts: assert not re.search(r"/(tmp|home|root|Users)/\w|/[\w.-]+/selfsupnas/\w+\.py", text), text[:300]
 
 
+def test_records_name_no_place_of_a_machine():
+    records = sorted((ROOT/"nbs"/"experiments"/"records").rglob("*.json"))
+    assert records and [str(path) for path in records if re.search(r'": "(/|~|[A-Z]:)', path.read_text("utf8"))] == []
+
+
 def test_the_package_is_quick_to_import():
     code = "import time; t = time.perf_counter(); import selfsupnas; print(time.perf_counter() - t)"
     def seconds(): return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
