@@ -137,15 +137,20 @@ drift: env ## are modules and notebooks in step? exports and cleans
 	fi
 
 # A thread a worker: two workers with a thread for each core would wait for one another. What is compared to the last
-# bit is computed on the processor, also where a GPU is; so with pytest (tests/conftest.py).
+# bit is computed on the processor, also where a GPU is; so with pytest (tests/conftest.py). What lessons and tests write
+# into temporary folders, gigabytes in all, goes when they have passed, and stays to be looked at when one failed.
 notebook-tests: env ## every notebook runs from top to bottom
 	@echo "== notebooks: running each from top to bottom, $(WORKERS) at a time"
+	export TMPDIR=$$(mktemp -d)
 	CUDA_VISIBLE_DEVICES= MPLBACKEND=Agg OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
+	rm -rf "$$TMPDIR"
 
 # As with the notebooks; what stands in one file shares its runs, and stays in one worker.
 pytest: env ## what guards rather than teaches: tests/
 	@echo "== pytest: tests/, $(WORKERS) at a time"
-	MPLBACKEND=Agg OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+	export TMPDIR=$$(mktemp -d)
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -o tmp_path_retention_policy=failed $(TESTS)
+	rm -rf "$$TMPDIR"
 
 # pytest counts what it drew as skipped. A git diff shows which figures are no longer the same.
 baselines: env ## draw the figures of tests/baseline anew, to be looked at
