@@ -139,11 +139,25 @@ with socket.socket() as tried:
 notebook_launcher(run, num_processes=2, use_port=port)"""
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), place/"in.ipynb")
     run_notebook(place/"in.ipynb", place/"out.ipynb", {})
-    words = [word for name, value in STAGE.items() for word in ("-p", name, str(value))]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", Path(sys.executable).with_name("selfsupnas"), "search",
-                           "--folder", place/"command", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    torchrun("search", place/"command", STAGE)
     return place
+
+
+def torchrun(stage, folder, parameters):
+    "A stage as a command, in two processes."
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", Path(sys.executable).with_name("selfsupnas"), stage,
+                           "--folder", folder, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def assert_alike(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), name
+
+
+def files_of(folder): return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize("way", ["notebook", "command"])
@@ -151,11 +165,21 @@ def test_a_stage_in_two_processes_leaves_what_it_leaves_in_one(stages, way):
     from selfsupnas.core import RunRecord
     one, two = (RunRecord.load(stages/place/"search-record.json") for place in ("one", way))
     assert (one.hardware["processes"], two.hardware["processes"]) == (1, 2)
-    assert one.figures.keys() == two.figures.keys()
-    for name, value in one.figures.items():
-        assert two.figures[name] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), name
-    files = [sorted(str(p.relative_to(stages/place)) for p in (stages/place).rglob("*")) for place in ("one", way)]
-    assert files[0] == files[1]
+    assert_alike(one.figures, two.figures)
+    assert files_of(stages/"one") == files_of(stages/way)
+
+
+def test_a_front_in_two_processes_is_that_of_one(stages, tmp_path):
+    from selfsupnas.core import RunRecord
+    from selfsupnas.front import FrontConfig, front
+    asked = dict(search=str(stages/"one"), budgets=(.6,), steps=2, random=1)
+    front(FrontConfig(folder=str(tmp_path/"one"), **asked))
+    torchrun("front", tmp_path/"two", asked)
+    one, two = (RunRecord.load(tmp_path/place/"front-record.json") for place in ("one", "two"))
+    assert (one.hardware["processes"], two.hardware["processes"]) == (1, 2)
+    assert [row["kind"] for row in one.figures["rows"]] == ["dynamic", "derived", "random"] and len(two.figures["rows"]) == 3
+    for ours, theirs in zip(one.figures["rows"], two.figures["rows"]): assert_alike(ours, theirs)
+    assert files_of(tmp_path/"one") == files_of(tmp_path/"two")
 
 
 if __name__ == "__main__":
