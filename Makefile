@@ -97,7 +97,7 @@ bench-quick: env ## the direction of make camvid in about 30 minutes: 1 fraction
 # What has a record is not measured again. The memory part wants Linux or a GPU.
 bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' for some; ARGS="device='cuda', precision='bf16'"
 	@echo "== bench-speed: into runs/speed"
-	python -c "from selfsupnas.speed import PARTS, SpeedConfig, bench; bench(SpeedConfig($(ARGS)), '$(PARTS)'.split() or tuple(PARTS))"
+	python -c "from selfsupnas.bench import PARTS, bench; from selfsupnas.speed import SpeedConfig; bench(SpeedConfig($(ARGS)), '$(PARTS)'.split() or tuple(PARTS))"
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
