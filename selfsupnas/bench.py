@@ -25,8 +25,8 @@ from .network import StaticNetwork
 from .objective import objective
 from .permutations import permutation_set
 from .presets import load
-from .recipes import step_flops, view_table
 from .search import BudgetTerms, SearchConfig
+from .sizing import step_flops, view_table
 from .space import supernet
 from .speed import (SpeedConfig, closed_part, in_turns, median, ratio, scaling_part,
                               step_part)

@@ -12,8 +12,8 @@ from pathlib import Path as FilePath
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .recipes import step_memory
 from .search import SearchConfig
+from .sizing import step_memory
 from .space import supernet
 from .speed import SpeedConfig, in_turns, make_step, plain_supernet, ratio
 
@@ -68,7 +68,7 @@ def peak_alone(name: str, config: SpeedConfig) -> int:
     return int(done.stdout.split()[-1])
 
 def computed_bytes(config: SpeedConfig, images: int, recompute: bool) -> float:
-    "What `66_recipes` says that a step with labels alone takes at least."
+    "What `45_sizing` says that a step with labels alone takes at least."
     told = SearchConfig(batch_labelled=images, w_jig=0., w_semi=0., precision=config.precision,
                         recompute=recompute)
     return step_memory(told, config.space, config.size)
