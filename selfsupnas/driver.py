@@ -95,10 +95,10 @@ def keep_records(config: CampaignConfig, run: Run):
                 write_json(kept, json.loads(made.read_text(encoding="utf8")))
 
 def drop_checkpoints(config: CampaignConfig, run: Run):
-    "Remove the checkpoints of a finished run, of which none is gone on from again."
+    "Remove the checkpoints of a finished run, from which nothing goes on any more."
     for stage, _ in run.stages:
-        for path in (FilePath(config.folder)/run.name/stage).glob("*.pt"):
-            path.unlink(missing_ok=True)
+        folder = FilePath(config.folder)/run.name/stage
+        for path in (*checkpoint_paths(folder), folder/"best.pt"): path.unlink(missing_ok=True)
 
 def outcome(record: RunRecord) -> str:
     "What a stage reports; of a search: of its derived network with inherited weights, if trained."
