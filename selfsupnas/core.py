@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS', 'seed_everything', 'keep_freed_memory', 'kind_name', 'from_parameters', 'check_fields', 'written_aside',
            'write_json', 'read_text', 'read_json', 'cache_folder', 'cached_arrays', 'versions', 'commit', 'hardware',
-           'RunRecord', 'Timer']
+           'RunRecord', 'Timer', 'is_live', 'progress_bar']
 
 # %% ../nbs/01_core.ipynb #cell-02
 import ctypes, dataclasses, json, math, os, platform, random, subprocess
@@ -289,3 +289,30 @@ class Timer:
         start = time.perf_counter()
         try: yield
         finally: self.seconds[name] = self.seconds.get(name, 0.) + time.perf_counter() - start
+
+# %% ../nbs/01_core.ipynb #5ba40002
+def is_live() -> bool:
+    "Can whoever started this kernel show widgets?"
+    if asked := os.environ.get("SELFSUPNAS_WIDGETS"): return asked != "0"
+    return any(name in os.environ
+               for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
+
+def progress_bar(iterable=None, shown: bool = True, **kwargs): # as tqdm takes them -> tqdm
+    """A bar that leaves nothing behind: a widget in a live notebook, text in a terminal. Where
+    nobody watches (papermill, nbconvert, a log file) it counts and shows nothing."""
+    if not is_live():
+        from tqdm import tqdm
+        return tqdm(iterable, leave=False, disable=None if shown else True, **kwargs)
+    from IPython.display import display
+    from tqdm.notebook import tqdm
+    class Bar(tqdm):
+        output = None # its place below the cell, from the first time that it is drawn
+        def display(self, *args, check_delay: bool = True, **kwargs):
+            super().display(*args, check_delay=False, **kwargs)
+            if check_delay and not (self.output or self.disable): # a closed bar is disabled
+                self.output = display(self.container, display_id=True)
+        def close(self):
+            super().close()
+            if self.output: self.output.update({}, raw=True)
+            self.output = None
+    return Bar(iterable, display=False, disable=not shown, **kwargs)

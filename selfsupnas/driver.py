@@ -16,7 +16,7 @@ import torch
 from .campaign import (CampaignConfig, Run, make_routes, make_splits, missing_stages,
                                  plan, record_of)
 from .checkpoints import checkpoint_paths
-from .core import RunRecord, write_json
+from .core import RunRecord, progress_bar, write_json
 
 # %% ../nbs/59_driver.ipynb #72a68118
 def command_words(folder: FilePath, stage: str, parameters: dict) -> list:
@@ -61,9 +61,8 @@ def drive(look: Callable, # -> list of (run, its stages that have no record), as
           pause: float = 1., # seconds between looks at the processes
           stop: Callable = stop) -> list: # names of the runs that failed
     "Make what is left, `workers` at a time, until nothing is; a failed run is left alone."
-    from tqdm.auto import tqdm
     # running: name -> (run, stage, its number among those at a time, process)
-    running, failed, bar = {}, [], tqdm(desc=what, unit="run")
+    running, failed, bar = {}, [], progress_bar(desc=what, unit="run")
     try:
         while True:
             runs = look()

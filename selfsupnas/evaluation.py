@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .augment import normalise
+from .core import progress_bar
 from .pairs import unless_unreadable
 from .processes import World, total_of, union_of, world
 from .show import new_figure
@@ -266,20 +267,19 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
              dataset, # [i] -> (uint8 (3,H,W), int64 (H,W)), with .ids and .spec
              batch_size:int=8, # most images at once; changes time and memory, not the result
              device=None, # where to compute; None: where the model is
-             progress:bool=True, # show a bar
+             progress:bool=True, # show a bar, where somebody watches
              window=None, scales:tuple=(1.,), flip:bool=False, # see predict
             ) -> Metrics: # from one confusion matrix over the whole set
     """Predicts every image of the set once, at its own size; bad logits raise `ValueError`. Where
     several processes run, all call this, and each predicts a share."""
     if not len(dataset): raise ValueError("the data set to evaluate on is empty")
-    from tqdm.auto import tqdm
     spec = dataset.spec
     if device is not None: model.to(device)
     home = device or next(model.parameters(), torch.empty(0)).device
     total = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=home)
     everyone = world()
-    bar = tqdm(total=len(everyone.share(range(len(dataset)))), desc="evaluate", unit="image",
-               leave=False, disable=not (progress and everyone.first))
+    bar = progress_bar(total=len(everyone.share(range(len(dataset)))), desc="evaluate",
+                       unit="image", shown=progress and everyone.first)
     with bar, eval_mode(model), torch.inference_mode():
         for ids, images, labels in same_size_batches(dataset, 1 if window else batch_size,
                                                     everyone):

@@ -17,8 +17,8 @@ from .batches import TrainingData, load_training_data
 from .benchmark import check_labels
 from .budget import CostTable, static_cost
 from .checkpoints import alone
-from .core import (SEEDS, RunRecord, Timer, check_fields, from_parameters, read_json,
-                             write_json)
+from .core import (SEEDS, RunRecord, Timer, check_fields, from_parameters, progress_bar,
+                             read_json, write_json)
 from .cost import count_cost
 from .data import load_dataset
 from .evaluation import evaluate
@@ -145,7 +145,6 @@ class Front(dict):
 def front(config: FrontConfig) -> Front:
     """Derive, train and measure a front; leaves NAME.json and NAME/ for each member and
     front-record.json in `config.folder`."""
-    from tqdm.auto import tqdm
     timer, searched = Timer(), search_config(config)
     data = load_training_data(dataclasses.replace(searched, w_sup=1.))
     table = make_table(searched, data, config.search)
@@ -159,7 +158,7 @@ def front(config: FrontConfig) -> Front:
         architectures, rows = derive_front(config, searched, data, table, dataset)
     state = load_supernet(config.search).to(own_device()).state_dict()
     plain = plain_images(searched, data)
-    for name, architecture in (bar := tqdm(architectures.items(), desc="front", leave=False)):
+    for name, architecture in (bar := progress_bar(architectures.items(), desc="front")):
         bar.set_postfix_str(name)
         inherited = inherited_network(architecture, state, plain)
         with timer("training"):

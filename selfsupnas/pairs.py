@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from .core import progress_bar
+
 SPLITS = ("train", "val", "test")
 
 # %% ../nbs/08_pairs.ipynb #cell-08
@@ -160,9 +162,8 @@ def read_all(read,      # function of an index; what it returns should be small
              count:int, # calls read(0) to read(count - 1)
              what:str): # of the bar, which appears when this takes longer than a second
     "Yield what `read` returns, in order, computed by as many threads as there are cores."
-    from tqdm.auto import tqdm
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from tqdm(pool.map(read, range(count)), total=count, desc=what, delay=1, leave=False)
+        yield from progress_bar(pool.map(read, range(count)), total=count, desc=what, delay=1)
 
 # %% ../nbs/08_pairs.ipynb #2d9ae8e3
 class PairDataset(Dataset):

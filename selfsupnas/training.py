@@ -20,7 +20,7 @@ from .batches import TrainingData, batch_ids, check_shares, make_batches
 from .checkpoints import delayed_interrupt, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, learning_rate, ramp_up
 from .consistency import CONSISTENCY
-from .core import keep_freed_memory, seed_everything
+from .core import keep_freed_memory, progress_bar, seed_everything
 from .loaders import to_device
 from .objective import (UnlabelledViews, make_trainee, objective, weights_of_classes)
 from .permutations import permutation_set
@@ -140,9 +140,8 @@ def end_early(came: list, # signals of `delayed_interrupt`
 
 def progress(config: TrainingConfig, first: int): # steps done
     "A bar over the steps that are left; the first process alone shows it."
-    from tqdm.auto import tqdm
-    return tqdm(range(first, config.steps), total=config.steps, initial=first,
-                desc=Path(config.folder).name, leave=False, disable=not world().first)
+    return progress_bar(range(first, config.steps), total=config.steps, initial=first,
+                        desc=Path(config.folder).name, shown=world().first)
 
 @contextlib.contextmanager
 def tracked(accelerator, config: TrainingConfig): # gives a function of a log row

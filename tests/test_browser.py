@@ -1,26 +1,39 @@
-"""The tour in a real JupyterLab in a real browser: all cells run, a slider and a button change their pictures. `make test-browser`."""
+"""Notebooks in a real JupyterLab in a real browser: all cells run, controls change their pictures, pictures have their own size and
+exact colours, and what is saved holds no bar. `make test-browser`."""
 
-import contextlib, io, os, shutil, socket, subprocess, sys, time, urllib.request
+import base64, contextlib, io, json, os, re, shutil, socket, subprocess, sys, urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, wait_until
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOTS = Path(os.environ["SELFSUPNAS_SHOTS"]) if "SELFSUPNAS_SHOTS" in os.environ else None # where screenshots go, to be looked at
 
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no browser: needs chromium on the PATH"),
-              pytest.mark.skipif("SELFSUPNAS_BROWSER" not in os.environ, reason="minutes in a browser: `make test-browser`")]
+              pytest.mark.long]
+PATIENCE = 600_000 # ms until a page that does not answer ends a test
 
 LIVE = """from selfsupnas.search import SearchConfig, search
 from selfsupnas.widgets import live_plot
 
-config = SearchConfig(folder="live", size=(64, 80), layers=3, channels=8, steps=120, budget=.75,
+config = SearchConfig(folder="live", size=(64, 80), layers=3, channels=8, steps=240, budget=.75,
                       batch_labelled=4, batch_unlabelled=4, batch_jigsaw=4, logs=24)
 found = search(config, watch=live_plot(config))
 print("the end")"""
+
+BARS = """import time
+from selfsupnas.core import progress_bar
+
+for i in progress_bar(range(40), desc="whole"): time.sleep(.05)
+for i in progress_bar(range(40), desc="left early"):
+    time.sleep(.05)
+    if i == 9: break
+print("the end")"""
+
+BAR = re.compile(r"\d+%\||\[(\d+:)?\d\d:\d\d[<,]") # tqdm's text: 12%|..., [00:00<?
 
 def write_notebook(path, source):
     import nbformat
@@ -32,8 +45,9 @@ def write_notebook(path, source):
 def jupyter(tmp_path_factory):
     "Address of a JupyterLab that serves a copy of the notebooks."
     place = tmp_path_factory.mktemp("lab")
-    shutil.copy(ROOT/"nbs"/"00_tour.ipynb", place)
+    for name in ("00_tour.ipynb", "70_widgets.ipynb"): shutil.copy(ROOT/"nbs"/name, place)
     write_notebook(place/"live.ipynb", LIVE)
+    write_notebook(place/"bars.ipynb", BARS)
     settings = {"notebook-extension/tracker": '{"windowingMode": "none"}', # cells out of sight are in the page, too
                 "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}
     for name, text in settings.items():
@@ -44,21 +58,18 @@ def jupyter(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    words = [f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--no-browser", "--allow-root",
+    words = [f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--no-browser", "--allow-root",
              "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", f"--ServerApp.root_dir={place}"]
     with open(place/"lab.log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(place/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(place/"workspaces")})
     try:
-        for _ in range(120):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/api")
-                break
-            assert process.poll() is None, (place/"lab.log").read_text()
-            time.sleep(.5)
+        def answers():
+            with contextlib.suppress(OSError): return urllib.request.urlopen(f"{address}/api").status == 200
+        assert wait_until(answers, lambda: process.poll() is not None), (place/"lab.log").read_text()
         yield address
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(600)
 
 @pytest.fixture(scope="module")
 def browser():
@@ -71,16 +82,20 @@ def browser():
 def opened(browser, address, title):
     "A page with that notebook, its kernel ready."
     page = browser.new_page(viewport={"width": 1300, "height": 1500})
+    page.set_default_timeout(PATIENCE)
     page.goto(address)
-    page.locator("h1", has_text=title).first.wait_for(timeout=60_000)
-    page.wait_for_function("() => /Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText ?? '')", timeout=60_000)
+    return ready(page, title)
+
+def ready(page, title):
+    page.locator("h1", has_text=title).first.wait_for()
+    page.wait_for_function("() => /Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText ?? '')")
     return page
 
 def run_all(page, wait=True):
     page.get_by_role("menuitem", name="Run", exact=True).first.click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function(f"() => {RUNNING}", timeout=60_000)
-    if wait: page.wait_for_function(f"() => !{RUNNING}", timeout=600_000)
+    page.wait_for_function(f"() => {RUNNING}")
+    if wait: page.wait_for_function(f"() => !{RUNNING}")
 
 @pytest.fixture(scope="module")
 def page(jupyter, browser):
@@ -91,7 +106,61 @@ def page(jupyter, browser):
     yield page
     page.close()
 
+@pytest.fixture(scope="module")
+def explorers(jupyter, browser):
+    "The notebook of explorers, opened, all cells run."
+    page = opened(browser, f"{jupyter}/lab/workspaces/explorers/tree/70_widgets.ipynb", "widgets")
+    run_all(page)
+    shot(page.locator(".jp-Notebook").first, "explorers")
+    yield page
+    page.close()
+
 RUNNING = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(e => e.innerText.includes('*'))"
+IMAGES = ".jp-OutputArea .widget-image"
+
+def sizes(picture) -> dict:
+    "CSS pixels of a picture, when it is decoded: its own width, the width and height shown, and the width of the cell."
+    return picture.evaluate("""async img => {
+        await img.decode()
+        const box = img.getBoundingClientRect(), own = img.naturalWidth
+        return {own: own / 2, width: box.width, height: box.height, ratio: img.naturalHeight / own,
+                cell: img.closest('.jp-OutputArea-output').clientWidth}}""")
+
+def assert_own_size(picture):
+    "A live explorer draws two pixels for one of CSS, and shows them at that size where the cell is wide enough."
+    found = sizes(picture)
+    assert found["own"] > 0 and found["width"] == pytest.approx(min(found["own"], found["cell"]), abs=1), found
+    assert found["height"] == pytest.approx(found["width"] * found["ratio"], abs=1), found
+    return found
+
+def colours(picture) -> dict: # (r, g, b) -> count
+    "The colours of a picture of the page, as it was sent."
+    data = picture.evaluate("""async img => {
+        const bytes = new Uint8Array(await (await fetch(img.src)).arrayBuffer())
+        return btoa(Array.from(bytes, b => String.fromCharCode(b)).join(''))}""")
+    drawn = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return {colour: count for count, colour in drawn.getcolors(drawn.width * drawn.height)}
+
+def saved(page, jupyter, name) -> list: # of cells
+    "Save the notebook of the page, and read what was saved."
+    with page.expect_response(lambda r: r.request.method == "PUT" and f"/api/contents/{name}" in r.url) as answer:
+        page.locator("[data-command='docmanager:save']").first.click()
+    assert answer.value.ok
+    with urllib.request.urlopen(f"{jupyter}/api/contents/{name}") as content:
+        return json.load(content)["content"]["cells"]
+
+def assert_no_bars(cells):
+    outputs = [o for cell in cells for o in cell.get("outputs", ())]
+    texts = ["".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in outputs]
+    assert outputs and not [text for text in texts if BAR.search(text)]
+
+def reopened(browser, jupyter, name, title):
+    "The saved notebook in a new page, when the kernel that made its outputs is gone."
+    with urllib.request.urlopen(f"{jupyter}/api/sessions") as sessions:
+        own = [session["id"] for session in json.load(sessions) if session["path"] == name]
+    assert own
+    for session in own: urllib.request.urlopen(urllib.request.Request(f"{jupyter}/api/sessions/{session}", method="DELETE"))
+    return opened(browser, f"{jupyter}/lab/workspaces/again/tree/{name}?reset", title)
 
 def shot(element, name) -> Image.Image:
     element.scroll_into_view_if_needed()
@@ -110,15 +179,15 @@ def picture_changes(page, picture, act, name):
     before, source = shot(picture, f"{name}-before"), picture.get_attribute("src")
     act()
     from playwright.sync_api import expect
-    expect(picture).not_to_have_attribute("src", source, timeout=60_000) # asked of the page anew each time: an element may be replaced
-    page.wait_for_timeout(300)
+    expect(picture).not_to_have_attribute("src", source, timeout=PATIENCE) # asked of the page anew each time: an element may be replaced
+    picture.evaluate("img => img.decode()")
     share = changed(before, shot(picture, f"{name}-after"))
     assert share > .01, f"{share:.2%} of the pixels changed"
 
 def test_the_tour_runs_without_an_error(page):
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count() == 0
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
-    assert page.locator(".widget-image").count() == 2, "two explorers"
+    assert page.locator(IMAGES).count() == 2, "two explorers"
 
 def test_a_budget_slider_moves_the_route(page):
     slider = page.locator(".widget-slider .noUi-handle, .widget-hslider [role=slider]").first
@@ -133,14 +202,71 @@ def test_a_click_on_a_path_changes_cost_and_prediction(page):
     assert opened.count(), "the derived route has open paths"
     picture_changes(page, page.locator(".widget-image").nth(1), lambda: opened.first.click(), "editor")
 
+def test_the_pictures_of_the_tour_have_their_own_size_and_the_colours_of_classes(page):
+    from selfsupnas.data import load_dataset
+    from selfsupnas.plots import GATE_COLOURS
+    from matplotlib import colormaps
+    budget, editor = (page.locator(IMAGES).nth(k) for k in range(2))
+    for picture in (budget, editor): assert assert_own_size(picture)["own"] >= 800
+    gates = 255 * colormaps[GATE_COLOURS](np.linspace(0, 1, 256))[:, None, :3]
+    off = abs(np.array([*colours(budget)]) - gates).max(-1).min(1) # of each colour of the bar, from the nearest of the picture
+    assert (off < 1).sum() > 250 and off.max() < 3, "a palette of 256 colours is 31 off; the ends touch the frame"
+    val, drawn = load_dataset("streetscenes", "val", size=(64, 80)), colours(editor)
+    label = val[3][1].numpy() # the image that the tour shows
+    for k, colour in enumerate(val.spec.palette):
+        assert drawn.get(colour, 0) > 10 * (label == k).sum(), f"{val.spec.classes[k]} {colour} is drawn in another colour"
+
+def test_the_tour_is_saved_without_bars(page, jupyter): assert_no_bars(saved(page, jupyter, "00_tour.ipynb"))
+
+def test_every_explorer_shows_its_picture_at_its_own_size(explorers):
+    assert explorers.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    pictures = explorers.locator(IMAGES)
+    assert pictures.count() == 6
+    for k in range(pictures.count()):
+        assert_own_size(pictures.nth(k))
+        shot(pictures.nth(k), f"explorer-{k}")
+    assert explorers.locator(".widget-html b").count() == 0, "no explorer says that something went wrong"
+
+def test_the_split_is_drawn_in_the_colours_of_its_classes(explorers):
+    from selfsupnas.data import load_dataset
+    drawn, spec = colours(explorers.locator(IMAGES).last), load_dataset("streetscenes", "train", size=(64, 80)).spec
+    assert (128, 128, 0) in spec.palette, "trees, which a palette of 256 colours draws as something else"
+    for name, colour in zip(spec.classes, spec.palette): assert drawn.get(colour, 0) > 1000, f"the bar of {name} is not {colour}"
+
+def test_a_picture_that_was_redrawn_has_its_own_size(explorers):
+    from selfsupnas.widgets import DPI
+    first = explorers.locator(".jp-OutputArea-output", has=explorers.locator(".widget-image")).first
+    picture, width = first.locator(".widget-image"), first.locator("[role=slider]").nth(1)
+    before = assert_own_size(picture)["width"]
+    picture_changes(explorers, picture, lambda: width.press("ArrowRight"), "wider")
+    assert assert_own_size(picture)["width"] == before + DPI, "an inch more"
+    picture_changes(explorers, picture, lambda: width.press("End"), "widest")
+    found = assert_own_size(picture)
+    assert found["width"] == pytest.approx(found["cell"], abs=1) and found["own"] > found["cell"]
+
+def test_a_saved_notebook_holds_no_bar(jupyter, browser):
+    page = opened(browser, f"{jupyter}/lab/workspaces/bars/tree/bars.ipynb", "A live run")
+    run_all(page, wait=False)
+    page.locator(".jp-OutputArea .widget-hprogress").first.wait_for()
+    shot(page.locator(".jp-Notebook").first, "bar")
+    page.wait_for_function(f"() => !{RUNNING}")
+    assert page.locator(".jp-OutputArea .widget-hprogress").count() == 0, "gone when it is done"
+    assert_no_bars(saved(page, jupyter, "bars.ipynb"))
+    page.close()
+    again = reopened(browser, jupyter, "bars.ipynb", "A live run")
+    text = again.locator(".jp-OutputArea").first.inner_text()
+    assert text.split() == ["the", "end"], text
+    shot(again.locator(".jp-Notebook").first, "bars-reopened")
+    again.close()
+
 def test_a_live_search_can_be_watched_stopped_and_taken_up_again(jupyter, browser):
     page = opened(browser, f"{jupyter}/lab/workspaces/live/tree/live.ipynb", "A live run")
     run_all(page, wait=False)
     picture = page.locator(".jp-OutputArea .jp-RenderedImage img").first
-    picture.wait_for(timeout=120_000)
+    picture.wait_for()
     picture_changes(page, picture, lambda: None, "live")
     page.locator("[data-command='notebook:interrupt-kernel'], [title^='Interrupt the kernel']").first.click()
-    page.wait_for_function(f"() => !{RUNNING}", timeout=60_000)
+    page.wait_for_function(f"() => !{RUNNING}")
     said = page.locator(".jp-OutputArea").first.inner_text()
     assert "stopped after step" in said and "KeyboardInterrupt" in said and "the end" not in said.splitlines()
     shot(page.locator(".jp-Notebook").first, "interrupted")
@@ -148,4 +274,5 @@ def test_a_live_search_can_be_watched_stopped_and_taken_up_again(jupyter, browse
     said = page.locator(".jp-OutputArea").first.inner_text()
     assert "interrupted before, goes on at step" in said and "the end" in said.splitlines()
     shot(page.locator(".jp-Notebook").first, "gone-on")
+    assert_no_bars(saved(page, jupyter, "live.ipynb"))
     page.close()
