@@ -101,6 +101,16 @@ def test_a_view_has_its_size_and_invents_no_label(size, wanted, zoom, flip, seed
     assert set(marks.unique().tolist()) <= {*label.unique().tolist(), 255} and bool((marks[~valid] == 255).all()) and valid.any()
 
 
+@examples(40)
+@given(st.tuples(st.integers(8, 60), st.integers(8, 60)), st.tuples(st.integers(2, 70), st.integers(2, 70)), st.booleans(), seeds)
+def test_a_view_moves_an_image_and_its_label_alike(size, wanted, flip, seed):
+    "Cropped, padded and flipped, an image that shows its label still does."
+    torch.manual_seed(seed)
+    label = torch.randint(0, 3, size)
+    image, marks, valid = WeakView(wanted, (1., 1.), float(flip))(label.to(torch.uint8).expand(3, *size), label)
+    assert bool((image == marks)[:, valid].all())
+
+
 # -- Costs
 
 @examples(15)
@@ -339,12 +349,17 @@ def test_the_rate_of_learning_is_never_over_its_peak_nor_nothing(steps, data, wa
 
 
 @examples(60)
-@given(st.integers(2, 6), st.integers(1, 3), seeds, st.booleans())
-def test_scores_are_shares_and_the_truth_scores_one(classes, batch, seed, void):
+@given(st.integers(2, 6), st.integers(1, 6), st.integers(1, 3), seeds, st.booleans())
+def test_scores_are_those_of_sets_of_pixels_and_the_truth_scores_one(classes, there, batch, seed, void):
+    "Of all classes, only the first `there` are in labels and predictions: the others have no IoU."
     draw = torch.Generator().manual_seed(seed)
-    truth, guess = (torch.randint(classes, (batch, 5, 7), generator=draw) for _ in range(2))
+    truth, guess = (torch.randint(min(there, classes), (batch, 5, 7), generator=draw) for _ in range(2))
     labels = truth.masked_fill(torch.rand(truth.shape, generator=draw) < .5, 255) if void else truth
     assume((labels != 255).any())
     def metrics(prediction): return Metrics(confusion_matrix(prediction, labels, classes), tuple(map(str, range(classes))))
-    assert int(metrics(guess).confusion.sum()) == int((labels != 255).sum()) and 0 <= metrics(guess).miou <= 1
+    def iou(k): # by sets of pixels
+        said, so = (guess == k) & (labels != 255), labels == k
+        return int((said & so).sum()) / int((said | so).sum()) if (said | so).any() else None
+    known = [value for value in map(iou, range(classes)) if value is not None]
+    assert int(metrics(guess).confusion.sum()) == int((labels != 255).sum()) and metrics(guess).miou == pytest.approx(sum(known) / len(known), abs=1e-6)
     assert metrics(truth).miou == metrics(truth).pixel_accuracy == 1
