@@ -1,20 +1,34 @@
-"What several tests use: where the checkout is, small images in a folder, and the `selfsupnas` command as a shell runs it."
-import os, subprocess, sys
+"What several tests use: surroundings that are the same everywhere, small images in a folder, the `selfsupnas` command."
+import os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-# Sums have one order on a processor, and results are compared to the last bit; the GPU has tests of its own: make test-gpu
+# Results are compared to the last bit, and sums have one order on one thread of a processor; the GPU has tests of its own: make test-gpu
 if not os.environ.get("SELFSUPNAS_GPU"): os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", NO_COLOR="1")
+for name in ("FORCE_COLOR", "PYTHON_COLORS"): os.environ.pop(name, None)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    "Figures are compared with their baselines however pytest was called: without this, only with --mpl."
-    config.option.mpl = True
+    config.addinivalue_line("markers", "long: takes minutes, or a browser; `make test-long`, or pytest -m long")
+    if not config.option.markexpr: config.option.markexpr = "not long"
+
+
+def wait_until(condition, ended=lambda: False, seconds=900):
+    """Return True as soon as `condition()` holds, False once `ended()` does without it.
+
+    `seconds` only ends a test that hangs; a busy machine may take its time.
+    """
+    until = time.monotonic() + seconds
+    while not condition():
+        if ended(): return bool(condition())
+        assert time.monotonic() < until, f"nothing happened for {seconds} s"
+        time.sleep(.01)
+    return True
 
 
 def draw_folder(root, counts):

@@ -79,10 +79,15 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path, capsys):
     assert str(tmp_path/"file") in capsys.readouterr().err
 
 
-def test_words_that_are_no_command_are_refused(command, tmp_path):
-    for words in ((), ("serch",), ("search", "-p", "steps"), ("search", "--steps", "3"), ("demo", "--data", "x")):
-        done = command(*words, cwd=tmp_path)
-        assert done.returncode == 2 and "usage: selfsupnas" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("words", [(), ("serch",), ("search", "-p", "steps"), ("search", "--steps", "3"), ("demo", "--data", "x")], ids=" ".join)
+def test_words_that_are_no_command_are_refused(capsys, words):
+    with pytest.raises(SystemExit) as e: main(list(words))
+    assert e.value.code == 2 and "usage: selfsupnas" in capsys.readouterr().err
+
+
+def test_the_installed_command_answers_a_mistake_in_words(command, tmp_path):
+    done = command("serch", cwd=tmp_path)
+    assert done.returncode == 2 and "usage: selfsupnas" in done.stderr and "'serch'" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,16 +2,20 @@
 
 SELFSUPNAS_KILLS says how many kills each stage gets (3 unless told; `make kills` asks for 30).
 """
-import json, multiprocessing, os, random, time
+import json, multiprocessing, os, random, signal, time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from safetensors.torch import load_file
 
+from selfsupnas.checkpoints import checkpoint_paths, step_of
 from selfsupnas.core import RunRecord
 
+pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("SELFSUPNAS_KILLS", 3))
-SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=16, logs=16, batch_labelled=2,
+STEPS = 16
+SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=STEPS, logs=STEPS, batch_labelled=2,
              batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2), resume=True)
 
 
@@ -40,47 +44,57 @@ def quietly(run, log, *args):
 
 
 @pytest.fixture(scope="module")
-def context():
-    "Processes that begin with everything imported: seconds are for the run."
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["selfsupnas.search", "selfsupnas.retrain", "accelerate", "tqdm.auto"])
-    first = found.Process(target=int) # begins the server
-    first.start(); first.join()
-    return found
+def start():
+    "start(run, log, *args) starts a process that has imported everything."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfsupnas.search", "selfsupnas.retrain", "accelerate", "tqdm.auto"])
+    def start(*args):
+        process = context.Process(target=quietly, args=args)
+        process.start()
+        return process
+    return start
 
 
 @pytest.fixture(scope="module")
-def whole(context, tmp_path_factory):
+def whole(start, tmp_path_factory):
     "Stage -> the folder of a run that nobody disturbed, and its seconds."
     here, found = tmp_path_factory.mktemp("whole"), {}
     for stage, (run, _) in STAGES.items():
         begun, folder = time.monotonic(), here/stage
-        process = context.Process(target=quietly, args=(run, here/"log", str(folder), str(here/"search"/"architecture.json")))
-        process.start(); process.join()
+        process = start(run, here/"log", str(folder), str(here/"search"/"architecture.json"))
+        process.join()
         assert process.exitcode == 0, (here/"log").read_text()[-2000:]
         found[stage] = folder, time.monotonic() - begun
     return found
 
 
+def newest(folder): return max(map(step_of, checkpoint_paths(folder)), default=0)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, context, tmp_path):
+def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, start, tmp_path):
+    """The first kill comes whenever it comes, before the first checkpoint as a rule. The others wait for the checkpoint
+    of a drawn step, and then for a drawn moment of up to two steps, in which the next one may be being written."""
     (reference, seconds), (run, weights) = whole[stage], STAGES[stage]
-    draw, killed, lives = random.Random(0), 0, 0
+    draw, killed, lives, log = random.Random(0), 0, 0, tmp_path/"log"
     architecture = str(whole["search"][0]/"architecture.json")
     while killed < KILLS:
         folder, ended = tmp_path/f"run-{lives}", False
         lives += 1
         while not ended:
-            process = context.Process(target=quietly, args=(run, tmp_path/"log", str(folder), architecture))
-            process.start()
-            process.join(draw.uniform(.2, .7) * seconds if killed < KILLS else None)
-            ended = process.exitcode is not None
-            if not ended:
-                process.kill(); process.join()
-                killed += 1
-            else: assert process.exitcode == 0, (tmp_path/"log").read_text()[-2000:]
+            done = newest(folder)
+            process = start(run, log, str(folder), architecture)
+            if killed < KILLS and done < STEPS - 1:
+                target = draw.randint(done + 1, STEPS - 1) if killed else 0
+                wait_until(lambda: newest(folder) >= target, lambda: not process.is_alive())
+                time.sleep(draw.uniform(0, 2 * seconds / STEPS))
+                process.kill()
+            process.join()
+            ended = process.exitcode == 0
+            assert ended or process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
+            killed += not ended
         compare(stage, folder, reference, weights)
-    assert "resumed at step" in (tmp_path/"log").read_text()
+    assert "resumed at step" in log.read_text() or KILLS == 1
     print(f"{stage}: {killed} kills, {lives} runs, each equal to the one of {seconds:.0f} s that was left alone")
 
 

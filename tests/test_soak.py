@@ -12,6 +12,7 @@ from conftest import draw_folder
 
 from selfsupnas.search import SearchConfig, search
 
+pytestmark = pytest.mark.long
 STEPS = int(os.environ.get("SELFSUPNAS_SOAK", 150))
 WARM = 50 # steps until caches are full
 GROWTH = 20e6 # bytes, of the fitted line from its beginning to its end; what is kept a step, an image's features say, is far more over 2,000

@@ -101,9 +101,9 @@ def test_a_committed_notebook_is_whole_and_small(path):
     outputs = [o for _, cell in cells(path) for o in cell["outputs"]]
     assert not [o["ename"] for o in outputs if o["output_type"] == "error"]
     if path.parent.name != "runs": assert outputs, "no outputs: readers see no pictures"
-    assert path.stat().st_size <= 500_000
+    assert path.stat().st_size <= 700_000
     for data in (o.get("data", {}).get("image/png") for o in outputs):
-        if data: assert len(base64.b64decode("".join(data))) <= 100_000
+        if data: assert len(base64.b64decode("".join(data))) <= 150_000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -118,10 +118,10 @@ def test_records_name_no_place_of_a_machine():
     assert records and [str(path) for path in records if re.search(r'": "(/|~|[A-Z]:)', path.read_text("utf8"))] == []
 
 
-def test_the_package_is_quick_to_import():
-    code = "import time; t = time.perf_counter(); import selfsupnas; print(time.perf_counter() - t)"
-    def seconds(): return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
-    assert min(seconds() for _ in range(2)) < 3
+def test_the_package_itself_loads_nothing_heavy():
+    code = f"import selfsupnas, sys; print(*[m for m in {('torch', 'numpy', 'scipy', 'PIL', *HEAVY)} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
 def test_heavy_libraries_load_when_used():

@@ -43,6 +43,7 @@ def test_what_is_right_together_need_not_be_right_alone():
     assert len(planned("--grid", "keep_operations=1,2", "-p", "search_operations", "True")[1]) == 2
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_where_it_was_and_a_failing_run_stops_no_other(tmp_path, capsys, single):
     folder = tmp_path/"sweep"
     # no grid of that few layers costs so little: this run fails, and the two after it are made
@@ -59,6 +60,7 @@ def test_a_sweep_goes_on_where_it_was_and_a_failing_run_stops_no_other(tmp_path,
     assert "another folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_same_through_a_queue(tmp_path, capsys, single):
     folder = tmp_path/"sweep"
     words = ["sweep", "search", "--grid", "budget=0.01,0.8", "--grid", "seed=0,1", "--folder", str(folder), "--slurm", "cluster=local", "timeout_min=20", *TINY]

@@ -31,10 +31,11 @@ def python(wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
     python = place/"bin"/"python"
     subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
-    # After the installation, or pip would find the editable selfsupnas there. A path listed in a .pth file comes last
-    # and its own .pth files are not read, so that the editable installation stays out of the way.
-    site = next(place.glob("lib/python*/site-packages"))
-    (site/"rest.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}) + "\n")
+    # After the installation, or pip would find the editable selfsupnas there. These paths come last and their own .pth
+    # files are not read, so that the editable installation stays out of the way. A .pth file is read in the locale's
+    # encoding, hence in ASCII.
+    site, paths = next(place.glob("lib/python*/site-packages")), {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site/"rest.pth").write_text("".join(f"import sys; sys.path.append({path!a})\n" for path in sorted(paths)), "ascii")
     return python
 
 
