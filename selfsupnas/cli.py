@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'plan_demo', 'figure_lines', 'align_table', 'demo', 'open_splits', 'look_at_data', 'make_parser', 'plan_sweep',
-           'sweep', 'run_command', 'main']
+           'interrupt', 'sweep', 'run_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #fa46e469
 import argparse, dataclasses, functools, os, signal, sys, typing
 from pathlib import Path
 
 import selfsupnas
+from .checkpoints import Stopped, earlier_run
 from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
 from .execution import run_launched, run_stage
@@ -41,12 +42,14 @@ def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
                          f"folder by --data and --folder); known: {', '.join(known)}")
     wired = {"retrain": {"architecture": str(folder/"search"/"architecture.json")},
              "evaluate": {"network": str(folder/"retrain")}}
-    plan = {}
+    plan, finished = {}, True # are all stages so far? A later one builds on their files
     for stage, cls in configs.items():
         usual = {name: value for name, value in DEMO.get(data, {}).items() if name in fields[stage]}
         mine = usual | parse_parameters(cls, [pair for pair in pairs if pair[0] in fields[stage]])
         plan[stage] = {**mine, **wired.get(stage, {}), "data": data, "folder": str(folder/stage)}
-        check_inputs(stage, from_parameters(cls, plan[stage]), later=True)
+        config = from_parameters(cls, plan[stage])
+        finished = finished and earlier_run(config, stage) is not None
+        if not finished: check_inputs(stage, config, later=True)
     return plan
 
 # %% ../nbs/90_cli.ipynb #cell-44
@@ -181,7 +184,7 @@ def plan_sweep(words) -> tuple: # grid, runs
     grid = {name: [read(name, text) for text in values] for name, values in lines}
     if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
     shared = {name: read(name, text) for name, text in words.pairs}
-    for name in ("folder", "resume"):
+    for name in ("folder", "resume", "overwrite"):
         if name in grid or name in shared:
             raise ValueError(f"{name} is set by the sweep itself: say --folder for all of it")
     runs = []
@@ -191,6 +194,10 @@ def plan_sweep(words) -> tuple: # grid, runs
         values = {name: getattr(config, name) for name in run.stages[0][1]}
         runs.append(run._replace(stages=((words.of, values),)))
     return grid, runs
+
+def interrupt(number: int, frame):
+    "SIGTERM as ctrl-C: what was started is ended first."
+    raise KeyboardInterrupt(number)
 
 def sweep(words) -> int: # exit status
     "Make the runs of a grid and print their table."
@@ -205,8 +212,7 @@ def sweep(words) -> int: # exit status
         config.workers = len(runs)
         executor = make_executor(Path(config.folder)/"queue", options)
         pool = dict(start=functools.partial(submit, executor), stop=cancel)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("selfsupnas sweep: stopped; the same "
-                                                      "command goes on"))
+    signal.signal(signal.SIGTERM, interrupt)
     failed = run_sweep(config, runs, **pool)
     if table := sweep_table(config, runs, grid): print(align_table(table))
     if failed:
@@ -244,24 +250,25 @@ def run_command(words) -> int: # exit status
         from selfsupnas.campaign import compared
         from selfsupnas.driver import run_campaign
         from selfsupnas.report import comparison_table
-        # its runs end with it
-        signal.signal(signal.SIGTERM,
-                      lambda *_: sys.exit("selfsupnas campaign: stopped; the same "
-                                          "command goes on"))
+        signal.signal(signal.SIGTERM, interrupt) # its runs end with it
         failed, results = run_campaign(config), compared(config.folder, config.records)
         if results: print(align_table(comparison_table(results)))
         if failed:
             print(f"selfsupnas campaign: {len(failed)} failed: {', '.join(failed)}",
                   file=sys.stderr)
         return int(bool(failed))
-    check_inputs(words.stage, config)
+    if not earlier_run(config, words.stage): check_inputs(words.stage, config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: return run_launched(words.stage, config)
     return run_stage(words.stage, parameters, config.folder)
 
-def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was wrong
+def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was wrong; 130 stopped
     "The `selfsupnas` command."
     words = make_parser().parse_args(argv)
     try: return run_command(words)
+    except Stopped: return 130 # it was said
+    except KeyboardInterrupt as e:
+        print(f"selfsupnas {words.stage}: stopped; the same command goes on", file=sys.stderr)
+        return 128 + (e.args or (signal.SIGINT,))[0]
     except (ValueError, TypeError, OSError, ImportError) as e:
         print(f"selfsupnas {words.stage}: {e}", file=sys.stderr)
         return 2

@@ -118,6 +118,12 @@ class TrainingConfig:
     checkpoints: int = 2 # of the newest that stay, beside the best
     tensorboard: bool = False # log lines also as event files for TensorBoard, in the folder
     bad_loss: str = "stop" # or skip: a step whose loss or gradient is not finite changes nothing
-    resume: bool = False # go on from the folder's checkpoint
+    resume: bool = True # from the folder's newest checkpoint; False: refused where there is one
+    overwrite: bool = False # replace another run, or a finished one, that the folder holds
 
     def __post_init__(self): check_training(self)
+
+    def reads(self) -> dict: # name -> path
+        "The files of an earlier stage that the run depends on."
+        return {name: f"{self.split_folder}/{name}.txt" for name in ("labeled", "unlabeled")
+                if self.split_folder}

@@ -244,6 +244,8 @@ class RunRecord:
     hardware: dict = field(default_factory=hardware)
     commit: str | None = field(default_factory=commit)
     created: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%T+00:00}")
+    # files of an earlier stage that it was built on: name -> the first digits of their SHA-256
+    inputs: dict = field(default_factory=dict)
 
     def save(self, folder) -> Path:
         """Write `STAGE-record.json` into `folder`, atomically; NaN is refused (say None for what is
@@ -273,7 +275,8 @@ class RunRecord:
         def told(values: dict):
             return [f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}"
                     for name, value in values.items() if not isinstance(value, (dict, list))]
-        files = sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith("."))
+        files = sorted(p.name.replace("-running.", ".") # its notebook, which is about to be whole
+                       for p in Path(folder).iterdir() if not p.name.startswith("."))
         made = {"commit": self.commit, "created": self.created, **self.versions, **self.hardware}
         return "\n".join([*told(self.figures), "", "seconds (step_ms: milliseconds)",
                           *told(self.timings), "", *told(made), "",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'CONFIGS', 'WORDS', 'stage_config', 'stage_notebook', 'class_docs', 'field_docs', 'describe', 'parse_value',
-           'parse_parameters', 'check_inputs']
+           'parse_parameters', 'check_inputs', 'check_evaluate', 'check_front', 'check_training_inputs']
 
 # %% ../nbs/88_stages.ipynb #c0f88003
 import ast, dataclasses, importlib, inspect, io, re, tokenize, types, typing
@@ -14,7 +14,7 @@ from pathlib import Path
 import selfsupnas
 from .architecture import load_architecture
 from .core import RunRecord, from_parameters, kind_name
-from .data import load_dataset
+from .data import CAMVID_SPEC, STREETSCENES_SIZE, load_dataset
 from .splits import label_count, load_split
 
 # %% ../nbs/88_stages.ipynb #3524d711
@@ -99,31 +99,50 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
     "Raise FileNotFoundError or ValueError, with the cure, when what a stage reads is not there."
-    if stage == "evaluate":
-        from selfsupnas.benchmark import check_labels
-        data, root, made = config.data, config.root, Path(config.network)/"retrain-record.json"
-        if not later:
-            if not made.is_file(): raise FileNotFoundError(
-                f"no retrained network in {config.network}; `selfsupnas retrain` leaves one in its "
-                "folder: say which with -p network FOLDER")
-            retrained = RunRecord.load(made, needs=("data", "root")).parameters
-            data, root = data or retrained["data"], root or retrained["root"]
-        if data != "streetscenes":
-            check_labels(load_dataset(data, config.split, root), config.split)
+    check = {"evaluate": check_evaluate, "front": check_front}.get(stage, check_training_inputs)
+    check(stage, config, later)
+
+def check_evaluate(stage: str, config, later: bool):
+    from selfsupnas.benchmark import check_labels, open_evaluation
+    if later:
+        if config.data and config.data != "streetscenes":
+            check_labels(load_dataset(config.data, config.split, config.root), config.split)
         return
-    if stage == "front":
-        if not (made := Path(config.search)/"search-record.json").is_file():
-            raise FileNotFoundError(
-f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves one in its "
-"folder: say which with -p search FOLDER")
-        return
+    made = Path(config.network)/"retrain-record.json"
+    if not made.is_file(): raise FileNotFoundError(
+        f"no retrained network in {config.network}; `selfsupnas retrain` leaves one in its "
+        "folder: say which with -p network FOLDER")
+    if (config.data or RunRecord.load(made, needs=("data",)).parameters["data"]) != "streetscenes":
+        open_evaluation(config)
+
+def check_front(stage: str, config, later: bool):
+    from selfsupnas.front import search_config
+    from selfsupnas.search import least_share, refuse_budget
+    made = Path(config.search)/"search-record.json"
+    if not made.is_file(): raise FileNotFoundError(
+        f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves one in its "
+        "folder: say which with -p search FOLDER")
+    searched = search_config(config)
+    found = load_architecture(Path(config.search)/"architecture.json")
+    if searched.cost == "latency" or "size" not in found.provenance: return # measured by the run
+    least = least_share(found.space, tuple(found.provenance["size"]), searched.cost, searched.gate)
+    for budget in config.budgets: refuse_budget(budget, least)
+
+def check_training_inputs(stage: str, config, later: bool): # of search and retrain
     if stage == "retrain" and not later:
         from selfsupnas.baselines import BASELINES
-        if config.architecture not in BASELINES: load_architecture(config.architecture)
-    if config.data == "streetscenes": return # drawn by the run, with its progress
-    from selfsupnas.batches import image_size
-    train, _ = (load_dataset(config.data, split, config.root, config.size)
-                for split in ("train", "val"))
-    image_size(train, config.crop)
-    if config.split_folder: load_split(config.split_folder, train)
-    elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))
+        from selfsupnas.retrain import chosen_architecture
+        if config.architecture not in BASELINES: chosen_architecture(config)
+    if config.data == "streetscenes": # drawn by the run, with its progress
+        size, classes = config.size or STREETSCENES_SIZE, CAMVID_SPEC.num_classes
+    else:
+        from selfsupnas.batches import image_size
+        train, _ = (load_dataset(config.data, split, config.root, config.size)
+                    for split in ("train", "val"))
+        size, classes = image_size(train, config.crop), train.spec.num_classes
+        if config.split_folder: load_split(config.split_folder, train)
+        elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))
+    if stage == "search" and config.cost != "latency": # which is measured by the run
+        from selfsupnas.search import least_share, make_space, refuse_budget
+        refuse_budget(config.budget, least_share(make_space(config, classes), size, config.cost,
+                                                 config.gate))

@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 from typing import Callable
 
 from .campaign import Run, missing_stages, record_of
-from .driver import command_words, drive, start, stop
+from .driver import command_words, drive, reason, start, stop
 from .report import summarise, to_markdown
 
 # %% ../nbs/68_sweep.ipynb #ca5e6805
@@ -66,7 +66,8 @@ def told(config: SweepConfig, run: Run, stage: str, status: int) -> bool: # did 
     "Say how a run ended."
     record = record_of(config, run.name, stage)
     if status or record is None:
-        print(f"sweep: {run.name} FAILED: see {FilePath(config.folder)/run.name/stage}", flush=True)
+        log = FilePath(config.folder)/run.name/stage/f"{stage}.log"
+        print(f"sweep: {run.name} FAILED: {reason(log, stage)}", flush=True)
         return False
     figures = {name: record.figures.get(name) for name in FIGURES[stage]}
     print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value
@@ -121,17 +122,22 @@ def run_words(words: list):
 
 class Job:
     "A job of submitit, seen as the driver sees a process."
-    def __init__(self, job): self.job = job
+    def __init__(self, job, log: FilePath): # log: gets what a failed job said
+        self.job, self.log = job, log
 
     def poll(self) -> int | None: # None: not done; 0; 1: failed
         if not self.job.done(): return None
-        return int(self.job.exception() is not None)
+        if failed := self.job.exception() is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_text(self.job.stderr() or str(self.job.exception()), encoding="utf8")
+        return int(failed)
 
 def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict,
            slot: int # of no concern: the queue hands out GPUs
           ) -> Job:
     "One stage of a run as a job."
     folder = FilePath(config.folder).absolute()/name/stage
-    return Job(executor.submit(run_words, command_words(folder, stage, parameters)))
+    return Job(executor.submit(run_words, command_words(folder, stage, parameters)),
+               folder/f"{stage}.log")
 
 def cancel(job: Job): job.job.cancel()

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['make_optimiser', 'Trained', 'make_parts', 'step_weights', 'seed_step', 'take_step', 'begin', 'make_accelerator',
-           'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked', 'explained', 'train', 'taught_views']
+           'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked', 'explained', 'train', 'load_trained',
+           'taught_views']
 
 # %% ../nbs/50_training.ipynb #54575671
-import contextlib, dataclasses, json, math, signal, time
+import contextlib, json, math, signal, time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -17,15 +19,16 @@ from torch import nn
 
 from .augment import denormalise
 from .batches import TrainingData, batch_ids, check_shares, make_batches
-from .checkpoints import delayed_interrupt, load_checkpoint, save_checkpoint
+from .checkpoints import (delayed_interrupt, identity, load_checkpoint, load_weights,
+                                    newest_whole, save_checkpoint, stop_line, stopped)
 from .config import TrainingConfig, learning_rate, ramp_up
 from .consistency import CONSISTENCY
 from .core import keep_freed_memory, progress_bar, seed_everything
 from .loaders import to_device
 from .objective import (UnlabelledViews, make_trainee, objective, weights_of_classes)
 from .permutations import permutation_set
-from .processes import (add_gradients, anyones, everyones, from_first, synchronise,
-                                  total_of, union_of, world)
+from .processes import (add_gradients, anyones, everyones, from_first, own_device,
+                                  synchronise, total_of, union_of, world)
 from .runlog import RunLog
 from .splits import LabelSplit, save_split
 from .teacher import AdaptiveThreshold, EMATeacher
@@ -41,11 +44,15 @@ def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 # %% ../nbs/50_training.ipynb #51f9a885
-class Trained(dict):
-    """Result of `train`: model and head (averaged weights, evaluation mode), student (what took the
-    steps), history (log rows), seconds and step_ms of the steps made now (None: all were made
-    before)."""
-    __getattr__ = dict.__getitem__
+@dataclass(repr=False)
+class Trained:
+    "Result of `train`; all networks in evaluation mode."
+    model: nn.Module # averaged weights
+    head: nn.Module | None # of the pretext task, averaged; None: the run has none
+    student: nn.Module | None # what took the steps; None: read from a folder without checkpoints
+    history: list # log rows
+    seconds: float # of the steps made now
+    step_ms: float | None # median of them; None: all were made before
 
 def make_parts(model: nn.Module, config: TrainingConfig, accelerator) -> dict: # name -> part
     "All that changes in a training, and that a checkpoint holds."
@@ -100,7 +107,7 @@ def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -
     run; every process begins as the first."""
     check_shares(config, world())
     keep_freed_memory()
-    done = load_checkpoint(config.folder, parts, asked, config.resume) if world().first else 0
+    done = load_checkpoint(config.folder, parts, asked) if world().first else 0
     if world().first: save_split(split, Path(config.folder)/"split")
     if world().count == 1: return done
     if world().first: print(f"{world().count} processes share each batch", flush=True)
@@ -131,12 +138,12 @@ def added_up(terms: dict) -> dict: # the same names, for the log
     return dict(zip(terms, total_of(torch.stack([t.double() for t in terms.values()]))))
 
 def end_early(came: list, # signals of `delayed_interrupt`
-              step: int, config: TrainingConfig):
-    "Say where the run was stopped, and do what the signal would have done."
-    if world().first:
-        print(f"stopped after step {step + 1} of {config.steps}; the same again goes on from there")
-    if came: signal.raise_signal(came[0])
-    raise KeyboardInterrupt # whatever the signal's own handler did
+              config: TrainingConfig):
+    "Say where the run was stopped, and end it: by `Stopped`, or as SIGTERM ends a process."
+    if signal.SIGTERM in came and signal.SIGINT not in came:
+        if world().first: print(stop_line(config.folder), flush=True)
+        signal.raise_signal(signal.SIGTERM)
+    raise stopped(stop_line(config.folder))
 
 def progress(config: TrainingConfig, first: int): # steps done
     "A bar over the steps that are left; the first process alone shows it."
@@ -184,7 +191,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
     parts = make_parts(model, config, accelerator)
-    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    asked = identity(config)
     trainee, teacher, log, threshold = map(parts.get, ("trainee", "teacher", "log", "threshold"))
     first = begin(config, parts, asked, data.split)
     network = accelerator.prepare_model(trainee, evaluation_mode=True) # for precision alone
@@ -222,15 +229,36 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
                 track(row)
             stop = anyones(bool(came), accelerator.device)
             if (row or stop) and here.first:
-                save_checkpoint(config.folder, step + 1, parts, asked, config.checkpoints, stop,
+                save_checkpoint(config.folder, step + 1, parts, asked, config.checkpoints,
                                 best=log.is_best(row))
             if stop: break
-    if stop: end_early(came, step, config)
+    if stop: end_early(came, config)
     data.train.unreadable.update(union_of(data.train.unreadable))
     kept = teacher.model.eval()
     return Trained(model=kept.model, head=kept.head, student=trainee.eval().model,
                    history=log.rows, seconds=sum(log.seconds),
                    step_ms=1e3 * float(np.median(log.seconds)) if log.seconds else None)
+
+# %% ../nbs/50_training.ipynb #d1e50002
+def load_trained(model: nn.Module, # freshly built
+                 config: TrainingConfig, # of the finished run
+                 weights, # file of the averaged network's
+                 timings: dict) -> Trained: # of the record
+    "What `train` returned; head and student are None where the last checkpoint is gone."
+    device, folder = own_device(), Path(config.folder)
+    trainee = make_trainee(model, config)
+    teacher = EMATeacher(trainee, config.ema_decay)
+    _, state = newest_whole(folder)
+    last = state is not None and state["step"] == config.steps
+    if last:
+        for name, part in (("trainee", trainee), ("teacher", teacher)):
+            part.load_state_dict(state["parts"][name])
+    kept = teacher.model.to(device).eval()
+    load_weights(kept.model, weights)
+    return Trained(model=kept.model, head=kept.head if last else None,
+                   student=trainee.to(device).eval().model if last else None,
+                   history=json.loads((folder/"history.json").read_text(encoding="utf8")),
+                   seconds=timings["training"], step_ms=timings["step_ms"])
 
 # %% ../nbs/50_training.ipynb #c0fe5011
 def taught_views(trained: Trained, config: TrainingConfig, data: TrainingData) -> dict:
