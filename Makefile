@@ -22,7 +22,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills soak test-gpu test-browser drift notebook-tests notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift notebook-tests notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -184,6 +184,11 @@ notebook-tests: env ## every notebook runs from top to bottom
 kills: env ## a search and a retraining, killed 30 times each at random moments, end as if nothing had been
 	@echo "== kills: tests/test_kills.py"
 	SELFSUPNAS_KILLS=30 python -m pytest -q -s -m long tests/test_kills.py
+
+stops: env ## every way to stop a run at every moment, as a table: runs/stops.md
+	@echo "== stops: into runs/stops.md"
+	mkdir -p runs
+	SELFSUPNAS_STOPS="$(CURDIR)/runs/stops.md" python -m pytest -q -m long tests/test_stops.py
 
 soak: env ## 2,000 steps of a search: memory and open files stay what they were
 	@echo "== soak: tests/test_soak.py"

@@ -36,7 +36,7 @@ class EvaluateConfig:
     network: str = "runs/retrain" # folder of the retraining to evaluate
     data: str | None = None # another dataset of the same classes; None: that of the retraining
     root: str | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
-    classes: tuple[str, ...] | None = None # the data's class for each of the network's, in its order
+    classes: tuple[str, ...] | None = None # of the data, one for each class of the network
     split: str = "test" # or val
     baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
     train_baselines: bool = False # train them as well: minutes to hours
@@ -102,9 +102,9 @@ def class_order(names: tuple, # of the network's classes; or None: from before t
         alike = "the same classes in another order" if sorted(names) == sorted(spec.classes) else \
             "other classes"
         raise ValueError(f"{spec.name} has {alike} than {config.network}: "
-                         f"{', '.join(spec.classes)}, and the network {', '.join(names)}. Say which "
-                         "class of the data each class of the network is, in the network's order, "
-                         "with classes=(...)")
+                         f"{', '.join(spec.classes)}, and the network {', '.join(names)}. Say with "
+                         "classes=(...) which class of the data each of the network's is, in the "
+                         "network's order")
     return list(range(spec.num_classes))
 
 class Reordered(torch.nn.Module):
@@ -122,8 +122,8 @@ def open_data(name: str, split: str, root: str | None, config: EvaluateConfig,
     try: data = load_dataset(name, split, root, size)
     except FileNotFoundError as e:
         if config.root or not root: raise
-        raise FileNotFoundError(f"{e}. root={root!r} is what the record of {config.network} says, "
-                                f"as seen from {FilePath.cwd()}: give another with root=...") from None
+        raise FileNotFoundError(f"{e}. The record of {config.network} says root={root!r}, which is "
+                                f"looked for from {FilePath.cwd()}: give another root") from None
     data.skip_unreadable = config.skip_unreadable
     return data
 
@@ -176,6 +176,7 @@ def open_evaluation(config: EvaluateConfig) -> tuple: # network, dataset, record
     if order != list(range(count)): network = Reordered(network, order).eval()
     return network, data, made
 
+# %% ../nbs/55_benchmark.ipynb #d1e55011
 @once("evaluate", load_evaluation)
 def benchmark(config: EvaluateConfig) -> Evaluated:
     """Evaluate a retrained network; leaves evaluate-record.json and confusion.json in

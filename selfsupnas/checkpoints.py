@@ -205,8 +205,7 @@ class Stopped(KeyboardInterrupt):
     def _render_traceback_(self) -> list: return [str(self)] # asked for by IPython
 
 class StoppedScript(Stopped, SystemExit):
-    "The same where no kernel shows it: the interpreter ends without a traceback."
-    code = 130
+    "The same where no kernel shows it: the interpreter ends with status 130, without a traceback."
 
 def stopped(message: str) -> Stopped: # to be raised
     "In a kernel the error tells; elsewhere the message is printed."
@@ -261,6 +260,7 @@ def earlier_run(config, stage: str) -> RunRecord | None: # None: there is someth
     if path and not getattr(config, "resume", True):
         raise ValueError(f"{folder} has an unfinished run ({path.name}), and resume=False: {WAYS}")
 
+# %% ../nbs/48_checkpoints.ipynb #d1e40011
 def make_room(config, stage: str, files: tuple): # files: names of what a finished run leaves
     """With `overwrite`: remove the run that is in the folder. An unfinished one of the same
     parameters stays, and goes on, unless `resume` is False."""

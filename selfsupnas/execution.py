@@ -91,8 +91,10 @@ def run_stage(stage:str, parameters:dict, folder, # checked parameters; where th
         name, text = getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e)).strip()
         problem = f"{name}: {text.splitlines()[-1] if text else 'no message'}"
         if "Kernel died" in text: problem += " (out of memory, as a rule: try a smaller batch)"
-        kept = f"\nAll that ran, and the error, is in {running.replace(failed)}" * running.is_file()
-        print(f"selfsupnas {stage}: failed: {problem}{kept}", file=sys.stderr, flush=True)
+        kept = running.is_file() and running.replace(failed)
+        print(f"selfsupnas {stage}: failed: {problem}",
+              *[f"All that ran, and the error, is in {kept}"] * bool(kept), sep="\n",
+              file=sys.stderr, flush=True)
         return 1
     if came:
         running.unlink(missing_ok=True)

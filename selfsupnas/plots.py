@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'MARKERS', 'DASHES', 'HISTORY_PANELS', 'GATE_COLOURS', 'kn
            'plot_gate_history']
 
 # %% ../nbs/60_plots.ipynb #cell-02
-import math
+import math, textwrap
 
 import numpy as np
 
@@ -208,6 +208,7 @@ def gate_bar(fig, # matplotlib Figure
 def plot_route(space:SearchSpace,
                importance:dict, # Path -> mean gate in 0..1, for every path of the grid
                architecture:Architecture=None, # derived from them: a second panel
+               note:str=None, # what there is to say of the whole, above it
               ): # matplotlib Figure
     "Mean gates over the grid, and the route that was derived from them."
     if architecture is not None and architecture.space != space:
@@ -219,6 +220,7 @@ def plot_route(space:SearchSpace,
     axes[0, 0].set_title("mean gate of every path (dotted: 0 for every image)", fontsize=9)
     gate_bar(fig, axes[0, 0])
     if architecture is not None: draw_route(axes[1, 0], architecture)
+    if note: fig.suptitle(textwrap.fill(note, int(13 * width)), fontsize=9, color="firebrick")
     return fig
 
 # %% ../nbs/60_plots.ipynb #cell-34

@@ -100,7 +100,7 @@ def initial_network(config: RetrainConfig, spec) -> torch.nn.Module:
     if names != list(spec.classes):
         raise ValueError(f"initialise='inherit' from {weights}: it was searched for "
                          f"{', '.join(names)}, and the classes of {spec.name} are "
-                         f"{', '.join(spec.classes)}: name the classes alike, or train from scratch")
+                         f"{', '.join(spec.classes)}: name them alike, or train from scratch")
     network, state = static_network(architecture, config.architecture), read_weights(weights)
     try: return inherit(network, state)
     except ValueError as e: raise ValueError(f"initialise='inherit' from {weights}: {e}") from None
@@ -130,6 +130,7 @@ def load_retrain(folder) -> Retrained:
     trained = load_trained(network, config, folder/"network.safetensors", record.timings)
     return Retrained(trained=trained, record=record, data=load_training_data(config))
 
+# %% ../nbs/54_retrain.ipynb #d1e54011
 @once("retrain", load_retrain)
 def retrain(config: RetrainConfig,
             watch=None, # called with the log rows after each new one: selfsupnas.widgets.live_plot

@@ -118,11 +118,11 @@ def test_a_failed_run_keeps_its_notebook(command, tmp_path):
     save_architecture(Architecture(space, dict.fromkeys(space.paths(), 1.)), tmp_path/"architecture.json")
     done = command("retrain", "--folder", "out", "-p", "architecture", "architecture.json", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    notebook = nbformat.read(tmp_path/"out"/"retrain.ipynb", 4)
+    notebook = nbformat.read(tmp_path/"out"/"retrain-failed.ipynb", 4)
     errors = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "error"]
     assert len(errors) == 1
     assert f"{errors[0].ename}: {errors[0].evalue.splitlines()[-1]}" in done.stderr
-    assert "out/retrain.ipynb" in done.stderr
+    assert "out/retrain-failed.ipynb" in done.stderr and not (tmp_path/"out"/"retrain.ipynb").exists()
 
 
 def test_a_kernel_that_dies_is_reported(tmp_path, capsys):

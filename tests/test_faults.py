@@ -94,6 +94,22 @@ def after(spoil, do):
     return do
 
 
+def unfinished(stage, do):
+    "The run of a stage as if it had been stopped at its very end."
+    plain = getattr(do, "spoil", lambda: None)
+    def spoil(): plain(), Path(stage, f"{stage}-record.json").unlink()
+    do.spoil = spoil
+    return do
+
+
+def of_another_network():
+    "A checkpoint of the same parameters whose tensors have other shapes."
+    path, = checkpoint_paths("retrain")
+    state = torch.load(path, weights_only=True)
+    state["parts"]["trainee"] = {name: torch.cat([value.reshape(-1)] * 2) for name, value in state["parts"]["trainee"].items()}
+    torch.save(state, path)
+
+
 def listing(): return sorted(str(p) for p in Path(".").rglob("*"))
 
 
@@ -221,6 +237,7 @@ def use_split(**changes): return lambda: load_training_data(TrainingConfig(**{"f
 def load_data(**changes): return lambda: load_training_data(TrainingConfig(**{"folder": "new", **SMALL, **changes}))
 
 
+SAME = [w for name, value in {**SMALL, **GRID}.items() for w in ("-p", name, str(value))]
 A, R, N, C = "search/architecture.json", "retrain/retrain-record.json", "retrain/network.safetensors", "new/architecture.json"
 def spoilt(change, path=A): return lambda: rewrite(path, change)
 def read_architecture(): return load_architecture(A)
@@ -301,7 +318,7 @@ FAULTS = {
         "retraining without labels": (given("retrain", w_sup="0", w_semi="0"), "retraining needs labels: w_sup must be over 0"),
         "a jigsaw for a hand-crafted network": (given("retrain", architecture="unet_resnet18"), "unet_resnet18 is no routing network: w_jig must be 0"),
         "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*ask for more"),
-        "the same in the folder of a finished search": (raises(ValueError, lambda: run_search(budget=.01, seed=3)), "budget 0.01 is out of reach"),
+        "the same in the folder of a finished search": (raises(ValueError, lambda: run_search(budget=.01, overwrite=True)), "budget 0.01 is out of reach"),
         "a front that asks for less than that": (raises(ValueError, lambda: front(FrontConfig(folder="new", search="search", budgets=(.9, .01)))), "budget 0.01 is out of reach"),
         "alternating updates with one labelled image": (raises(ValueError, lambda: run_search("new", update="alternating", label_fraction=1/6)), "halves the labelled images.*raise label_fraction"),
         "views that no memory holds": (raises(MemoryError, lambda: run_search("new", crop=(10**8, 10**8))), r"out of memory with 2 labelled.*\(100000000, 100000000\).*lower"),
@@ -374,17 +391,31 @@ FAULTS = {
         "a search record with an unknown gate": (after(spoilt(within("parameters", put(gate="hard")), "search/search-record.json"), raises(ValueError, lambda: load_supernet("search"))), "gate must be one of conditional, static"),
     },
     "Checkpoints": {
-        "of other parameters": (raises(ValueError, lambda: run_retrain(resume=True, lr=.5)), r"checkpoint-000002.pt was written with other parameters: lr=0.003 \(now 0.5\)"),
-        "of another grid": (raises(ValueError, lambda: run_search(resume=True, channels=8)), r"other parameters: channels=4 \(now 8\). Give it these again, or take another folder"),
-        "of another stage": (raises(ValueError, lambda: run_retrain("search", resume=True)), "other parameters: .*layers=2"),
-        "of another network under the same name": (after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain(resume=True))),
-                                                   "is of another network, though its parameters are the same .*architecture.*Take another folder"),
-        "cut short, all of them": (after(every_checkpoint(cut), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints in retrain is whole: remove them"),
-        "empty, all of them": (after(every_checkpoint(lambda p: p.write_bytes(b"")), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints"),
-        "pickles that would run a command": (after(every_checkpoint(lambda p: p.write_bytes(pickle.dumps(Evil()))), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints"),
-        "torch's own pickles that would": (after(every_checkpoint(lambda p: torch.save({"step": Evil()}, p)), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1 checkpoints"),
-        "with other things in them": (after(every_checkpoint(lambda p: torch.save({"step": 2, "interrupted": False, "parameters": [], "parts": {}}, p)), raises(ValueError, lambda: run_retrain(resume=True))), "not one of 1"),
+        "of other parameters": (unfinished("retrain", raises(ValueError, lambda: run_retrain(lr=.5))), r"retrain has an unfinished run .*checkpoint-000002.pt.*: lr=0.003 \(now 0.5\).*another folder, or overwrite=True"),
+        "of another grid": (unfinished("search", raises(ValueError, lambda: run_search(channels=8))), r"other parameters.*: channels=4 \(now 8\)\. Give it these again"),
+        "of another stage": (unfinished("search", raises(ValueError, lambda: run_retrain("search"))), "other parameters.*: .*layers=2"),
+        "of a run that is not to go on": (unfinished("retrain", raises(ValueError, lambda: run_retrain(resume=False))), "retrain has an unfinished run .*resume=False: .*overwrite=True"),
+        "of another architecture under the same name": (unfinished("retrain", after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain()))),
+                                                        "the file that it reads as architecture is another by now"),
+        "of another network under the same name": (unfinished("retrain", after(of_another_network, raises(ValueError, lambda: run_retrain()))),
+                                                   "is of another network, though its parameters are the same.*another folder"),
+        **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "not one of 1 checkpoints in retrain is whole: .*overwrite=True") for what, write in (
+            ("cut short", cut), ("empty", lambda p: p.write_bytes(b"")), ("pickles that would run a command", lambda p: p.write_bytes(pickle.dumps(Evil()))),
+            ("torch's own pickles that would", lambda p: torch.save({"step": Evil()}, p)), ("with other things in them", lambda p: torch.save({"step": 2, "parameters": [], "parts": {}}, p)))},
         "in a folder that another run holds": (raises(RuntimeError, taken), "another run is writing to new: wait until it ends"),
+    },
+    "Folders with a finished run": {
+        "more steps": (raises(ValueError, lambda: run_search(steps=4)), r"search has a finished run of other parameters: steps=2 \(now 4\)\. .*another folder, or overwrite=True"),
+        "more steps, to be resumed": (raises(ValueError, lambda: run_retrain(steps=4, resume=True)), r"retrain has a finished run of other parameters: steps=2 \(now 4\)"),
+        "more steps, as a command": (command("search", "--folder", "search", *SAME, "-p", "steps", "4"), r"finished run of other parameters: steps=2 \(now 4\)"),
+        "an evaluation of another kind": (raises(ValueError, lambda: run_evaluate("evaluate", flip=True)), r"evaluate has a finished run .*: flip=False \(now True\)"),
+        "another stage": (raises(ValueError, lambda: run_retrain("search", overwrite=True)), "search has a run of another stage .search-record.json.: take another folder"),
+        "an evaluation in the folder of its network": (raises(ValueError, lambda: run_evaluate("retrain")), "retrain has a run of another stage"),
+        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "the file that it reads as architecture is another by now"),
+        "another run whose parameters are wrong, to replace it": (raises(ValueError, lambda: run_search(root="data", overwrite=True, label_fraction=.1)), "less than one image"),
+        "another run whose data is gone, to replace it": (raises(FileNotFoundError, lambda: run_search(root="nowhere", overwrite=True)), "nowhere/images"),
+        "half its record": (after(lambda: cut("search/search-record.json"), raises(ValueError, run_search)), "search-record.json is not a run record"),
+        "all but its weights": (after(lambda: Path("search/supernet.safetensors").unlink(), raises(FileNotFoundError, run_search)), "record of a search, but not supernet.safetensors: .*overwrite=True"),
     },
     "Weights": {
         "of the retraining, gone": (after(lambda: Path(N).unlink(), raises(FileNotFoundError, run_evaluate)), "no weights at retrain/network.safetensors; `selfsupnas retrain` writes them"),
@@ -406,12 +437,12 @@ FAULTS = {
         "full at a checkpoint of a new run": (too_large(30_000, lambda: run_search("new")), "cannot write new/checkpoint-000002.pt: File too large; .*; there is no whole checkpoint"),
         "full at the second checkpoint": (full("checkpoint-000002.pt", lambda: run_retrain("new", logs=2)), "cannot write new/checkpoint-000002.pt: No space left.*last whole checkpoint is new/checkpoint-000001.pt"),
         "full at the copy of the best": (full("best.pt", lambda: run_retrain("new")), "cannot write new/best.pt: No space left on device"),
-        "full at the network of a finished run, made again": (too_large(9_000, lambda: run_retrain(resume=True)), "cannot write retrain/network.safetensors: "),
-        "full at the supernet of a finished run, made again": (too_large(9_000, lambda: run_search(resume=True)), "cannot write search/supernet.safetensors: "),
-        "full at the architecture": (full("architecture.json", lambda: run_search(resume=True)), "cannot write search/architecture.json: No space left"),
-        "full at the history": (full("history.json", lambda: run_search(resume=True)), "cannot write search/history.json: No space left"),
-        "full at the record": (full("*-record.json", lambda: run_search(resume=True)), "cannot write search/search-record.json: No space left on device; make room, or write elsewhere"),
-        "full at the record of an evaluation": (full("*-record.json", lambda: run_evaluate("evaluate")), "cannot write evaluate/evaluate-record.json"),
+        "full at the network of a run that is made": (unfinished("retrain", too_large(9_000, lambda: run_retrain())), "cannot write retrain/network.safetensors: "),
+        "full at the supernet of a run that is made": (unfinished("search", too_large(9_000, lambda: run_search())), "cannot write search/supernet.safetensors: "),
+        "full at the architecture": (unfinished("search", full("architecture.json", run_search)), "cannot write search/architecture.json: No space left"),
+        "full at the history": (unfinished("search", full("history.json", run_search)), "cannot write search/history.json: No space left"),
+        "full at the record": (unfinished("search", full("*-record.json", run_search)), "cannot write search/search-record.json: No space left on device; make room, or write elsewhere"),
+        "full at the record of an evaluation": (unfinished("evaluate", full("*-record.json", lambda: run_evaluate("evaluate"))), "cannot write evaluate/evaluate-record.json"),
         "full at the split": (full("unlabeled.txt", lambda: run_search("new")), "cannot write new/split/unlabeled.txt: No space left"),
         "full at an export": (full("model.safetensors", lambda: export_run("retrain", "new")), "cannot write new/model.safetensors: No space left"),
         "full at the card of an export": (full("README.md", lambda: export_run("retrain", "new")), "cannot write new/README.md"),
@@ -480,7 +511,7 @@ def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
 def test_a_checkpoint_that_is_damaged_costs_the_steps_since_the_one_before(place):
     run_retrain("new", steps=4, logs=4)
     reference = load_file("new/network.safetensors")
-    cut("new/checkpoint-000004.pt")
-    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is no checkpoint of this kit, or damaged: .*; it is passed over"): run_retrain("new", steps=4, logs=4, resume=True)
+    cut("new/checkpoint-000004.pt"), Path("new/retrain-record.json").unlink()
+    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is no checkpoint of this kit, or damaged: .*; it is passed over"): run_retrain("new", steps=4, logs=4)
     again = load_file("new/network.safetensors")
     assert again.keys() == reference.keys() and all(again[name].equal(reference[name]) for name in again)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("SELFSUPNAS_KILLS", 3))
 STEPS = 16
 SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=STEPS, logs=STEPS, batch_labelled=2,
-             batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2), resume=True)
+             batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 
 
 def run_search(folder, architecture=None):
@@ -94,7 +94,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, start, tmp_path)
             assert ended or process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
             killed += not ended
         compare(stage, folder, reference, weights)
-    assert "resumed at step" in log.read_text() or KILLS == 1
+    assert "goes on at step" in log.read_text() or KILLS == 1
     print(f"{stage}: {killed} kills, {lives} runs, each equal to the one of {seconds:.0f} s that was left alone")
 
 

@@ -114,7 +114,7 @@ def test_alternating_turns_split_data_and_parameters(config):
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and not any(".gate." in n for n in moved), "the first turn is the weights'"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(model, dataclasses.replace(config, steps=1), data, turns=make_turns(data, config)[::-1])
+    train(model, dataclasses.replace(config, steps=1, folder=config.folder + "-reversed"), data, turns=make_turns(data, config)[::-1])
     assert {n.split(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"gate"}
 
 
@@ -135,7 +135,7 @@ def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
     monkeypatch.setattr(training, "to_device", interrupt)
     with pytest.raises(InterruptedError): run(config)
     monkeypatch.setattr(training, "to_device", plain)
-    resumed = run(dataclasses.replace(config, resume=True))
+    resumed = run(config)
     assert resumed.history == whole.history
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()): assert torch.equal(a, b)
 

@@ -1,0 +1,155 @@
+"""Every way to stop a run, at every moment, in Python and as a command: nothing is lost but the steps since the last checkpoint.
+
+Each run is stopped once and made again by the same words; what it leaves is compared with a run that nobody disturbed.
+`make stops` writes the table to runs/stops.md.
+"""
+import contextlib, errno, json, multiprocessing, os, re, resource, signal, sys, time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from conftest import ROOT, wait_until
+from safetensors.torch import load_file
+
+from selfsupnas.checkpoints import checkpoint_paths, step_of
+from selfsupnas.core import RunRecord
+
+pytestmark = pytest.mark.long
+STEPS, EVERY = 24, 6
+SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=STEPS, logs=STEPS // EVERY, batch_labelled=2,
+             batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
+
+
+def in_python(folder):
+    from selfsupnas.search import SearchConfig, search
+    search(SearchConfig(folder=folder, **SMALL))
+
+
+def as_command(folder):
+    "What `selfsupnas search` does, with a notebook that draws nothing."
+    from selfsupnas.execution import run_stage
+    sys.exit(run_stage("search", SMALL, folder, source=Path(folder).parent/"search.ipynb"))
+
+
+WAYS = {"Python": in_python, "command": as_command}
+
+
+def begun(folder): return (folder/"split"/"split.json").exists()
+def newest(folder): return max(map(step_of, checkpoint_paths(folder)), default=0)
+def half_written(folder): return newest(folder) and any(folder.glob(".checkpoint-*"))
+
+
+MOMENTS = {"before the first checkpoint": begun, "while one is written": half_written,
+           "between two": lambda folder: newest(folder) == EVERY and not half_written(folder), "after the last": lambda folder: newest(folder) == STEPS}
+
+
+def workers(process):
+    "The processes that do the work: of a command, its kernel."
+    own = psutil.Process(process.pid)
+    return [child for child in own.children() if any("ipykernel" in word for word in child.cmdline())] or [own]
+
+
+def click(process, folder): os.kill(process.pid, signal.SIGINT)
+
+
+def double_click(process, folder):
+    for _ in range(2):
+        with contextlib.suppress(ProcessLookupError): os.kill(process.pid, signal.SIGINT)
+        time.sleep(.2) # as a hand does
+
+
+def fill(process, folder):
+    "From now on no file of the working process may grow beyond some bytes, as on a full disk."
+    for worker in workers(process): worker.rlimit(resource.RLIMIT_FSIZE, (300, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+STOPS = {"click": click, "double click": double_click, "SIGTERM": lambda process, folder: process.terminate(),
+         "SIGKILL": lambda process, folder: process.kill(), "full disk": fill}
+
+
+def quietly(run, log, folder):
+    "In a process of its own: its words go to a file."
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+    signal.signal(signal.SIGINT, signal.default_int_handler) # as in a terminal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    run(folder)
+
+
+@pytest.fixture(scope="module")
+def start():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfsupnas.search", "selfsupnas.execution", "accelerate", "papermill", "tqdm.auto"])
+    def start(*args):
+        process = context.Process(target=quietly, args=args)
+        process.start()
+        return process
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    "The folder of a run that nobody disturbed."
+    here = tmp_path_factory.mktemp("whole")
+    process = start(in_python, here/"log", str(here/"run"))
+    process.join()
+    assert process.exitcode == 0, (here/"log").read_text()[-2000:]
+    return here/"run"
+
+
+@pytest.fixture(scope="module")
+def table():
+    "A row for each stop; SELFSUPNAS_STOPS names a file that they are written to."
+    rows = []
+    yield rows
+    if file := os.environ.get("SELFSUPNAS_STOPS"):
+        lines = ["| way | moment | stop | newest checkpoint, of 24 steps | ended with | what was said | made again, equal to an undisturbed run |", "|---|---|---|---|---|---|---|"]
+        Path(file).write_text("\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n", "utf8")
+
+
+def short_notebook(path):
+    "The parameters and the search of the run notebook, without its figures."
+    cells = [cell for cell in nbformat.read(ROOT/"nbs"/"runs"/"search.ipynb", 4).cells if cell.cell_type == "code"][:3]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_run_goes_on(way, moment, stop, whole, start, table, tmp_path):
+    folder, log = tmp_path/"run", tmp_path/"log"
+    short_notebook(tmp_path/"search.ipynb")
+    process = start(WAYS[way], log, str(folder))
+    assert wait_until(lambda: MOMENTS[moment](folder), lambda: not process.is_alive()), log.read_text()[-2000:]
+    STOPS[stop](process, folder)
+    process.join()
+    said = log.read_text()
+    left, ended = newest(folder), process.exitcode
+    if not (folder/"search-record.json").exists(): # else it had just ended by itself
+        assert ended != 0, said[-2000:]
+        if "click" in stop: assert ended == 130
+        if stop == "SIGTERM": assert ended in (143, -signal.SIGTERM)
+    if stop != "full disk": assert "Traceback" not in said, said[-3000:]
+    process = start(WAYS[way], log, str(folder))
+    process.join()
+    again = log.read_text()[len(said):]
+    assert process.exitcode == 0, again[-2000:]
+    if left and left < STEPS: assert f"goes on at step {left} " in again
+    same_run(folder, whole)
+    line = next((line for line in reversed(said.splitlines()) if "stopped" in line or "cannot write" in line), "").replace(f"{tmp_path}/", "")
+    table.append((way, moment, stop, str(left), str(ended), line[-200:].replace("|", "/"), "yes"))
+
+
+def same_run(folder, reference):
+    "Figures, log lines and weights, to the last digit; and nothing half-written."
+    records = [RunRecord.load(place/"search-record.json") for place in (folder, reference)]
+    assert records[0].figures == records[1].figures
+    assert json.loads((folder/"history.json").read_text()) == json.loads((reference/"history.json").read_text())
+    own, other = (load_file(place/"supernet.safetensors") for place in (folder, reference))
+    assert own.keys() == other.keys() and all(own[name].equal(other[name]) for name in own)
+    assert {p.name for p in folder.glob(".*")} <= {".lock"}
+    assert not (folder/"search-running.ipynb").exists() and not list(folder.glob("*-failed.ipynb"))
