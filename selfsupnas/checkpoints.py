@@ -274,7 +274,7 @@ def make_room(config, stage: str, files: tuple): # files: names of what a finish
                  *checkpoint_paths(folder)):
         path.unlink(missing_ok=True) # the record first: what is left is no finished run
 
-def once(stage: str, reopen: Callable): # reopen: folder of a finished run -> what the stage returns
+def once(stage: str, reopen: Callable): # reopen: folder of a finished run, ... -> as the stage
     """A stage that holds `config.folder` while it runs, and is read from there where it is finished
     already. Of several processes the first holds it; what the others write is thrown away."""
     def decorate(run): # config, ... -> anything
@@ -285,7 +285,7 @@ def once(stage: str, reopen: Callable): # reopen: folder of a finished run -> wh
                 with own_folder(config.folder) if first else contextlib.nullcontext():
                     made = earlier_run(config, stage) if first else None
                     if made: print(finished_line(config, made), flush=True)
-                    if from_first(made is not None): return reopen(config.folder)
+                    if from_first(made is not None): return reopen(config.folder, *args, **kwargs)
                     if first: return run(config, *args, **kwargs)
                 with tempfile.TemporaryDirectory() as aside:
                     return run(dataclasses.replace(config, folder=aside), *args, **kwargs)

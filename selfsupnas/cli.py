@@ -171,6 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     away.add_argument("--onnx", action="store_true", help="network.onnx, for runtimes of ONNX")
     away.add_argument("--evaluate", metavar="FOLDER", help="evaluation that the card tells of; "
                       "default: evaluate/ beside the retraining, if there is one")
+    away.add_argument("--root", help="of the data; default: as the retraining's record says")
     away.add_argument("--licence", metavar="TEXT", help="a short name or a sentence for the card")
     return parser
 
@@ -233,7 +234,7 @@ def run_command(words) -> int: # exit status
     if words.stage == "export":
         from selfsupnas.export import export_run
         to = export_run(words.run, words.to, words.program, words.onnx, words.evaluate,
-                        words.licence)
+                        words.licence, words.root)
         print(f"selfsupnas export: {', '.join(sorted(p.name for p in to.iterdir()))} in {to}")
         return 0
     if words.stage == "demo":

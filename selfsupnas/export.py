@@ -24,10 +24,10 @@ from .architecture import (architecture_from_json, architecture_to_json, check_j
 from .augment import MEAN, STD
 from .baselines import BASELINES
 from .batches import image_size
+from .benchmark import recorded_dataset
 from .checkpoints import load_weights, save_weights
 from .config import LEAST
 from .core import RunRecord, read_json, write_json, written_aside
-from .data import load_dataset
 from .network import StaticNetwork
 from .pairs import SegmentationSpec
 from .report import to_markdown
@@ -163,12 +163,16 @@ class Usage:
         numbers("mean", 3, "from 0 to 1", lambda v: 0 <= v <= 1)
         numbers("std", 3, "over 0", lambda v: 0 < v < float("inf"))
 
-def usage_of(record: RunRecord) -> Usage: # of a retraining
+def usage_of(record: RunRecord, # of a retraining
+             root: str | None = None) -> Usage: # of its data; None: as the record says
     """From the data of a retraining, which must be there; raises FileNotFoundError, or ValueError
     for other classes."""
     told = record.parameters
-    data = load_dataset(told["data"], "train", told["root"],
-                        told["size"] and tuple(told["size"]))
+    data = recorded_dataset(told["data"], "train", root, told["root"],
+                            told["size"] and tuple(told["size"]), record.name)
+    if (names := record.figures.get("classes", list(data.spec.classes))) != list(data.spec.classes):
+        raise ValueError(f"the network has the classes {', '.join(names)}, and {data.spec.name} "
+                         f"{', '.join(data.spec.classes)}: give the data that it was trained on")
     if (count := record.figures.get("num_classes", data.spec.num_classes)) != data.spec.num_classes:
         raise ValueError(f"the network has {count} classes, {data.spec.name} has "
                          f"{data.spec.num_classes}")
@@ -373,7 +377,8 @@ def export_run(run, # folder of a retraining, or one that holds it as retrain/
                program: bool = False, # network.pt2 as well
                onnx: bool = False, # network.onnx as well
                evaluated=None, # folder of an evaluation; None: evaluate/ beside it, if there is one
-               licence: str | None = None) -> FilePath: # the folder
+               licence: str | None = None,
+               root: str | None = None) -> FilePath: # of the data; -> the folder
     """A retrained network, ready to travel; raises FileNotFoundError or ValueError that says what
     is missing."""
     run = FilePath(run)/"retrain" if (FilePath(run)/"retrain").is_dir() else FilePath(run)
@@ -388,7 +393,7 @@ def export_run(run, # folder of a retraining, or one that holds it as retrain/
     tested = FilePath(evaluated)/"evaluate-record.json" if evaluated else find_evaluation(run)
     tested = tested and RunRecord.load(tested, ("data",), ("rows", "dataset", "split"))
     network = load_network(run)
-    usage, to = usage_of(record), FilePath(to or run/"travel")
+    usage, to = usage_of(record, root), FilePath(to or run/"travel")
     check_records(network, record, tested)
     for name, again in (("network.pt2", program), ("network.onnx", onnx)):
         if (to/name).exists() and not again:

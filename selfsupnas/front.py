@@ -14,13 +14,12 @@ from pathlib import Path as FilePath
 from .architecture import Architecture, load_architecture, save_architecture
 from .baselines import BASELINES, random_architecture
 from .batches import TrainingData, load_training_data
-from .benchmark import check_labels
+from .benchmark import check_labels, recorded_dataset
 from .budget import CostTable, static_cost
 from .checkpoints import WAYS, digests, make_room, once
 from .core import (SEEDS, RunRecord, Timer, check_fields, from_parameters, progress_bar,
                              read_json, write_json)
 from .cost import count_cost
-from .data import load_dataset
 from .evaluation import evaluate
 from .pairs import SPLITS, PairDataset
 from .processes import own_device
@@ -162,7 +161,8 @@ def front(config: FrontConfig) -> Front:
     of_one_search(config)
     make_room(config, "front", ())
     save_split(data.split, FilePath(config.folder)/"split")
-    dataset = load_dataset(searched.data, config.split, searched.root, searched.size)
+    dataset = recorded_dataset(searched.data, config.split, config.root, searched.root,
+                               searched.size, config.search)
     dataset.skip_unreadable = searched.skip_unreadable
     check_labels(dataset, config.split)
     with timer("derivation"):

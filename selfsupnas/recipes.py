@@ -43,7 +43,7 @@ def measure_rate(
     the supernet, or a network as retraining has it."""
     config = dataclasses.replace(config, data="streetscenes", root=None, split_folder=None,
                                  crop=None, label_fraction=1 / 10, steps=steps, logs=1,
-                                 resume=False, ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9,
+                                 ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9,
                                  budget_gain=0., w_harden=0.)
     with tempfile.TemporaryDirectory() as config.folder:
         data = load_training_data(config)
@@ -104,8 +104,7 @@ SHARED = { # parameter -> value, why
           "threshold": (0.95, "UniMatch V2's, on both sets"),
     "ema_decay": (0.996, "UniMatch V2"), "precision": ("bf16", "halves the memory; no: 32 bits"),
     "workers": (8, "as many as keep up: selfsupnas.timing.time_loader"),
-          "logs": (200, "a checkpoint each"),
-          "resume": (True, "the same command goes on after a stop")}
+          "logs": (200, "a checkpoint each; the same command goes on after a stop")}
 STAGES = {
     "search": {"steps": (190_000, "published"),
                "warmup": (1000 / 190_000, "published: 1000 steps"),

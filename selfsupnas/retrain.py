@@ -113,7 +113,7 @@ class Retrained:
     record: RunRecord
     data: TrainingData
 
-def load_retrain(folder) -> Retrained:
+def load_retrain(folder, watch=None) -> Retrained: # watch: as `retrain` has it, called once
     "What `retrain` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"retrain-record.json")
@@ -128,6 +128,7 @@ def load_retrain(folder) -> Retrained:
                                 "put it back, or train again with overwrite=True")
     network = load_network(folder)
     trained = load_trained(network, config, folder/"network.safetensors", record.timings)
+    if watch: watch(trained.history)
     return Retrained(trained=trained, record=record, data=load_training_data(config))
 
 # %% ../nbs/54_retrain.ipynb #d1e54011

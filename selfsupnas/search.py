@@ -279,7 +279,7 @@ def load_statistics(folder) -> GateStatistics:
         raise ValueError(f"{file} does not hold the gate statistics of a search: {e!r}") from None
 
 # %% ../nbs/51_search.ipynb #d1e51011
-def load_search(folder) -> Searched:
+def load_search(folder, watch=None) -> Searched: # watch: as `search` has it, called once
     "What `search` returned, read from its folder; raises FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"search-record.json")
@@ -292,6 +292,7 @@ def load_search(folder) -> Searched:
     model = supernet(architecture.space, gate=config.gate, leak=config.leak)
     trained = load_trained(model, config, folder/"supernet.safetensors", record.timings)
     derived = load_weights(StaticNetwork(architecture), folder/"derived.safetensors")
+    if watch: watch(trained.history)
     return Searched(trained=trained, table=make_table(config, data, folder),
                     statistics=load_statistics(folder), architecture=architecture,
                     derived=derived.to(own_device()), record=record, data=data)

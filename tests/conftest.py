@@ -1,5 +1,5 @@
 "What several tests use: surroundings that are the same everywhere, small images in a folder, the `selfsupnas` command."
-import os, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,18 @@ def draw_folder(root, counts):
             Image.fromarray(draw.integers(0, 255, (64, 80, 3), dtype=np.uint8)).save(root/"images"/split/f"{i}.png")
             Image.fromarray((np.arange(64 * 80) // 900 % 3).astype(np.uint8).reshape(64, 80)).save(root/"masks"/split/f"{i}.png")
     (root/"classes.txt").write_text("road\nhouse\ntree\n")
+
+
+def same_search(folder, reference):
+    "Two searches have the same figures, log lines and weights, to the last digit, and left nothing half-written."
+    from safetensors.torch import load_file
+    from selfsupnas.core import RunRecord
+    records = [RunRecord.load(place/"search-record.json") for place in (folder, reference)]
+    assert records[0].figures == records[1].figures
+    assert json.loads((folder/"history.json").read_text()) == json.loads((reference/"history.json").read_text())
+    own, other = (load_file(place/"supernet.safetensors") for place in (folder, reference))
+    assert own.keys() == other.keys() and all(own[name].equal(other[name]) for name in own)
+    assert {path.name for path in folder.glob(".*")} <= {".lock"}
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
 """Notebooks in a real JupyterLab in a real browser: all cells run, controls change their pictures, pictures have their own size and
 exact colours, and what is saved holds no bar. `make test-browser`."""
 
-import base64, contextlib, io, json, os, re, shutil, socket, subprocess, sys, urllib.request
+import base64, contextlib, io, json, os, re, shutil, signal, socket, subprocess, sys, urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT, same_search, wait_until
 from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -19,7 +20,7 @@ PATIENCE = 600_000 # ms until a page that does not answer ends a test
 LIVE = """from selfsupnas.search import SearchConfig, search
 from selfsupnas.widgets import live_plot
 
-config = SearchConfig(folder="live", size=(64, 80), layers=3, channels=8, steps=240, budget=.75,
+config = SearchConfig(folder=FOLDER, size=(64, 80), layers=3, channels=8, steps=240, budget=.75,
                       batch_labelled=4, batch_unlabelled=4, batch_jigsaw=4, logs=24)
 found = search(config, watch=live_plot(config))
 print("the end")"""
@@ -42,11 +43,11 @@ def write_notebook(path, source):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), path)
 
 @pytest.fixture(scope="module")
-def jupyter(tmp_path_factory):
-    "Address of a JupyterLab that serves a copy of the notebooks."
+def lab(tmp_path_factory):
+    "Address, folder and process of a JupyterLab that serves a copy of the notebooks."
     place = tmp_path_factory.mktemp("lab")
     for name in ("00_tour.ipynb", "70_widgets.ipynb"): shutil.copy(ROOT/"nbs"/name, place)
-    write_notebook(place/"live.ipynb", LIVE)
+    for name in ("live", *map(live_name, STOPS)): write_notebook(place/f"{name}.ipynb", LIVE.replace("FOLDER", repr(name)))
     write_notebook(place/"bars.ipynb", BARS)
     settings = {"notebook-extension/tracker": '{"windowingMode": "none"}', # cells out of sight are in the page, too
                 "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}
@@ -66,10 +67,13 @@ def jupyter(tmp_path_factory):
         def answers():
             with contextlib.suppress(OSError): return urllib.request.urlopen(f"{address}/api").status == 200
         assert wait_until(answers, lambda: process.poll() is not None), (place/"lab.log").read_text()
-        yield address
+        yield address, place, process
     finally:
         process.terminate()
         process.wait(600)
+
+@pytest.fixture(scope="module")
+def jupyter(lab): return lab[0]
 
 @pytest.fixture(scope="module")
 def browser():
@@ -259,6 +263,25 @@ def test_a_saved_notebook_holds_no_bar(jupyter, browser):
     shot(again.locator(".jp-Notebook").first, "bars-reopened")
     again.close()
 
+BEGUN, WRITTEN, ENDED = "before the first checkpoint", "between two", "after the last"
+# the moment and the stop: clicks on the button, or a signal for the kernel
+STOPS = [(moment, stop) for moment in (BEGUN, WRITTEN, ENDED) for stop in (1, 2, signal.SIGTERM, signal.SIGKILL)
+         if "SELFSUPNAS_STOPS" in os.environ or stop == 2 or (moment, stop) == (WRITTEN, signal.SIGKILL)]
+
+def live_name(stop): return f"stopped-{stop[0].replace(' ', '-')}-{stop[1]:d}"
+
+def stop_kernel(lab, page, name, stop):
+    "Clicks as an impatient hand makes them, or a signal for the kernel that works in that folder."
+    if stop < 9 and stop != signal.SIGTERM:
+        button = page.locator("[data-command='notebook:interrupt-kernel'], [title^='Interrupt the kernel']").first
+        for _ in range(stop): button.click(delay=30)
+        return
+    kernels = [child for child in psutil.Process(lab[2].pid).children(recursive=True) if any("ipykernel" in word for word in child.cmdline())]
+    own = [kernel for kernel in kernels if any(name in file.path for file in kernel.open_files())] # the lock of its run
+    own[0].send_signal(stop)
+
+def said_by(page): return page.locator(".jp-OutputArea").first.inner_text()
+
 def test_a_live_search_can_be_watched_stopped_and_taken_up_again(jupyter, browser):
     page = opened(browser, f"{jupyter}/lab/workspaces/live/tree/live.ipynb", "A live run")
     run_all(page, wait=False)
@@ -267,12 +290,38 @@ def test_a_live_search_can_be_watched_stopped_and_taken_up_again(jupyter, browse
     picture_changes(page, picture, lambda: None, "live")
     page.locator("[data-command='notebook:interrupt-kernel'], [title^='Interrupt the kernel']").first.click()
     page.wait_for_function(f"() => !{RUNNING}")
-    said = page.locator(".jp-OutputArea").first.inner_text()
-    assert "stopped after step" in said and "KeyboardInterrupt" in said and "the end" not in said.splitlines()
+    said = said_by(page)
+    assert "stopped; the same again goes on from step" in said and "Traceback" not in said and "the end" not in said.splitlines()
     shot(page.locator(".jp-Notebook").first, "interrupted")
     run_all(page)
-    said = page.locator(".jp-OutputArea").first.inner_text()
-    assert "interrupted before, goes on at step" in said and "the end" in said.splitlines()
+    said = said_by(page)
+    assert "goes on at step" in said and "the end" in said.splitlines()
     shot(page.locator(".jp-Notebook").first, "gone-on")
+    run_all(page)
+    assert "nothing is computed" in said_by(page), "the same cell once more"
+    shot(page.locator(".jp-Notebook").first, "read")
     assert_no_bars(saved(page, jupyter, "live.ipynb"))
+    page.close()
+
+@pytest.mark.parametrize("moment, stop", STOPS)
+def test_a_stop_in_the_browser_loses_nothing(lab, browser, moment, stop, request):
+    """Whatever is pressed, or kills the kernel: the same cell goes on from the newest checkpoint, to the end of the run that
+    nobody disturbed."""
+    name, place = live_name((moment, stop)), lab[1]
+    page, folder = opened(browser, f"{lab[0]}/lab/workspaces/{name}/tree/{name}.ipynb", "A live run"), place/name
+    run_all(page, wait=False)
+    steps = {BEGUN: lambda: (folder/"split"/"split.json").exists(), WRITTEN: lambda: (folder/"checkpoint-000020.pt").exists(),
+             ENDED: lambda: (folder/"checkpoint-000240.pt").exists()}
+    wait_until(steps[moment])
+    stop_kernel(lab, page, name, stop)
+    page.wait_for_function(f"() => !{RUNNING}")
+    said, left = said_by(page), max((int(path.stem[-6:]) for path in folder.glob("checkpoint-*.pt")), default=0)
+    shot(page.locator(".jp-Notebook").first, name)
+    if stop in (1, 2) and not (folder/"search-record.json").exists(): assert "stopped" in said and "Traceback" not in said, said
+    if (dialog := page.locator(".jp-Dialog button.jp-mod-accept")).count(): dialog.first.click() # the kernel has restarted
+    ready(page, "A live run")
+    run_all(page)
+    said = said_by(page)
+    assert "the end" in said.splitlines() and (not left or f"goes on at step {left} " in said or "nothing is computed" in said), said
+    same_search(folder, place/"live")
     page.close()
