@@ -139,9 +139,10 @@ def save_architecture(architecture: Architecture, path) -> FilePath:
     return write_json(path, architecture_to_json(architecture))
 
 def load_architecture(path) -> Architecture:
-    """Read the JSON; raises FileNotFoundError, or ValueError that names the file and what is wrong
-    in it."""
+    """Read the JSON, or that in the folder of a search; raises FileNotFoundError, or ValueError
+    that names the file and what is wrong in it."""
     path = FilePath(path)
+    if path.is_dir(): path = path/"architecture.json"
     if not path.exists():
         raise FileNotFoundError(f"no architecture at {path}; `selfsupnas search` writes one")
     data = read_json(path, "an architecture")

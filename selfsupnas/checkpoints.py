@@ -85,12 +85,14 @@ def as_json(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 def differences(had: dict, asked: dict) -> str: # "" where there are none
-    """In which parameters, and in which files of an earlier stage, the run in a folder is another
-    than the one that is asked for."""
+    """In which parameters the run in a folder is another than the one that is asked for. Those that
+    say where files are differ if the content of the files does."""
+    before, now = had.get("inputs", {}), asked.get("inputs", {})
+    files = before.keys() & now.keys()
     told = [f"{name}={value!r} (now {asked.get(name)!r})" for name, value in had.items()
-            if name not in (*FREE, "inputs") and asked.get(name) != value]
-    told += [f"the file that it reads as {name} is another by now"
-             for name, value in had.get("inputs", {}).items() if asked["inputs"].get(name) != value]
+            if name not in {*FREE, *files, "inputs"} and asked.get(name) != value]
+    told += [f"what it reads as {name} is another by now" for name in sorted(files)
+             if before[name] != now[name]]
     return ", ".join(told)
 
 def read_checkpoint(path) -> dict:
@@ -231,10 +233,13 @@ def stop_in_one_line(config):
     except KeyboardInterrupt: raise stopped(stop_line(config.folder)) from None
 
 # %% ../nbs/48_checkpoints.ipynb #d1e40001
-def digests(config) -> dict: # name -> the first digits of the SHA-256 of a file; None: not there
-    "Of the files that a run reads from an earlier stage, by what the config says it reads."
-    return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-            if Path(path).is_file() else None for name, path in config.reads().items()}
+def digests(config) -> dict: # parameter -> the first digits of a SHA-256
+    "Of the content of the files that a run builds on, by what the config says that it reads."
+    def digest(paths):
+        found = hashlib.sha256()
+        for path in map(Path, paths): found.update(path.read_bytes() if path.is_file() else b"")
+        return found.hexdigest()[:16]
+    return {name: digest(paths) for name, paths in config.reads().items()}
 
 def identity(config) -> dict: # as JSON gives it back
     "What makes a run this run: its parameters, and the content of the files it builds on."

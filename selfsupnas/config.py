@@ -8,6 +8,7 @@ __all__ = ['LEAST', 'ramp_up', 'learning_rate', 'check_training', 'TrainingConfi
 # %% ../nbs/44_config.ipynb #c0f44003
 import importlib.util, math, sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -123,7 +124,7 @@ class TrainingConfig:
 
     def __post_init__(self): check_training(self)
 
-    def reads(self) -> dict: # name -> path
-        "The files of an earlier stage that the run depends on."
-        return {name: f"{self.split_folder}/{name}.txt" for name in ("labeled", "unlabeled")
-                if self.split_folder}
+    def reads(self) -> dict: # parameter -> paths
+        "The files that the run builds on, by the parameter that says where they are."
+        if not self.split_folder: return {}
+        return {"split_folder": sorted(Path(self.split_folder).glob("*.txt"))}

@@ -244,7 +244,7 @@ class RunRecord:
     hardware: dict = field(default_factory=hardware)
     commit: str | None = field(default_factory=commit)
     created: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%FT%T+00:00}")
-    # files of an earlier stage that it was built on: name -> the first digits of their SHA-256
+    # of the files that it was built on: parameter -> the first digits of a SHA-256
     inputs: dict = field(default_factory=dict)
 
     def save(self, folder) -> Path:

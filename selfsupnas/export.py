@@ -24,10 +24,11 @@ from .architecture import (architecture_from_json, architecture_to_json, check_j
 from .augment import MEAN, STD
 from .baselines import BASELINES
 from .batches import image_size
-from .benchmark import recorded_dataset
+from .benchmark import recorded_root
 from .checkpoints import load_weights, save_weights
 from .config import LEAST
 from .core import RunRecord, read_json, write_json, written_aside
+from .data import load_dataset
 from .network import StaticNetwork
 from .pairs import SegmentationSpec
 from .report import to_markdown
@@ -168,8 +169,8 @@ def usage_of(record: RunRecord, # of a retraining
     """From the data of a retraining, which must be there; raises FileNotFoundError, or ValueError
     for other classes."""
     told = record.parameters
-    data = recorded_dataset(told["data"], "train", root, told["root"],
-                            told["size"] and tuple(told["size"]), record.name)
+    with recorded_root(root, told["root"], record.name) as place:
+        data = load_dataset(told["data"], "train", place, told["size"] and tuple(told["size"]))
     if (names := record.figures.get("classes", list(data.spec.classes))) != list(data.spec.classes):
         raise ValueError(f"the network has the classes {', '.join(names)}, and {data.spec.name} "
                          f"{', '.join(data.spec.classes)}: give the data that it was trained on")

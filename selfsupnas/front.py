@@ -14,12 +14,13 @@ from pathlib import Path as FilePath
 from .architecture import Architecture, load_architecture, save_architecture
 from .baselines import BASELINES, random_architecture
 from .batches import TrainingData, load_training_data
-from .benchmark import check_labels, recorded_dataset
+from .benchmark import check_labels, recorded_root
 from .budget import CostTable, static_cost
 from .checkpoints import WAYS, digests, make_room, once
 from .core import (SEEDS, RunRecord, Timer, check_fields, from_parameters, progress_bar,
                              read_json, write_json)
 from .cost import count_cost
+from .data import load_dataset
 from .evaluation import evaluate
 from .pairs import SPLITS, PairDataset
 from .processes import own_device
@@ -55,9 +56,9 @@ class FrontConfig:
         if self.baselines and not self.steps:
             raise ValueError("baselines have no weights to inherit: set steps to 1 or more")
 
-    def reads(self) -> dict: # name -> path
-        "The files of an earlier stage that the front depends on."
-        return {"supernet": f"{self.search}/supernet.safetensors"}
+    def reads(self) -> dict: # parameter -> paths
+        "The files that the front builds on, by the parameter that says where they are."
+        return {"search": [f"{self.search}/supernet.safetensors"]}
 
 # %% ../nbs/56_front.ipynb #ee9bc153
 def search_config(config: FrontConfig) -> SearchConfig:
@@ -155,14 +156,14 @@ def front(config: FrontConfig) -> Front:
     """Derive, train and measure a front; leaves NAME.json and NAME/ for each member and
     front-record.json in `config.folder`."""
     timer, searched, inputs = Timer(), search_config(config), digests(config)
-    data = load_training_data(dataclasses.replace(searched, w_sup=1.))
+    with recorded_root(config.root, searched.root, config.search):
+        data = load_training_data(dataclasses.replace(searched, w_sup=1.))
     table = make_table(searched, data, config.search)
     for budget in config.budgets: check_budget(table, budget)
     of_one_search(config)
     make_room(config, "front", ())
     save_split(data.split, FilePath(config.folder)/"split")
-    dataset = recorded_dataset(searched.data, config.split, config.root, searched.root,
-                               searched.size, config.search)
+    dataset = load_dataset(searched.data, config.split, searched.root, searched.size)
     dataset.skip_unreadable = searched.skip_unreadable
     check_labels(dataset, config.split)
     with timer("derivation"):

@@ -32,7 +32,7 @@ class RetrainConfig(TrainingConfig):
     """Parameters of the retraining stage; those that it shares with the search are in
     TrainingConfig."""
     folder: str = "runs/retrain"
-    architecture: str = "runs/search/architecture.json" # a file, or a hand-crafted network's name
+    architecture: str = "runs/search/architecture.json" # file, folder, or a rival's name
     initialise: str = "scratch" # or inherit: the weights of the supernet that was searched
     supernet: str | None = None # weights to inherit; None: those beside the architecture
     steps: int = 1000 # optimiser steps
@@ -40,8 +40,6 @@ class RetrainConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if FilePath(self.architecture).is_dir(): # of a search, or of another retraining
-            self.architecture = str(FilePath(self.architecture)/"architecture.json")
         if not self.w_sup: raise ValueError("retraining needs labels: w_sup must be over 0")
         check_fields(self, choices={"initialise": ("scratch", "inherit")})
         if self.architecture not in BASELINES: return
@@ -56,14 +54,18 @@ class RetrainConfig(TrainingConfig):
                                  f"{right}, not {getattr(self, name)!r}")
 
     @property
-    def weights(self) -> FilePath: # to inherit
-        return FilePath(self.supernet
-                        or FilePath(self.architecture).with_name("supernet.safetensors"))
+    def file(self) -> FilePath: # of the architecture
+        place = FilePath(self.architecture)
+        return place/"architecture.json" if place.is_dir() else place
 
-    def reads(self) -> dict: # name -> path
+    @property
+    def weights(self) -> FilePath: # to inherit
+        return FilePath(self.supernet or self.file.with_name("supernet.safetensors"))
+
+    def reads(self) -> dict: # parameter -> paths
         if self.architecture in BASELINES: return super().reads()
-        inherited = {"supernet": self.weights} if self.initialise == "inherit" else {}
-        return {"architecture": self.architecture, **inherited, **super().reads()}
+        inherited = {"supernet": [self.weights]} if self.initialise == "inherit" else {}
+        return {"architecture": [self.file], **inherited, **super().reads()}
 
 # %% ../nbs/54_retrain.ipynb #8181a4e7
 def static_network(architecture, file) -> StaticNetwork: # file: of the architecture

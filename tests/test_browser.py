@@ -20,8 +20,8 @@ PATIENCE = 600_000 # ms until a page that does not answer ends a test
 LIVE = """from selfsupnas.search import SearchConfig, search
 from selfsupnas.widgets import live_plot
 
-config = SearchConfig(folder=FOLDER, size=(64, 80), layers=3, channels=8, steps=240, budget=.75,
-                      batch_labelled=4, batch_unlabelled=4, batch_jigsaw=4, logs=24)
+config = SearchConfig(folder=FOLDER, size=(64, 80), layers=3, channels=8, steps=120, budget=.75,
+                      batch_labelled=4, batch_unlabelled=4, batch_jigsaw=4, logs=12)
 found = search(config, watch=live_plot(config))
 print("the end")"""
 
@@ -311,7 +311,7 @@ def test_a_stop_in_the_browser_loses_nothing(lab, browser, moment, stop, request
     page, folder = opened(browser, f"{lab[0]}/lab/workspaces/{name}/tree/{name}.ipynb", "A live run"), place/name
     run_all(page, wait=False)
     steps = {BEGUN: lambda: (folder/"split"/"split.json").exists(), WRITTEN: lambda: (folder/"checkpoint-000020.pt").exists(),
-             ENDED: lambda: (folder/"checkpoint-000240.pt").exists()}
+             ENDED: lambda: (folder/"checkpoint-000120.pt").exists()}
     wait_until(steps[moment])
     stop_kernel(lab, page, name, stop)
     page.wait_for_function(f"() => !{RUNNING}")

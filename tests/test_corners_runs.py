@@ -1,0 +1,274 @@
+"""A finished run stays, the same run is read, another is refused; and what travels with a network is checked where it arrives.
+
+On drawn folders of six images, quick. Stops of every kind are in test_stops.py.
+"""
+import copy, dataclasses, json, os, pickle, shutil, signal, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT, draw_folder, same_search
+
+from selfsupnas import execution
+from selfsupnas.benchmark import EvaluateConfig, benchmark
+from selfsupnas.checkpoints import FREE, checkpoint_paths, step_of
+from selfsupnas.cli import main
+from selfsupnas.core import RunRecord
+from selfsupnas.export import export_run
+from selfsupnas.front import FrontConfig, front
+from selfsupnas.retrain import RetrainConfig, retrain
+from selfsupnas.search import SearchConfig, budget_note, load_search, search
+
+SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
+SEARCH = SearchConfig(folder="search", layers=2, channels=4, budget=1., **SMALL)
+RETRAIN = RetrainConfig(folder="retrain", architecture="search", **SMALL)
+EVALUATE = EvaluateConfig(folder="evaluate", network="retrain", baselines=(), latency_repeats=1)
+FRONT = FrontConfig(folder="front", search="search", budgets=(.9,), steps=1, random=1)
+STAGES = {"search": (search, SEARCH), "retrain": (retrain, RETRAIN), "evaluate": (benchmark, EVALUATE), "front": (front, FRONT)}
+ANOTHER = {"search": dict(steps=4), "retrain": dict(lr=.1), "evaluate": dict(flip=True), "front": dict(steps=2)}
+pytestmark = pytest.mark.filterwarnings("ignore:.*labelled images are too few")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    place = tmp_path_factory.mktemp("finished")
+    draw_folder(place/"data", dict(train=6, val=3, test=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for run, config in STAGES.values(): run(config)
+    return place
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    "A copy of it as the current folder."
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SELFSUPNAS_DATA", raising=False)
+    return tmp_path
+
+
+def contents(folder="."): return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def words(config):
+    "The command line of a config."
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    return [word for name, value in given.items() for word in ("-p", name, str(value))]
+
+
+# -- Finished runs
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_run_is_read(place, capsys, stage, monkeypatch):
+    run, config = STAGES[stage]
+    before = contents()
+    monkeypatch.setattr(torch.Tensor, "backward", None), monkeypatch.setattr("selfsupnas.training.train", None)
+    done = run(config)
+    assert "nothing is computed" in capsys.readouterr().out
+    assert {k: v for k, v in contents().items() if not k.endswith(".lock")} == {k: v for k, v in before.items() if not k.endswith(".lock")}
+    assert done.record.figures == RunRecord.load(f"{stage}/{stage}-record.json").figures
+    assert not hasattr(done, "nothing_of_the_kind")
+    assert copy.deepcopy(done).record == done.record and pickle.loads(pickle.dumps(done)).record == done.record
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_run_is_refused_before_anything_is_touched(place, stage):
+    run, config = STAGES[stage]
+    before = contents()
+    (name, value), = ANOTHER[stage].items()
+    with pytest.raises(ValueError, match=f"{stage} has a finished run .*{name}=.*now {value}.*another folder.*overwrite=True"): run(dataclasses.replace(config, **ANOTHER[stage]))
+    assert {k: v for k, v in contents().items() if not k.endswith(".lock")} == {k: v for k, v in before.items() if not k.endswith(".lock")}
+
+
+@pytest.mark.parametrize("stage", ["search", "retrain"])
+def test_what_changes_no_result_makes_no_other_run(place, capsys, stage):
+    run, config = STAGES[stage]
+    changes = dict(workers=1, cache_gb=1., logs=2, checkpoints=5, resume=False)
+    assert set(changes) < set(FREE)
+    shutil.copytree(stage, "elsewhere")
+    assert run(dataclasses.replace(config, folder="elsewhere", **changes)).record.seed == 0 and "nothing is computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_overwriting_is_said(place, stage):
+    run, config = STAGES[stage]
+    done = run(dataclasses.replace(config, **ANOTHER[stage], overwrite=True))
+    record = RunRecord.load(f"{stage}/{stage}-record.json")
+    (name, value), = ANOTHER[stage].items()
+    assert record.parameters[name] == value and record.figures == done.record.figures
+    if hasattr(config, "checkpoints"): assert max(map(step_of, checkpoint_paths(stage))) == record.parameters["steps"]
+
+
+def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, monkeypatch, capsys):
+    import selfsupnas.training as training
+    config, plain, calls = dataclasses.replace(SEARCH, steps=8, logs=4, overwrite=True), training.to_device, []
+    def stop_in_step(number):
+        def moved(*args):
+            calls.append(1)
+            if len(calls) == 3 * number: [signal.raise_signal(signal.SIGINT) for _ in range(3)]
+            return plain(*args)
+        return moved
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(training, "to_device", stop_in_step(5))
+        with pytest.raises(KeyboardInterrupt, match="goes on from step 5"): search(config)
+    finally: signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(training, "to_device", plain)
+    assert not Path("search/search-record.json").exists()
+    with pytest.raises(ValueError, match="search has an unfinished run of other parameters, at step 5.*steps=8 .now 2."): search(SEARCH)
+    with pytest.raises(ValueError, match="resume=False"): search(dataclasses.replace(config, overwrite=False, resume=False))
+    capsys.readouterr()
+    search(config)
+    assert "goes on at step 5" in capsys.readouterr().out
+    search(dataclasses.replace(config, folder="whole"))
+    same_search(Path("search"), Path("whole"))
+
+
+def test_a_run_on_another_file_of_the_same_name_is_another_run(place):
+    search(dataclasses.replace(SEARCH, seed=1, overwrite=True))
+    with pytest.raises(ValueError, match="reads as architecture is another"): retrain(RETRAIN)
+    with pytest.raises(ValueError, match="reads as search is another"): front(FRONT)
+    retrain(dataclasses.replace(RETRAIN, lr=.1, overwrite=True))
+    with pytest.raises(ValueError, match="reads as network is another"): benchmark(EVALUATE)
+
+
+# -- The command
+
+def test_the_command_reads_too_and_starts_no_kernel(place, capsys, monkeypatch):
+    nbformat.write(nbformat.v4.new_notebook(), "search/search.ipynb")
+    monkeypatch.setattr(execution, "run_notebook", None)
+    before = contents("search")
+    assert main(["search", *words(SEARCH)]) == 0 and "nothing is computed" in capsys.readouterr().out
+    for more in (["-p", "steps", "4"], ["-p", "steps", "4", "-p", "resume", "True"], ["-p", "seed", "3"]):
+        assert main(["search", *words(SEARCH), *more]) == 2
+        assert "finished run of other parameters" in capsys.readouterr().err
+    assert main(["search", *words(SEARCH), "-p", "overwrite", "True", "-p", "budget", ".01"]) == 2 and "out of reach" in capsys.readouterr().err
+    assert contents("search") == before
+
+
+def test_the_demo_refuses_another_run_at_once(place, capsys):
+    Path("demo").mkdir()
+    for stage in ("search", "retrain", "evaluate"): shutil.copytree(stage, f"demo/{stage}")
+    data = ["demo", "--data", "folder", "--folder", "demo"]
+    assert main([*data, *words(dataclasses.replace(SEARCH, data="streetscenes", folder="runs/search", seed=4))]) == 2
+    assert "demo/search has a finished run" in capsys.readouterr().err
+
+
+def fails_or_not(path, *sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in ("folder = ''", *sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
+    good, bad = fails_or_not(tmp_path/"good.ipynb", "1 + 1"), fails_or_not(tmp_path/"bad.ipynb", "1 / 0")
+    folder = tmp_path/"run"
+    assert execution.run_stage("search", {}, folder, source=good) == 0
+    whole = (folder/"search.ipynb").read_bytes()
+    assert execution.run_stage("search", {}, folder, source=bad) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err and (folder/"search-failed.ipynb").exists()
+    assert (folder/"search.ipynb").read_bytes() == whole and not (folder/"search-running.ipynb").exists()
+    assert execution.run_stage("search", {}, folder, source=good) == 0 and not (folder/"search-failed.ipynb").exists()
+
+
+def test_a_budget_out_of_reach_is_refused_before_a_kernel_starts(place, capsys, monkeypatch):
+    monkeypatch.setattr(execution, "run_notebook", None)
+    for more in (["search"], ["sweep", "search", "--grid", "seed=0,1"]):
+        assert main([*more, *words(dataclasses.replace(SEARCH, folder="runs/search", budget=.01)), "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
+    assert main(["search", "-p", "budget", ".01", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
+    assert main(["front", "-p", "search", "search", "-p", "budgets", "(.9, .01)", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
+def test_a_missed_budget_is_said(place, capsys):
+    found = search(dataclasses.replace(SEARCH, folder="missed", budget=.8, budget_gain=0.))
+    assert not found.record.figures["budget_met"] and "budget_gain" in budget_note(found.record)
+    said = capsys.readouterr().out
+    assert "budget missed" in said and "0.8 was asked for" in said and f"of {found.record.figures['paths']} paths" in said
+    assert budget_note(load_search("search").record) is None and found.record.figures["realised_share"] > .8
+
+
+# -- What travels with a network
+
+def test_a_folder_of_a_search_is_an_architecture(place):
+    assert retrain(dataclasses.replace(RETRAIN, folder="new", architecture="search", initialise="inherit")).record.inputs["supernet"]
+    with pytest.raises(FileNotFoundError, match="unet_resnet50.*folder of a search.*unet_resnet18"): retrain(dataclasses.replace(RETRAIN, folder="other", architecture="unet_resnet50"))
+    assert not Path("other/split").exists()
+
+
+@pytest.fixture
+def shuffled(place):
+    "The data with its classes in another order, masks and names alike: road, house, tree become tree, road, house."
+    import numpy as np
+    from PIL import Image
+    shutil.copytree("data", "shuffled")
+    Path("shuffled/classes.txt").write_text("tree\nroad\nhouse\n")
+    table = np.array([1, 2, 0], np.uint8)
+    for path in Path("shuffled/masks").rglob("*.png"): Image.fromarray(table[np.asarray(Image.open(path))]).save(path)
+    return "shuffled"
+
+
+def test_classes_in_another_order_are_refused_or_mapped(place, shuffled):
+    from selfsupnas.evaluation import segment
+    plain = benchmark(EVALUATE)
+    other = dataclasses.replace(EVALUATE, folder="new", data="folder", root=shuffled)
+    with pytest.raises(ValueError, match="same classes in another order.*tree, road, house.*road, house, tree.*classes="): benchmark(other)
+    mapped = benchmark(dataclasses.replace(other, classes=("road", "house", "tree")))
+    own, theirs = (done.record.figures["rows"] for done in (plain, mapped))
+    assert theirs["searched"]["miou"] == own["searched"]["miou"] and theirs["searched"]["iou"] == own["searched"]["iou"]
+    assert theirs["most frequent class"]["iou"] == own["most frequent class"]["iou"]
+    image = plain.data[0][0][None]
+    assert torch.equal(segment(mapped.network, image), torch.tensor([1, 2, 0])[segment(plain.network, image)])
+    assert benchmark(dataclasses.replace(other, classes=("road", "house", "tree"))).metrics.miou == mapped.metrics.miou, "read again"
+    with pytest.raises(ValueError, match="classes must name each class"): benchmark(dataclasses.replace(other, folder="newer", classes=("road", "house", "roof")))
+
+
+def test_other_names_are_refused_or_mapped(place):
+    shutil.copytree("data", "renamed")
+    Path("renamed/classes.txt").write_text("Straße\nHaus\nBaum\n")
+    other = dataclasses.replace(EVALUATE, folder="new", data="folder", root="renamed")
+    with pytest.raises(ValueError, match="other classes.*Straße.*road"): benchmark(other)
+    assert benchmark(dataclasses.replace(other, classes=("Straße", "Haus", "Baum"))).record.figures["rows"]["searched"]["miou"] == benchmark(EVALUATE).metrics.miou
+
+
+def test_weights_are_not_inherited_by_other_classes(place, shuffled):
+    with pytest.raises(ValueError, match="searched for road, house, tree.*tree, road, house"):
+        retrain(dataclasses.replace(RETRAIN, folder="new", root=shuffled, initialise="inherit"))
+
+
+def test_an_export_asks_for_the_classes_of_the_network(place, shuffled):
+    with pytest.raises(ValueError, match="road, house, tree.*tree, road, house"): export_run("retrain", "away", root=shuffled)
+
+
+@pytest.mark.parametrize("act", [lambda **root: benchmark(EvaluateConfig(folder="new", network="../retrain", baselines=(), latency_repeats=1, **root)),
+                                 lambda **root: front(FrontConfig(folder="new", search="../search", budgets=(.9,), steps=0, random=0, **root)),
+                                 lambda **root: export_run("../retrain", "away", **root)], ids=["evaluate", "front", "export"])
+def test_a_relative_root_is_explained_elsewhere(place, monkeypatch, act):
+    (place/"elsewhere").mkdir()
+    monkeypatch.chdir(place/"elsewhere")
+    with pytest.raises(FileNotFoundError, match="record of .*says root='data'.*elsewhere.*give another root"): act()
+    act(root="../data")
+
+
+def test_the_command_explains_a_relative_root_too(place, monkeypatch, capsys):
+    (place/"elsewhere").mkdir()
+    monkeypatch.chdir(place/"elsewhere")
+    assert main(["evaluate", "-p", "network", "../retrain"]) == 2 and "says root='data'" in capsys.readouterr().err
+    assert main(["export", "../retrain", "--to", "away", "--root", "../data"]) == 0
+
+
+def test_a_script_that_is_stopped_ends_in_one_line():
+    "Status 130 and no traceback; what the script has to do last is done."
+    code = "from selfsupnas.checkpoints import stop_in_one_line\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nclass Config: folder = 'run'\ntry:\n    with stop_in_one_line(Config()): signal.raise_signal(signal.SIGINT)\nfinally: print('last')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 130 and done.stderr == "" and done.stdout.splitlines()[-1] == "last" and len(done.stdout.splitlines()) == 2
+
+
+def test_gate_statistics_come_back(place):
+    found = load_search("search")
+    assert set(found.statistics.importance) == set(found.table.space.gated())
+    Path("search/statistics.json").write_text(json.dumps({"paths": [[0]]}))
+    with pytest.raises(ValueError, match="search/statistics.json"): load_search("search")
