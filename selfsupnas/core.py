@@ -149,10 +149,15 @@ def write_json(path, # file to write; its folder is made when missing
 
 # %% ../nbs/01_core.ipynb #f35c1f15
 def read_text(path, what: str) -> str: # what: it should be, for the message
-    "The text of a UTF-8 file; raises ValueError that names the file where it is none."
-    try: return Path(path).read_text(encoding="utf-8")
+    """The text of a UTF-8 file, without the mark (BOM) that some editors put before it; raises
+    ValueError that names the file where it is none."""
+    data = Path(path).read_bytes()
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data
+    if wide: raise ValueError(f"{path} is not {what}: it is UTF-16 or UTF-32; save it as UTF-8")
+    try: return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not {what}: byte {e.start} is no UTF-8 text") from None
+        raise ValueError(f"{path} is not {what}: byte {e.start} is no UTF-8 text; save it as "
+                         "UTF-8") from None
 
 def read_json(path, what: str) -> dict: # what: it should be, for the message
     "The object that a JSON file holds; raises ValueError that names the file."

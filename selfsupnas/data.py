@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAMVID_SPEC', 'CAMVID_COUNTS', 'CAMVID_URL', 'CITYSCAPES_SPEC', 'DATASETS', 'StreetScenes', 'BlueMarble', 'CamVid',
-           'unpack_camvid', 'download_camvid', 'Cityscapes', 'folder_pairs', 'read_classes', 'FolderDataset',
-           'load_dataset']
+           'unpack_camvid', 'download_camvid', 'Cityscapes', 'folder_pairs', 'split_column', 'class_lines',
+           'read_classes', 'FolderDataset', 'load_dataset']
 
 # %% ../nbs/10_data.ipynb #a4fa000c
 import hashlib, os, re, shutil, tempfile, urllib.request, zipfile, zlib
@@ -164,16 +164,37 @@ def folder_pairs(root, split:str, fractions:tuple, seed:int
     return {str(stem): pairs[stem] for stem in sorted(stems[cuts[part]:cuts[part + 1]])} | more
 
 # %% ../nbs/10_data.ipynb #cell-31
-def read_classes(path) -> list: # of names
-    "The names in a classes.txt, one a line; raises FileNotFoundError."
+def split_column(lines:list, pattern:str) -> tuple: # lines without the column, groups of each
+    "A column that all lines have is taken off; the lines as they are, and nothing, without it."
+    found = [re.fullmatch(pattern, line) for line in lines]
+    if not all(found): return lines, []
+    return [m["name"] for m in found], [tuple(map(int, m["numbers"].split())) for m in found]
+
+def class_lines(path) -> tuple: # names, colours or None
+    """Names and, where each line ends in (r, g, b), colours in a classes.txt; lines may begin with
+    their class numbers. Raises FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no class names: write {path}, one a line, or pass classes=")
     lines = read_text(path, "a list of class names").splitlines()
-    names = [name.strip() for name in lines if name.strip()]
+    lines = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
+    spaced = [re.sub(r"\s*[,;\t]\s*", " ", line) for line in lines] # one way to part columns
+    names, colours = split_column(spaced, r"(?P<name>.*\S) +(?P<numbers>\d+ +\d+ +\d+)")
+    if not colours: names = lines
+    names, numbers = split_column(names, r"(?P<numbers>\d+)[ :.,;)\t]\s*(?P<name>\S.*)")
+    numbers = [n for n, in numbers]
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"{path} numbers its classes {', '.join(map(str, numbers))}: they must be "
+                         "0, 1 and so on, in this order; 255 is ignored and needs no line")
+    if colours and max(map(max, colours)) > 255:
+        raise ValueError(f"{path} has the colour {max(colours, key=max)}: r, g and b are 0 to 255")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice: raise ValueError(f"{path} names the class {twice[0]!r} twice: names must differ")
     if len(names) < 2: raise ValueError(f"{path} names fewer than 2 classes")
-    return names
+    return names, tuple(colours) or None
+
+def read_classes(path) -> list: # of names
+    "The names in a classes.txt, one a line; raises FileNotFoundError or ValueError."
+    return class_lines(path)[0]
 
 # %% ../nbs/10_data.ipynb #95a26f8d
 class FolderDataset(FileDataset):
@@ -191,7 +212,8 @@ class FolderDataset(FileDataset):
         if not pairs:
             raise ValueError(f"the {split} split of {root} is empty with the shares {fractions}")
         if classes is None:
-            classes = read_classes(root/"classes.txt")
+            classes, colours = class_lines(root/"classes.txt")
+            palette = palette or colours
         palette = tuple(palette or distinct_colours(len(classes)))
         spec = SegmentationSpec(root.name, tuple(classes), palette)
         super().__init__(spec, list(pairs), pairs.values(), size, base=root)

@@ -124,6 +124,7 @@ def read_ids(path,  # labeled.txt or unlabeled.txt
         raise FileNotFoundError(f"there is no split file {path}; write one with save_split")
     lines = [line.strip() for line in read_text(path, "a split file").splitlines()]
     ids = [(number, line, find_id(line, names)) for number, line in enumerate(lines, 1) if line]
+    ids = [entry for entry in ids if entry[2] or not entry[1].startswith("#")] # no comments
     unknown = [(number, line) for number, line, name in ids if name is None]
     if unknown:
         raise ValueError(f"{path}, line {unknown[0][0]}: {unknown[0][1]!r} names no image of "

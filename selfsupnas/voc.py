@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .core import read_text
 from .pairs import (SYNTHETIC, FileDataset, SegmentationSpec, UnreadableFile, as_mask,
                               read_mask, write_mask)
 from .scenes import draw_scene
@@ -70,7 +71,7 @@ def sbd_folder(root) -> Path: # or None
 # %% ../nbs/09_voc.ipynb #8e94240c
 def read_names(path) -> list: # of ids
     "The ids of a list: bare, or as paths such as /JPEGImages/ID.jpg, the first one of each line."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = read_text(path, "a list of images").splitlines()
     except OSError: raise FileNotFoundError(f"there is no list of images {path}") from None
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
