@@ -25,25 +25,27 @@ class Survey:
     images: np.ndarray   # (K,) images that hold each class
     void: int            # ignored pixels of images that have a label
     faulty: dict         # id -> what is wrong
+    turned: int = 0      # images that their EXIF note turns upright
 
 def survey(dataset:PairDataset) -> Survey:
     "Read each pair once, as it is in the files; needs no memory for more than a few of them."
     has_label = set(dataset.labelled_ids)
-    def look(i): # -> size, histogram, complaint
-        try: image, mask = dataset.read(i)
-        except (ValueError, OSError) as e: return None, None, str(e)
+    def look(i): # -> size, histogram, is it turned, complaint
+        try: (image, mask), turned = dataset.read(i), dataset.turned(i)
+        except (ValueError, OSError) as e: return None, None, False, str(e)
         counts = np.bincount(mask.ravel(), minlength=256)
-        return mask.shape, counts*(dataset.ids[i] in has_label), None
+        return mask.shape, counts*(dataset.ids[i] in has_label), turned, None
     sizes, total, occurs, faulty = Counter(), np.zeros(256, int), np.zeros(256, int), {}
-    looks = read_all(look, len(dataset), f"reading {dataset.spec.name}")
-    for (size, counts, complaint), name in zip(looks, dataset.ids): # to the end of the bar
+    turned, looks = 0, read_all(look, len(dataset), f"reading {dataset.spec.name}")
+    for (size, counts, turns, complaint), name in zip(looks, dataset.ids): # to the end of the bar
         if complaint: faulty[name] = complaint; continue
         sizes[size] += 1
+        turned += turns
         total += counts
         occurs += counts > 0
     classes = slice(dataset.spec.num_classes)
     return Survey(dataset, dict(sizes.most_common()), total[classes], occurs[classes],
-                  int(total[dataset.spec.ignore_index]), faulty)
+                  int(total[dataset.spec.ignore_index]), faulty, turned)
 
 # %% ../nbs/14_survey.ipynb #69ee6775
 def survey_text(found:Survey) -> str: # several lines
@@ -55,6 +57,8 @@ def survey_text(found:Survey) -> str: # several lines
     more = f" and {len(found.sizes) - 4} other sizes" if len(found.sizes) > 4 else ""
     lines = [f"{spec.name}: {len(dataset):,} images{published}, {labelled:,} with a label",
              f"height x width (images): {', '.join(sizes) or 'none'}{more}"]
+    if found.turned: lines.append(f"turned upright, as EXIF says: {found.turned:,} images; their "
+                                  "masks must be of the upright image")
     if total:
         width = max(map(len, spec.classes))
         lines += [f"{'class':{width}}  % of labelled pixels  images"]

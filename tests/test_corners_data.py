@@ -12,6 +12,7 @@ from selfsupnas.cli import main
 from selfsupnas.config import TrainingConfig
 from selfsupnas.core import read_json, read_text
 from selfsupnas.data import FolderDataset, load_dataset, read_classes
+from selfsupnas.pairs import image_file_size, read_image, read_mask
 from selfsupnas.splits import load_split
 from selfsupnas.voc import read_names
 
@@ -108,3 +109,81 @@ def test_what_else_stands_in_a_list_of_classes(root):
 def test_comments_in_a_split_file(root):
     assert labels_of(root, "# made by hand\ntrain/0\n\n  # and\ntrain/2\n") == ["train/0", "train/2"]
     with pytest.raises(ValueError, match="line 2.*train/9"): labels_of(root, "# one\ntrain/9\n")
+
+
+# Images that a camera turned
+
+TYPES = {".jpg": {"quality": 95}, ".png": {}, ".tif": {}, ".webp": {"lossless": True}}
+
+def noted(number): # an EXIF block with that orientation
+    exif = Image.new("RGB", (1, 1)).getexif()
+    exif[0x0112] = number
+    return exif
+
+def by_hand(array, number): # what the standard says of row 0 and column 0
+    return {1: array, 2: array[:, ::-1], 3: array[::-1, ::-1], 4: array[::-1], 5: array.swapaxes(0, 1), 6: np.rot90(array, -1), 7: np.rot90(array, 2).swapaxes(0, 1), 8: np.rot90(array, 1),
+            9: array}[number]
+
+def xmp(number): return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="{number}"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("suffix", TYPES)
+@pytest.mark.parametrize("number", range(1, 10))
+def test_images_are_read_upright_and_their_headers_agree(tmp_path, suffix, number):
+    stored = photo(1)
+    path = save(tmp_path/f"a{suffix}", stored, exif=noted(number), **TYPES[suffix])
+    seen = read_image(path)
+    assert seen.shape == by_hand(stored, number).shape and image_file_size(path) == seen.shape[:2]
+    assert np.abs(seen.astype(int) - by_hand(stored, number)).max() == 0 or suffix == ".jpg"
+
+
+@pytest.mark.parametrize("place", ["before", "behind", "text", "xmp"])
+def test_where_a_png_may_note_its_orientation(tmp_path, place):
+    from PIL.PngImagePlugin import PngInfo
+    notes, stored = PngInfo(), photo(1)
+    raw = noted(6).tobytes()
+    if place == "text": notes.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True) # as ImageMagick does
+    if place == "xmp": notes.add_itxt("XML:com.adobe.xmp", xmp(6))
+    path = save(tmp_path/"a.png", stored, pnginfo=notes, **({"exif": noted(6)} if place in ("before", "behind") else {}))
+    if place == "behind": # the standard allows that chunk on either side of the pixels
+        data = path.read_bytes()
+        start = data.index(b"eXIf") - 4
+        chunk = data[start:start + 12 + int.from_bytes(data[start:start + 4], "big")]
+        data = data.replace(chunk, b"")
+        path.write_bytes(data[:-12] + chunk + data[-12:])
+    assert read_image(path).shape == (W, H, 3) and image_file_size(path) == (W, H)
+
+
+@pytest.mark.parametrize("suffix", TYPES)
+def test_turned_images_without_a_label(root, capsys, suffix):
+    save(root/"images"/"unlabelled"/f"a{suffix}", photo(40), exif=noted(6))
+    save(root/"images"/"unlabelled"/f"b{suffix}", photo(41))
+    data = FolderDataset(root, "train")
+    image, label = data[data.ids.index("unlabelled/a")]
+    assert image.shape == (3, W, H) and label.shape == (W, H) and (label == 255).all() and data.label(3).shape == (W, H)
+    status, said = look(root, capsys)
+    assert status == 0 and "80x64 (1)" in said and "None" not in said
+    assert [line for line in said.splitlines() if "turned" in line and "EXIF" in line and "1 " in line]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("number", [3, 6, 8])
+def test_a_mask_is_turned_by_its_own_note(root, suffix, number):
+    "As any viewer shows it; an image and a mask that were stored alike stay a pair."
+    for old in root.glob("*/train/0.png"): old.unlink()
+    stored = np.arange(H * W).reshape(H, W) // 300 % 2
+    save(root/"images"/"train"/"0.jpg", photo(1), exif=noted(number))
+    mask = save(root/"masks"/"train"/f"0{suffix}", stored.astype(np.uint8), exif=noted(number))
+    assert np.array_equal(read_mask(mask), by_hand(stored, number))
+    palette = Image.fromarray(stored.astype(np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 9, 9, 9]); palette.save(root/f"p{suffix}", exif=noted(number))
+    assert np.array_equal(read_mask(root/f"p{suffix}"), by_hand(stored, number))
+    image, label = FolderDataset(root, "train")[0]
+    assert image.shape[1:] == label.shape == by_hand(stored, number).shape
+
+
+def test_a_mask_of_the_stored_image_beside_a_turned_one(root):
+    "The sizes are swapped: the message says why."
+    save(root/"images"/"train"/"1.png", photo(1), exif=noted(6))
+    with pytest.raises(ValueError, match="80 x 64.*64 x 80.*EXIF") as error: FolderDataset(root, "train")[1]
+    assert str(root/"masks"/"train"/"1.png") in str(error.value)
