@@ -121,9 +121,7 @@ f"no search in {config.search} ({made} is missing); `selfsupnas search` leaves o
         from selfsupnas.baselines import BASELINES
         if config.architecture not in BASELINES: load_architecture(config.architecture)
     if config.data == "streetscenes": return # drawn by the run, with its progress
-    from selfsupnas.batches import image_size
-    train, _ = (load_dataset(config.data, split, config.root, config.size)
-                for split in ("train", "val"))
-    image_size(train, config.crop)
+    from selfsupnas.batches import training_sets
+    train = training_sets(config)[0]
     if config.split_folder: load_split(config.split_folder, train)
     elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))

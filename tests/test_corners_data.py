@@ -1,5 +1,5 @@
 "Corners of users' data: what almost fits is said before anything runs, and what can be read without a doubt is read."
-import shutil, warnings
+import dataclasses, json, re, shutil, warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +8,16 @@ import torch
 from PIL import Image
 
 from selfsupnas.batches import load_training_data
+from selfsupnas.cityscapes import draw_cityscapes
 from selfsupnas.cli import main
 from selfsupnas.config import TrainingConfig
-from selfsupnas.core import read_json, read_text
+from selfsupnas.core import progress_bar, read_json, read_text
 from selfsupnas.data import FolderDataset, load_dataset, read_classes
+from selfsupnas.evaluation import Metrics, confusion_figure, metrics_figures, metrics_text
 from selfsupnas.pairs import image_file_size, read_image, read_mask
+from selfsupnas.runlog import RunLog
 from selfsupnas.splits import load_split
-from selfsupnas.voc import read_names
+from selfsupnas.voc import draw_voc, read_names
 
 H, W = 64, 80
 
@@ -40,6 +43,10 @@ def draw(root, mask=halves, count=3, classes="background\nthing\n", splits=("tra
 def root(tmp_path): return draw(tmp_path/"own")
 
 def config(root, **more): return TrainingConfig(folder=str(Path(root)/"run"), data="folder", root=str(root), label_fraction=1., **more)
+
+@pytest.fixture(autouse=True)
+def no_sheets(monkeypatch): # they take most of the time, and tests/test_data_faults.py looks at them
+    monkeypatch.setattr("selfsupnas.survey.sample_sheet", lambda *_: None), monkeypatch.setattr("selfsupnas.show.save_figure", lambda *_: "none")
 
 def look(root, capsys, *words): # status and text of `selfsupnas data`
     status = main(["data", "folder", str(root), "--folder", str(root/"look"), *words])
@@ -187,3 +194,263 @@ def test_a_mask_of_the_stored_image_beside_a_turned_one(root):
     save(root/"images"/"train"/"1.png", photo(1), exif=noted(6))
     with pytest.raises(ValueError, match="80 x 64.*64 x 80.*EXIF") as error: FolderDataset(root, "train")[1]
     assert str(root/"masks"/"train"/"1.png") in str(error.value)
+
+
+# Two spellings of one word
+
+@pytest.mark.parametrize("name", ["unlabelled", "unlabeled"])
+@pytest.mark.parametrize("layout", ["divided", "flat"])
+def test_images_without_a_label_in_both_spellings(tmp_path, name, layout):
+    root = draw(tmp_path/"own")
+    if layout == "flat":
+        for kind in ("images", "masks"):
+            for path in sorted((root/kind).glob("*/*.png")): path.rename(root/kind/f"{path.parent.name}-{path.name}")
+            for split in ("train", "val", "test"): (root/kind/split).rmdir()
+    save(root/"images"/name/"a.png", photo(40))
+    data = FolderDataset(root, "train")
+    assert data.ids[-1] == f"{name}/a" and data.ids[-1] not in data.labelled_ids and data.image(len(data) - 1).shape == (3, H, W)
+    (root/"split").mkdir()
+    (root/"split"/"labeled.txt").write_text(f"{data.ids[0]}\n"), (root/"split"/"unlabeled.txt").write_text(f"{name}/a\n")
+    assert load_split(root/"split", data).unlabelled == [data.ids[-1]]
+
+
+def test_both_spellings_of_a_folder_at_once_are_refused(root, capsys):
+    for name in ("unlabelled", "unlabeled"): save(root/"images"/name/"a.png", photo(40))
+    with pytest.raises(ValueError, match="unlabelled.*unlabeled") as error: load_training_data(config(root))
+    assert str(root/"images"/"unlabeled") in str(error.value)
+    status, said = look(root, capsys)
+    assert status == 1, said
+    assert "[train]" in said and "[val]" in said and str(root/"images"/"unlabelled") in said
+
+
+@pytest.mark.parametrize("names", [("labeled.txt", "unlabeled.txt"), ("labelled.txt", "unlabelled.txt"), ("labeled.txt", "unlabelled.txt")])
+def test_split_files_in_both_spellings(root, names):
+    (root/"split").mkdir()
+    for name, line in zip(names, ("train/0", "train/1")): (root/"split"/name).write_text(line + "\n")
+    split = load_training_data(config(root, split_folder=str(root/"split"))).split
+    assert (split.labelled, split.unlabelled) == (["train/0"], ["train/1"])
+    for name, other in zip(names, ("labelled.txt", "unlabelled.txt") if names[0] == "labeled.txt" else ("labeled.txt", "unlabeled.txt")):
+        if name == other: continue
+        (root/"split"/other).write_text("")
+        with pytest.raises(ValueError, match="both") as error: load_split(root/"split", FolderDataset(root, "train"))
+        assert str(root/"split"/name) in str(error.value) and str(root/"split"/other) in str(error.value)
+        (root/"split"/other).unlink()
+    (root/"split"/names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match="unlabeled.txt"): load_split(root/"split", FolderDataset(root, "train"))
+
+
+# Files that are missing, and files that nothing reads
+
+def test_a_missing_mask_is_a_fault_and_the_rest_is_surveyed(root, capsys):
+    (root/"masks"/"train"/"1.png").unlink()
+    shutil.copy(root/"images"/"train"/"1.png", root/"images"/"val"/"1.png"), shutil.copy(root/"images"/"test"/"0.png", root/"images"/"test"/"spare")
+    status, said = look(root, capsys)
+    assert status != 0 and all(f"[{split}] own" in said for split in ("train", "val", "test")) and "not there" not in said
+    assert f"cannot read the mask {root/'masks'/'train'/'1.png'}" in said and "unreadable or faulty: 1 of 3" in said
+    assert "train/1" in said and "val/1" in said.splitlines()[-1], "the leak is found with the image whose mask is missing"
+    save(root/"images"/"val"/"1.png", photo(60))
+    status, said = look(root, capsys)
+    assert status == 1 and "no image is in two splits: 9 compared" in said
+    with pytest.raises(FileNotFoundError, match="1 of 3 images have no mask") as error: load_training_data(config(root))
+    assert str(root/"masks"/"train"/"1.png") in str(error.value)
+
+
+def test_a_damaged_image_does_not_end_the_search_for_leaks(root, capsys):
+    (root/"images"/"train"/"1.png").write_bytes(b"")
+    status, said = look(root, capsys)
+    assert status == 1 and "no image is in two splits: 8 compared" in said
+
+
+@pytest.mark.parametrize("spoil, names", [
+    ("a mask of another type", "masks/train/1.jpg"), ("a mask without an image", "masks/train/9.png"), ("no image in train", "images/train"), ("no folder of masks", "masks/train"),
+    ("two files of one name", "images/train/1.png and 1.jpg"), ("all images in a folder below", "images/train/berlin/0.png")])
+def test_what_data_says_of_a_faulty_split(root, capsys, spoil, names):
+    train, masks = root/"images"/"train", root/"masks"/"train"
+    if spoil == "a mask of another type": (masks/"1.png").rename(masks/"1.jpg")
+    if spoil == "a mask without an image": save(masks/"9.png", halves())
+    if spoil == "no image in train": [p.unlink() for p in train.iterdir()]
+    if spoil == "no folder of masks": shutil.rmtree(masks)
+    if spoil == "two files of one name": save(train/"1.jpg", photo(3))
+    if spoil == "all images in a folder below": (train/"berlin").mkdir(), [p.rename(train/"berlin"/p.name) for p in train.glob("*.png")]
+    status, said = look(root, capsys)
+    assert status == 1 and names in said and "[train]" in said and "no image is in two splits" in said
+    for split in ("val", "test"): assert f"[{split}] own: 3 images" in said
+
+
+def test_splits_that_are_not_there_are_no_fault(tmp_path, capsys):
+    status, said = look(draw(tmp_path/"own", splits=("train", "val")), capsys)
+    assert status == 0 and "[test] not there" in said
+    status, said = look(tmp_path/"own", capsys, "--split", "test")
+    assert status == 2 and str(tmp_path/"own"/"images"/"test") in said
+
+
+@pytest.mark.parametrize("name, spoil", [("cityscapes", "gtFine/train/*/*_labelIds.png"), ("voc", "SegmentationClass/2007*.png"), ("voc", "JPEGImages/2007*.jpg"), ("camvid", "trainannot/*.png")])
+def test_a_missing_file_of_other_layouts(tmp_path, capsys, name, spoil):
+    draw_cityscapes(tmp_path/"cityscapes", dict(train=3, val=2)), draw_voc(tmp_path, dict(train=3, val=2))
+    for split in ("train", "val"):
+        for i in range(2): save(tmp_path/"camvid"/split/f"{i}.png", photo(i)), save(tmp_path/"camvid"/f"{split}annot"/f"{i}.png", halves())
+    path = sorted(tmp_path.glob(f"**/{spoil}"))[0]
+    path.unlink()
+    assert main(["data", name, str(tmp_path), "--folder", str(tmp_path/"look")]) == 1
+    said = capsys.readouterr().out
+    assert str(path) in said and "[val]" in said and "unreadable or faulty: 1 of" in said
+    with pytest.raises(FileNotFoundError): load_dataset(name, "train", tmp_path)
+
+
+UNUSED = {"an image in a folder below": "images/train/berlin/x.png", "an image of another type": "images/train/x.gif", "a mask of another type": "masks/train/x.gif",
+          "a mask without an image": "masks/train/x.png", "a folder that is no split": "images/validation/x.png", "an image outside the splits": "images/x.png",
+          "a raw image": "images/unlabelled/x.heic", "a table": "images/train/x.csv"}
+
+@pytest.mark.parametrize("what", UNUSED)
+def test_files_that_nothing_reads_are_counted_and_named(root, capsys, what):
+    for i in range(2): save(root/UNUSED[what].replace("x.", f"x{i}."), halves(), **{"format": "PNG"})
+    status, said = look(root, capsys)
+    line = [line for line in said.splitlines() if UNUSED[what].replace("x.", "x0.") in line]
+    assert len(line) == 1 and "2 " in line[0] and status == int(what == "a mask without an image")
+    said = [w for w in warned(lambda: load_training_data(config(root))) if "x0." in w]
+    assert len(said) == 1 and "2 " in said[0] and str(root) in said[0]
+
+
+def test_many_kinds_are_one_warning_and_system_files_none(root, capsys):
+    for name in (".DS_Store", "Thumbs.db", "._0.png", "desktop.ini", "__MACOSX/0.png"):
+        for kind in ("images", "masks"):
+            (root/kind/"train"/name).parent.mkdir(exist_ok=True)
+            (root/kind/"train"/name).write_bytes(b"0")
+    assert not warned(lambda: load_training_data(config(root)))
+    status, said = look(root, capsys)
+    assert status == 0 and "10 " in [line for line in said.splitlines() if "Thumbs.db" in line or ".DS_Store" in line][0]
+    for path in UNUSED.values(): save(root/path, halves(), format="PNG")
+    assert len(warned(lambda: load_training_data(config(root)))) == 1
+
+
+def test_a_folder_without_divided_splits_names_what_it_passes_over(tmp_path, capsys):
+    root = tmp_path/"own"
+    for i in range(10): save(root/"images"/f"{i}.png", photo(i)), save(root/"masks"/f"{i}.png", halves())
+    (root/"classes.txt").write_text("a\nb\n")
+    assert look(root, capsys)[0] == 0 and not warned(lambda: load_training_data(config(root)))
+    save(root/"masks"/"x.png", halves()), save(root/"images"/"berlin"/"y.png", photo(30)), save(root/"images"/"z.gif", photo(31))
+    status, said = look(root, capsys)
+    assert status == 1 and all(said.count(name) == 1 for name in ("masks/x.png", "images/berlin/y.png", "images/z.gif"))
+    assert len(warned(lambda: load_training_data(config(root)))) == 1
+
+
+# Masks that hold nothing to learn from
+
+def one(number): return lambda: np.full((H, W), number, np.uint8)
+def parts(*numbers): return lambda: np.array(numbers, np.uint8)[np.arange(W) * len(numbers) // W] * np.ones((H, 1), np.uint8)
+GOOD = halves
+FAULTY = { # masks -> classes, words of the message
+    "0/255, two classes": (parts(0, 255), "a\nb\n", "0/255"),
+    "0/255, five classes": (parts(0, 255), "a\nb\nc\nd\ne\n", "0/255"),
+    "0/255, in val alone": ({"train": GOOD, "val": parts(0, 255), "test": GOOD}, "a\nb\n", "0/255"),
+    "0/255, in train alone": ({"train": parts(0, 255), "val": GOOD, "test": GOOD}, "a\nb\n", "0/255"),
+    "all 255": (one(255), "a\nb\n", "255"),
+    "all 255, in train alone": ({"train": one(255), "val": GOOD, "test": GOOD}, "a\nb\n", "255"),
+    "all 255, in val alone": ({"train": GOOD, "val": one(255), "test": GOOD}, "a\nb\n", "255"),
+    "0/128": (parts(0, 128), "a\nb\n", r"\[128\].*0 to 1.*grey"),
+    "0/128/255": (parts(0, 128, 255), "a\nb\nc\n", r"\[128\].*0 to 2.*grey"),
+    "0/127/254": (parts(0, 127, 254), "a\nb\nc\n", r"\[127, 254\].*0 to 2.*grey"),
+    "1/2": (parts(1, 2), "a\nb\n", r"\[2\].*0 to 1.*subtract 1"),
+    "1/2/3 and void": (parts(1, 2, 3, 255), "a\nb\nc\n", r"\[3\].*0 to 2.*subtract 1"),
+    "2 alone, of two": (one(2), "a\nb\n", r"\[2\].*0 to 1.*subtract 1"),
+    "1 to 255": (parts(1, 255), "a\n b\n".replace(" ", ""), None)}
+
+
+@pytest.mark.parametrize("fault", [name for name, (_, _, words) in FAULTY.items() if words])
+def test_masks_that_are_refused_before_anything_runs(tmp_path, capsys, fault):
+    mask, classes, words = FAULTY[fault]
+    root = draw(tmp_path/"own", mask, classes=classes)
+    split = "val" if "val alone" in fault else "train"
+    with pytest.raises(ValueError, match=words) as error: load_training_data(config(root))
+    assert str(root) in str(error.value) and split in str(error.value)
+    with pytest.raises(ValueError, match=words): load_training_data(config(root, class_weights="median_frequency"))
+    for stage in (["search"], ["retrain", "-p", "architecture", "unet_resnet18", "-p", "w_jig", "0"]):
+        assert main([*stage, "--folder", str(root/"run"), "-p", "data", "folder", "-p", "root", str(root), "-p", "label_fraction", "1"]) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and str(root) in err and "running" not in out and not (root/"run").exists()
+    status, said = look(root, capsys)
+    assert status == 1 and re.search(words, said) and f"[{split}]" in said
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_conversion_is_said(tmp_path, skip):
+    with pytest.raises(ValueError, match=r"mask == 255\] = 1") as error: load_training_data(config(draw(tmp_path/"own", parts(0, 255)), skip_unreadable=skip))
+    assert "ignore" in str(error.value)
+
+
+@pytest.mark.parametrize("which", [("split_folder", "labeled.txt"), ("label_fraction", None)])
+def test_only_the_labelled_part_is_void(root, which):
+    save(root/"masks"/"train"/"0.png", one(255)())
+    (root/"split").mkdir()
+    (root/"split"/"labeled.txt").write_text("train/0\n"), (root/"split"/"unlabeled.txt").write_text("train/1\ntrain/2\n")
+    if which[0] == "split_folder":
+        with pytest.raises(ValueError, match="255.*train|train.*255") as error: load_training_data(config(root, split_folder=str(root/"split")))
+        assert str(root) in str(error.value) and "1 labelled" in str(error.value)
+        save(root/"masks"/"train"/"0.png", parts(0, 255)())
+        with pytest.raises(ValueError, match="0/255"): load_training_data(config(root, split_folder=str(root/"split")))
+    else: # a drawn split covers what classes there are
+        found = load_training_data(dataclasses.replace(config(root), label_fraction=1 / 3)).split.labelled
+        assert "train/0" not in found
+
+
+def test_without_a_supervised_term_no_label_is_asked_for(tmp_path):
+    data = load_training_data(config(draw(tmp_path/"own", one(255)), w_sup=0., w_semi=0.))
+    assert len(data.train) == 3 and not data.split.labelled
+
+
+@pytest.mark.parametrize("mask", [one(0), one(1), parts(1, 255)])
+def test_masks_of_one_class_are_a_warning(tmp_path, capsys, mask):
+    root = draw(tmp_path/"own", mask, classes="sky\nroad\ntree\n")
+    said = warned(lambda: load_training_data(config(root)))
+    assert len(said) == 2 and all(("sky" in w or "road" in w) and str(root) in w and split in w for w, split in zip(sorted(said), ("train", "val")))
+    status, text = look(root, capsys)
+    assert status == 0 and text.count("one class") == 3
+
+
+@pytest.mark.parametrize("bits", ["1-bit", "boolean", "palette", "bmp", "tif"])
+def test_masks_of_one_bit_are_zero_and_one(root, bits):
+    for split in ("train", "val"):
+        for path in (root/"masks"/split).glob("*.png"):
+            mask = Image.fromarray(halves() > 0)
+            assert mask.mode == "1"
+            if bits == "palette": mask = mask.convert("P")
+            if bits in ("bmp", "tif"): path.unlink()
+            mask.save(path.with_suffix(f".{bits}") if bits in ("bmp", "tif") else path)
+    if bits == "palette": return # whatever Pillow makes of it is refused or read, see above
+    assert not warned(lambda: load_training_data(config(root)))
+    assert np.array_equal(FolderDataset(root, "train")[0][1], halves())
+
+
+def test_few_masks_are_read_where_all_is_well(tmp_path, monkeypatch):
+    root, read = draw(tmp_path/"own", count=40), []
+    monkeypatch.setattr(FolderDataset, "decode", lambda self, path: read.append(path) or read_mask(path))
+    load_training_data(config(root))
+    assert len(read) < 80
+
+
+# No mean over one class
+
+def test_a_mean_over_one_of_several_classes_is_undefined():
+    one_class = Metrics(torch.tensor([[9, 0], [0, 0]]), ("a", "b"))
+    assert np.isnan(one_class.miou) and one_class.iou[0] == 1 and one_class.absent == ("b",) and one_class.pixel_accuracy == 1
+    assert np.isnan(one_class.mean_class_accuracy)
+    figures = metrics_figures(one_class)
+    assert figures["miou"] is None and figures["iou"] == {"a": 1., "b": None} and json.dumps(figures, allow_nan=False)
+    assert "n/a" in metrics_text(one_class).splitlines()[0] and "one class" in metrics_text(one_class)
+    assert "nan" not in confusion_figure(one_class).axes[0].get_title()
+    invented = Metrics(torch.tensor([[9, 1], [0, 0]]), ("a", "b"))
+    assert invented.miou == pytest.approx(.45) and "one class" not in metrics_text(invented), "a class that is predicted counts"
+    assert Metrics(torch.tensor([[9]]), ("a",)).miou == 1, "of one class in all"
+    empty = Metrics(torch.zeros(2, 2, dtype=torch.int64), ("a", "b"))
+    assert np.isnan(empty.miou) and metrics_figures(empty)["miou"] is None and "n/a" in metrics_text(empty)
+
+
+def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
+    class Says(torch.nn.Module): # class 0 everywhere
+        def forward(self, x): return torch.stack([torch.ones_like(x[:, 0]), torch.zeros_like(x[:, 0])], 1)
+    for path in (root/"masks"/"val").iterdir(): save(path, one(0)())
+    asked = config(root, steps=1, logs=1)
+    log = RunLog(asked)
+    row = log.add(0, {"sup": torch.tensor(1.)}, {}, {}, 1.)
+    log.finish(row, Says(), FolderDataset(root, "val"), progress_bar(), lambda rows: None)
+    assert row["val_miou"] is None and "miou" not in log.line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
