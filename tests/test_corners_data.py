@@ -16,6 +16,7 @@ from selfsupnas.data import FolderDataset, load_dataset, read_classes
 from selfsupnas.evaluation import Metrics, confusion_figure, metrics_figures, metrics_text
 from selfsupnas.pairs import image_file_size, read_image, read_mask
 from selfsupnas.runlog import RunLog
+from selfsupnas.show import save_figure, show_samples
 from selfsupnas.splits import load_split
 from selfsupnas.voc import draw_voc, read_names
 
@@ -454,3 +455,53 @@ def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
     row = log.add(0, {"sup": torch.tensor(1.)}, {}, {}, 1.)
     log.finish(row, Says(), FolderDataset(root, "val"), progress_bar(), lambda rows: None)
     assert row["val_miou"] is None and "miou" not in log.line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
+
+
+# Letters that matplotlib's own font lacks
+
+NAMES = {"Chinese": "背景\n汽车道路\n", "Japanese": "はいけい\n道\n", "Korean": "배경\n길\n", "Thai": "ถนน\nบ้าน\n", "Devanagari": "सड़क\nघर\n", "of the street": "🚗\n🌳\n"}
+
+def sheet(root, to): # a figure with class names and file names, saved as the command does
+    data = FolderDataset(root, "train")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_figure(show_samples(data, (0, 1)), to)
+        save_figure(confusion_figure(Metrics(torch.eye(2, dtype=torch.int64), data.spec.classes)), to.with_suffix(".pdf"))
+        save_figure(show_samples(data, (0, 1)), to)
+    return [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_letters_that_no_font_has_are_one_warning(tmp_path, monkeypatch, script):
+    from matplotlib import font_manager
+    own = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu", "STIX", "cm", "Last Resort"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own), monkeypatch.setattr("selfsupnas.show.FONTS", {})
+    font_manager.fontManager._findfont_cached.cache_clear() if hasattr(font_manager.fontManager, "_findfont_cached") else None
+    root = draw(tmp_path/"own", classes=NAMES[script])
+    said = sheet(root, tmp_path/"a.png")
+    assert len(said) == 1 and NAMES[script][0] in said[0] and "font" in said[0] and "Glyph" not in said[0]
+    assert sheet(root, tmp_path/"b.png") == []
+
+
+def test_a_font_that_has_the_letters_is_taken(tmp_path, monkeypatch):
+    import matplotlib
+    from fontTools.ttLib import TTFont
+    from matplotlib import font_manager
+    font = TTFont(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf")
+    for table in font["cmap"].tables: table.cmap = {code + 0x4E00: name for code, name in table.cmap.items() if code < 0x5200 and table.isUnicode()}
+    for record in font["name"].names: record.string = "Seventh Han" if record.nameID in (1, 4, 6, 16) else record.string
+    font.save(tmp_path/"han.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist)), monkeypatch.setattr("selfsupnas.show.FONTS", {})
+    font_manager.fontManager.addfont(tmp_path/"han.ttf")
+    word = "".join(chr(0x4E00 + ord(letter)) for letter in "road")
+    assert sheet(draw(tmp_path/"own", classes=f"{word}\nStraße é λ\n"), tmp_path/"a.png") == []
+    fig = show_samples(FolderDataset(tmp_path/"own", "train"), (0,))
+    save_figure(fig, tmp_path/"b.png")
+    text, = (t for t in fig.legends[0].get_texts() if t.get_text() == word)
+    assert "Seventh Han" in text.get_fontfamily()
+    assert all("Seventh Han" not in t.get_fontfamily() for t in fig.legends[0].get_texts() if t is not text)
+
+
+def test_letters_that_the_font_has_change_nothing(root, tmp_path):
+    (root/"classes.txt").write_text("Straße\nдорога λ\n", "utf-8")
+    assert sheet(root, tmp_path/"a.png") == []
