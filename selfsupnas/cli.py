@@ -14,7 +14,7 @@ import selfsupnas
 from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
 from .execution import run_launched, run_stage
-from .pairs import NO_IMAGE, SPLITS, NoSplit
+from .pairs import NO_IMAGE, SPLITS
 from .splits import check_no_leak
 from .stages import (STAGES, check_inputs, describe, parse_parameters, parse_value,
                                stage_config)
@@ -93,7 +93,7 @@ def open_splits(name:str, root, splits=None, # None: those that are there
     found, missing, faults = {}, {}, {}
     for split in splits or SPLITS:
         try: found[split] = load_dataset(name, split, root, incomplete=True)
-        except NoSplit as e: missing[split] = e
+        except FileNotFoundError as e: missing[split] = e
         except (ValueError, OSError) as e: faults[split] = e
     for why in (missing | faults).values() if not found else missing.values() if splits else ():
         raise why

@@ -19,9 +19,9 @@ from .bluemarble import BLUEMARBLE_CLASSES, BLUEMARBLE_PALETTE, bluemarble_tiles
 from .cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_PALETTE,
                                    CITYSCAPES_TABLE, cityscapes_folder, find_cityscapes)
 from .core import cache_folder, cached_arrays, read_text
-from .pairs import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, NoSplit,
-                              PairDataset, SegmentationSpec, check_size, check_split, list_files,
-                              match_pairs, spelled, unused_files)
+from .pairs import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, PairDataset,
+                              SegmentationSpec, check_size, check_split, list_files, match_pairs,
+                              spelled, unused_files)
 from .scenes import SCENES_VERSION, draw_scene
 from .show import distinct_colours
 from .voc import VOC
@@ -140,9 +140,6 @@ class Cityscapes(FileDataset):
                  annotation:str="fine",    # fine, coarse, or none: without labels
                  extra:str=None,           # append train_extra with this annotation: coarse or none
                  incomplete:bool=False):   # True: a missing mask is an error when it is read
-        folder = cityscapes_folder(root)/"leftImg8bit"/split
-        if split in CITYSCAPES_COUNTS and not folder.is_dir(): raise NoSplit(
-            f"there is no folder {folder}: unpack the archive with {split} there")
         found = find_cityscapes(root, split, annotation, incomplete)
         if extra: found |= find_cityscapes(root, "train_extra", extra, incomplete)
         super().__init__(CITYSCAPES_SPEC, list(found), found.values(), size, CITYSCAPES_TABLE,

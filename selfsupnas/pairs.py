@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'DAMAGED', 'MASK_TYPES', 'IMAGE_TYPES', 'SYNTHETIC', 'NO_IMAGE', 'HIDDEN', 'SegmentationSpec',
-           'UnreadableFile', 'NoSplit', 'opened', 'upright', 'read_image', 'as_mask', 'grey_step', 'read_mask',
-           'write_mask', 'numbers_in', 'check_numbers', 'check_sizes', 'check_pair', 'translate_mask', 'check_size',
-           'resize', 'resize_pair', 'read_all', 'PairDataset', 'noting', 'unless_unreadable', 'preload',
-           'sampled_sizes', 'mean_pixels', 'common_size', 'check_split', 'spelled', 'list_files', 'match_pairs',
-           'png_has_notes', 'orientation', 'image_file_size', 'is_turned', 'FileDataset', 'unused_files',
-           'unused_lines']
+           'UnreadableFile', 'opened', 'upright', 'read_image', 'as_mask', 'grey_step', 'read_mask', 'write_mask',
+           'numbers_in', 'check_numbers', 'check_sizes', 'check_pair', 'translate_mask', 'check_size', 'resize',
+           'resize_pair', 'read_all', 'PairDataset', 'noting', 'unless_unreadable', 'preload', 'sampled_sizes',
+           'mean_pixels', 'common_size', 'check_split', 'spelled', 'list_files', 'match_pairs', 'png_has_notes',
+           'orientation', 'image_file_size', 'is_turned', 'FileDataset', 'unused_files', 'unused_lines']
 
 # %% ../nbs/08_pairs.ipynb #65b49e4e
 import os, struct, warnings, zlib
@@ -50,9 +49,6 @@ class SegmentationSpec:
 # %% ../nbs/08_pairs.ipynb #d03eb8b2
 class UnreadableFile(ValueError):
     "A file of the dataset that cannot be decoded; the message names it."
-
-class NoSplit(FileNotFoundError):
-    "A dataset does not have this split: its folder or its list is not there."
 
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, # as Pillow says
            Image.DecompressionBombError) # a header that promises more pixels than any image has
@@ -333,9 +329,10 @@ def list_files(folder, types:tuple) -> dict: # stem -> path, sorted
 def match_pairs(images, masks, # folders
                 incomplete:bool=False, # True: a missing mask is an error when it is read, not here
                ) -> dict: # stem -> (image path, mask path), sorted
-    "Each image with the mask of its name; raises NoSplit, or FileNotFoundError for a missing mask."
-    if not Path(images).is_dir(): raise NoSplit(f"there is no folder {images}")
-    if not Path(masks).is_dir(): raise FileNotFoundError(f"there is no folder {masks}")
+    "Each image with the mask of its name; raises FileNotFoundError for a missing one."
+    if not Path(images).is_dir(): raise FileNotFoundError(f"there is no folder {images}")
+    if not Path(masks).is_dir(): # to a survey, a split without masks is not one that is not there
+        raise (ValueError if incomplete else FileNotFoundError)(f"there is no folder {masks}")
     found, labels = list_files(images, IMAGE_TYPES), list_files(masks, MASK_TYPES)
     alone = [p for stem, p in found.items() if stem not in labels]
     if alone and not incomplete:

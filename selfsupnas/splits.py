@@ -7,7 +7,7 @@ __all__ = ['LabelSplit', 'covering_order', 'classes_present', 'label_count', 'ma
            'load_split', 'check_no_leak']
 
 # %% ../nbs/11_splits.ipynb #a5142e7d
-import hashlib, math, warnings
+import hashlib, math, unicodedata, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,16 +114,20 @@ def find_id(line:str,   # of a split file
     "The id that a line names: an id, or the path of an image, perhaps with that of a mask behind."
     ends = [len(line)] + [i for i in range(len(line) - 1, 0, -1) if line[i].isspace()]
     starts = [line[:end].lstrip("/") for end in ends] # the longest first: names may have blanks
+    starts += [start.replace("\\", "/") for start in starts] # as Windows writes paths
     return next((names[start] for start in starts if start in names), None)
 
 def read_ids(path,  # labeled.txt or unlabeled.txt
              dataset) -> list: # of ids, in the order of the file
     "The ids of one split file; FileNotFoundError, or ValueError for what is unknown or twice."
-    path, names = Path(path), dataset.known_names()
+    def plain(text): return unicodedata.normalize("NFC", text) # an accent is a letter of its own,
+    path, names = Path(path), dataset.known_names()            # or not, as a system likes it
+    names = {plain(name): i for name, i in names.items()}
     if not path.is_file():
         raise FileNotFoundError(f"there is no split file {path}; write one with save_split")
     lines = [line.strip() for line in read_text(path, "a split file").splitlines()]
-    ids = [(number, line, find_id(line, names)) for number, line in enumerate(lines, 1) if line]
+    ids = [(number, line, find_id(plain(line), names)) for number, line in enumerate(lines, 1)
+           if line]
     ids = [entry for entry in ids if entry[2] or not entry[1].startswith("#")] # no comments
     unknown = [(number, line) for number, line, name in ids if name is None]
     if unknown:

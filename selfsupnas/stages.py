@@ -109,7 +109,9 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
             retrained = RunRecord.load(made, needs=("data", "root")).parameters
             data, root = data or retrained["data"], root or retrained["root"]
         if data != "streetscenes":
-            check_labels(load_dataset(data, config.split, root), config.split)
+            asked = load_dataset(data, config.split, root)
+            asked.skip_unreadable = config.skip_unreadable
+            check_labels(asked, config.split)
         return
     if stage == "front":
         if not (made := Path(config.search)/"search-record.json").is_file():

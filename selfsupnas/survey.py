@@ -28,6 +28,7 @@ class Survey:
     faulty: dict         # id -> what is wrong
     turned: int = 0      # images that their EXIF note turns upright
     unused: dict = field(default_factory=dict) # kind -> files that nothing reads
+    empty: int = 0       # labelled images without a labelled pixel
 
     @property
     def numbers(self) -> set: # that occur in masks
@@ -35,7 +36,8 @@ class Survey:
         return set(np.flatnonzero(self.pixels).tolist()) | void
     @property
     def fault(self) -> str: # of all masks together, see label_fault; "" where there is none
-        return label_fault(self.dataset, self.numbers) if self.numbers else ""
+        count = len(self.dataset.labelled_ids)
+        return label_fault(self.dataset, self.numbers, count) if self.numbers else ""
 
 def survey(dataset:PairDataset) -> Survey:
     "Read each pair once, as it is in the files; needs no memory for more than a few of them."
@@ -46,29 +48,33 @@ def survey(dataset:PairDataset) -> Survey:
         counts = np.bincount(mask.ravel(), minlength=256)
         return mask.shape, counts*(dataset.ids[i] in has_label), turned, None
     sizes, total, occurs, faulty = Counter(), np.zeros(256, int), np.zeros(256, int), {}
-    turned, looks = 0, read_all(look, len(dataset), f"reading {dataset.spec.name}")
+    turned, empty, looks = 0, 0, read_all(look, len(dataset), f"reading {dataset.spec.name}")
     for (size, counts, turns, complaint), name in zip(looks, dataset.ids): # to the end of the bar
         if complaint: faulty[name] = complaint; continue
         sizes[size] += 1
         turned += turns
+        empty += name in has_label and not counts[:dataset.spec.num_classes].any()
         total += counts
         occurs += counts > 0
     classes = slice(dataset.spec.num_classes)
     return Survey(dataset, dict(sizes.most_common()), total[classes], occurs[classes],
                   int(total[dataset.spec.ignore_index]), faulty, turned,
-                  dataset.unused())
+                  dataset.unused(), empty)
 
 # %% ../nbs/14_survey.ipynb #d3d3258b
 def label_fault(dataset:PairDataset, numbers:set, # that occur in its masks
+                count:int, # of labelled images
                ) -> str: # "" where there is none
     "Why masks with these numbers cannot be learnt from."
     spec = dataset.spec
     if not numbers - {spec.ignore_index}:
-        return f"not one labelled pixel: all are {spec.ignore_index}, the ignore index"
+        return (f"none of the {count:,} images has a labelled pixel: all are {spec.ignore_index}, "
+                "the ignore index")
     if numbers != {0, spec.ignore_index} or spec.num_classes == 1: return ""
     if getattr(dataset, "table", None): return "" # the numbers of its files are others
-    return (f"these look like 0/{spec.ignore_index} masks, and {spec.ignore_index} is the ignore "
-            f"index, not a class: write class numbers, mask[mask == {spec.ignore_index}] = 1")
+    return (f"the masks of the {count:,} images hold 0 and {spec.ignore_index} alone: these look "
+            f"like 0/255 masks, and {spec.ignore_index} is the ignore index, not a class. Write "
+            f"class numbers: mask[mask == {spec.ignore_index}] = 1")
 
 def label_doubt(dataset:PairDataset, numbers:set) -> str: # "" where there is none
     "What is odd about masks with these numbers."
@@ -92,10 +98,10 @@ def check_classes(dataset:PairDataset, split:str, # its name, for the message
         numbers |= set(sum(read_all(lambda k: look(part[k]), len(part), "a look at the masks"), []))
         if len(numbers - {dataset.spec.ignore_index}) > 1: return ""
     place = getattr(dataset, "base", None) or dataset.spec.name
-    kind = f"{split} of {place}, {len(rows):,} labelled images"
-    if fault := label_fault(dataset, numbers): raise ValueError(f"{kind}: {fault}")
+    fault = label_fault(dataset, numbers, len(rows))
+    if fault: raise ValueError(f"{split} of {place}: {fault}")
     odd = label_doubt(dataset, numbers) # of a set with one class in all there is nothing to say
-    return odd and f"{kind}: {odd}"
+    return odd and f"{split} of {place}, {len(rows):,} images: {odd}"
 
 # %% ../nbs/14_survey.ipynb #69ee6775
 def survey_text(found:Survey) -> str: # several lines
@@ -115,7 +121,8 @@ def survey_text(found:Survey) -> str: # several lines
         lines += [f"{name:{width}}  {s:20.2f}  {n:6,}{'' if n else '  in no image'}"
                   for name, s, n in zip(spec.classes, share, found.images)]
         share_void = 100*found.void/(found.void + total)
-        lines += [f"void: {share_void:.1f} % of the pixels of labelled images"]
+        all_over = f"; {found.empty:,} of them are void all over" if found.empty else ""
+        lines += [f"void: {share_void:.1f} % of the pixels of labelled images{all_over}"]
     lines += [f"unreadable or faulty: {len(found.faulty)} of {len(dataset):,} images"]
     lines += [f"  {name}: {why}" for name, why in found.faulty.items()]
     odd = found.fault or label_doubt(dataset, found.numbers)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .core import read_text
-from .pairs import (SYNTHETIC, FileDataset, NoSplit, SegmentationSpec, UnreadableFile,
-                              as_mask, read_mask, write_mask)
+from .pairs import (SYNTHETIC, FileDataset, SegmentationSpec, UnreadableFile, as_mask,
+                              read_mask, write_mask)
 from .scenes import draw_scene
 
 # %% ../nbs/09_voc.ipynb #0ee1ba84
@@ -72,7 +72,7 @@ def sbd_folder(root) -> Path: # or None
 def read_names(path) -> list: # of ids
     "The ids of a list: bare, or as paths such as /JPEGImages/ID.jpg, the first one of each line."
     try: lines = read_text(path, "a list of images").splitlines()
-    except OSError: raise NoSplit(f"there is no list of images {path}") from None
+    except OSError: raise FileNotFoundError(f"there is no list of images {path}") from None
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
 # %% ../nbs/09_voc.ipynb #d9a0314b

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from selfsupnas.batches import load_training_data
+from selfsupnas.benchmark import EvaluateConfig
 from selfsupnas.cityscapes import draw_cityscapes
 from selfsupnas.cli import main
 from selfsupnas.config import TrainingConfig
@@ -16,8 +17,10 @@ from selfsupnas.data import FolderDataset, load_dataset, read_classes
 from selfsupnas.evaluation import Metrics, confusion_figure, metrics_figures, metrics_text
 from selfsupnas.pairs import image_file_size, read_image, read_mask
 from selfsupnas.runlog import RunLog
+from selfsupnas.search import SearchConfig
 from selfsupnas.show import save_figure, show_samples
 from selfsupnas.splits import load_split
+from selfsupnas.stages import check_inputs
 from selfsupnas.voc import draw_voc, read_names
 
 H, W = 64, 80
@@ -117,6 +120,12 @@ def test_what_else_stands_in_a_list_of_classes(root):
 def test_comments_in_a_split_file(root):
     assert labels_of(root, "# made by hand\ntrain/0\n\n  # and\ntrain/2\n") == ["train/0", "train/2"]
     with pytest.raises(ValueError, match="line 2.*train/9"): labels_of(root, "# one\ntrain/9\n")
+
+
+def test_lists_of_other_systems(root):
+    "Paths with backslashes, and accents that stand apart from their letters."
+    for kind in ("images", "masks"): (root/kind/"train"/"0.png").rename(root/kind/"train"/"e\u0301te\u0301.png")
+    assert labels_of(root, "images\\train\\2.png masks\\train\\2.png\ntrain/\u00e9t\u00e9\n") == ["train/2", "train/e\u0301te\u0301"]
 
 
 # Images that a camera turned
@@ -386,12 +395,28 @@ def test_only_the_labelled_part_is_void(root, which):
     (root/"split"/"labeled.txt").write_text("train/0\n"), (root/"split"/"unlabeled.txt").write_text("train/1\ntrain/2\n")
     if which[0] == "split_folder":
         with pytest.raises(ValueError, match="255.*train|train.*255") as error: load_training_data(config(root, split_folder=str(root/"split")))
-        assert str(root) in str(error.value) and "1 labelled" in str(error.value)
+        assert str(root) in str(error.value) and "1 images" in str(error.value)
         save(root/"masks"/"train"/"0.png", parts(0, 255)())
         with pytest.raises(ValueError, match="0/255"): load_training_data(config(root, split_folder=str(root/"split")))
     else: # a drawn split covers what classes there are
         found = load_training_data(dataclasses.replace(config(root), label_fraction=1 / 3)).split.labelled
         assert "train/0" not in found
+
+
+def test_some_void_masks_are_counted(root, capsys):
+    save(root/"masks"/"train"/"0.png", one(255)())
+    status, said = look(root, capsys)
+    assert status == 0 and "1 of them are void all over" in said and not warned(lambda: load_training_data(config(root)))
+
+
+def test_damaged_masks_may_be_left_out_by_the_checks_too(root):
+    (root/"masks"/"test"/"0.png").write_bytes(b""), (root/"masks"/"train"/"0.png").write_bytes(b"")
+    for skip in (True, False):
+        for stage, asked in (("evaluate", EvaluateConfig(network=str(root), data="folder", root=str(root), skip_unreadable=skip)), ("search", SearchConfig(data="folder", root=str(root), skip_unreadable=skip, label_fraction=1.))):
+            def check(): warned(lambda: check_inputs(stage, asked, later=True))
+            if skip: check()
+            else:
+                with pytest.raises(ValueError, match="0.png"): check()
 
 
 def test_without_a_supervised_term_no_label_is_asked_for(tmp_path):
