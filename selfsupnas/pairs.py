@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from .core import progress_bar
@@ -56,7 +56,11 @@ DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
 @contextmanager
 def opened(path): # yields Pillow's Image
     "An image file, not mapped into memory: Pillow turns a mapped TIFF into stripes."
-    with open(path, "rb") as file, Image.open(file) as f: yield f
+    with open(path, "rb") as file:
+        try: f = Image.open(file)
+        except UnidentifiedImageError: # of a file that is open, Pillow says no name
+            raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from None
+        with f: yield f
 
 def upright(f) -> Image.Image: # f: an open image file
     "The picture decoded, and turned as its EXIF note says; of a TIFF Pillow has done that by then."
