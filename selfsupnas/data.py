@@ -231,16 +231,17 @@ class FolderDataset(FileDataset):
         super().__init__(spec, list(pairs), pairs.values(), size, base=root)
         self.split = split
 
-    def unused(self) -> dict: # see unused_files; what belongs to no split is told by train
+    def unused(self) -> dict: # see unused_files; what is of no split is told by the first one
         images, masks = self.base/"images", self.base/"masks"
         areas, used = {images: IMAGE_TYPES, masks: MASK_TYPES}, set(sum(self.pairs, ()))
         read = {images, masks}
         if any((images/s).is_dir() for s in SPLITS): read = {images/self.split, masks/self.split}
         else: used |= set(sum(match_pairs(images, masks, incomplete=True).values(), ()))
         found = unused_files(areas, read | {images/name for name in UNLABELLED}, used)
-        def own(p): # of this split, or train for what is of none
+        first = next((s for s in SPLITS if (images/s).is_dir()), "train")
+        def own(p):
             top = p.relative_to(self.base).parts[1]
-            return top == self.split or self.split == "train" and top not in SPLITS
+            return top == self.split or self.split == first and top not in SPLITS
         kinds = {kind: [p for p in paths if own(p)] for kind, paths in found.items()}
         return {kind: paths for kind, paths in kinds.items() if paths}
 

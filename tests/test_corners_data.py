@@ -333,6 +333,12 @@ def test_many_kinds_are_one_warning_and_system_files_none(root, capsys):
     assert len(warned(lambda: load_training_data(config(root)))) == 1
 
 
+def test_a_split_under_another_name(root, capsys):
+    for kind in ("images", "masks"): (root/kind/"train").rename(root/kind/"Train")
+    status, said = look(root, capsys)
+    assert "[train] not there" in said and said.count("images/Train/0.png") == 1 and "6 " in [line for line in said.splitlines() if "images/Train/0.png" in line][0]
+
+
 def test_a_folder_without_divided_splits_names_what_it_passes_over(tmp_path, capsys):
     root = tmp_path/"own"
     for i in range(10): save(root/"images"/f"{i}.png", photo(i)), save(root/"masks"/f"{i}.png", halves())
