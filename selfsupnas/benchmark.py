@@ -27,6 +27,7 @@ from .pairs import SPLITS, PairDataset
 from .processes import own_device
 from .retrain import RetrainConfig, load_network, retrain
 from .splits import load_split
+from .survey import check_classes
 
 # %% ../nbs/55_benchmark.ipynb #d3eaa907
 @dataclass
@@ -86,6 +87,7 @@ def check_labels(dataset: PairDataset, split: str):
     if not dataset.labelled_ids:
         raise ValueError(f"{dataset.spec.name} {split} has no labels here (they are on the "
                          "benchmark's server): evaluate with split=val")
+    check_classes(dataset, split)
 
 # %% ../nbs/55_benchmark.ipynb #d1e55002
 def class_order(names: tuple, # of the network's classes; or None: from before they were recorded

@@ -63,6 +63,7 @@ ANNOTATIONS = dict(fine=("train", "val"), coarse=("train", "val", "train_extra")
 
 def find_cityscapes(root, split:str,         # train, val, test or train_extra
                     annotation:str="fine",   # fine, coarse, or none: leave the labels alone
+                    incomplete:bool=False,   # True: a missing mask is an error when it is read
                    ) -> dict: # id -> (image path, mask path or None), sorted
     "The images of a split and their masks; raises FileNotFoundError or ValueError."
     if split not in CITYSCAPES_COUNTS or annotation not in ANNOTATIONS:
@@ -79,7 +80,7 @@ def find_cityscapes(root, split:str,         # train, val, test or train_extra
     if not found: raise FileNotFoundError(
         f"there is no image {folder}/CITY/*_leftImg8bit.png: unpack the archive with {split} there")
     alone = [mask for _, mask in found.values() if mask and not mask.is_file()]
-    if alone: raise FileNotFoundError(
+    if alone and not incomplete: raise FileNotFoundError(
         f"{len(alone)} of the {len(found)} {split} images have no {annotation} mask, such as "
         f"{alone[0]}")
     return found

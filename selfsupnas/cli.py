@@ -15,7 +15,7 @@ from .checkpoints import Stopped, earlier_run
 from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
 from .execution import run_launched, run_stage
-from .pairs import SPLITS
+from .pairs import NO_IMAGE, SPLITS
 from .splits import check_no_leak
 from .stages import (STAGES, check_inputs, describe, parse_parameters, parse_value,
                                stage_config)
@@ -90,34 +90,40 @@ def demo(data:str, folder, pairs) -> int: # exit status
 
 # %% ../nbs/90_cli.ipynb #e5b08398
 def open_splits(name:str, root, splits=None, # None: those that are there
-               ) -> dict: # split -> dataset
-    "The datasets of the splits; says which are not there, and raises when none is."
-    found, missing = {}, []
+               ) -> tuple: # split -> dataset; number of splits that are there and cannot be opened
+    """The datasets of the splits, with missing masks among their faults; says what is wrong with
+    others, and raises when there is none."""
+    found, missing, faults = {}, {}, {}
     for split in splits or SPLITS:
-        try: found[split] = load_dataset(name, split, root)
-        except FileNotFoundError as e: missing.append((split, e))
-    if missing and (splits or not found): raise missing[0][1]
-    for split, why in missing: print(f"[{split}] not there: {why}")
-    return found
+        try: found[split] = load_dataset(name, split, root, incomplete=True)
+        except FileNotFoundError as e: missing[split] = e
+        except (ValueError, OSError) as e: faults[split] = e
+    for why in (missing | faults).values() if not found else missing.values() if splits else ():
+        raise why
+    for split, why in missing.items(): print(f"[{split}] not there: {why}")
+    for split, why in faults.items(): print(f"[{split}] faulty: {why}")
+    return found, len(faults)
 
 def look_at_data(name:str, root, splits, folder, # where the sheets go
                  samples:int=6,                  # images of a sheet
-                ) -> int: # exit status: 1 when a file is faulty, else 0
+                ) -> int: # exit status: 1 when a file is faulty or missing, else 0
     "Print the survey of each split and save its sheet; raises ValueError or FileNotFoundError."
     from selfsupnas.show import save_figure
     from selfsupnas.survey import sample_sheet, survey, survey_text
     if samples < 1: raise ValueError(f"samples must be 1 or more, not {samples}")
-    faulty, datasets = 0, open_splits(name, root, splits)
+    datasets, faults = open_splits(name, root, splits)
+    faulty = set()
     for split, dataset in datasets.items():
         found = survey(dataset)
         print(f"\n[{split}] {survey_text(found)}")
         if len(found.faulty) < len(dataset):
             sheet = save_figure(sample_sheet(found, samples), Path(folder)/f"{split}.png", 120)
             print(f"samples: {sheet}", flush=True)
-        faulty += len(found.faulty)
-    if name == "folder" and len(datasets) > 1 and not faulty:
-        print(f"\nno image is in two splits: {check_no_leak(datasets):,} compared")
-    return int(faulty > 0)
+        faulty |= {(split, name) for name in found.faulty}
+        faults += len(found.unused.get(NO_IMAGE, ())) + bool(found.fault)
+    if name == "folder" and len(datasets) > 1:
+        print(f"\nno image is in two splits: {check_no_leak(datasets, faulty):,} compared")
+    return int(bool(faulty or faults))
 
 # %% ../nbs/90_cli.ipynb #e5cb1196
 def make_parser() -> argparse.ArgumentParser:

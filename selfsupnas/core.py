@@ -149,10 +149,16 @@ def write_json(path, # file to write; its folder is made when missing
 
 # %% ../nbs/01_core.ipynb #f35c1f15
 def read_text(path, what: str) -> str: # what: it should be, for the message
-    "The text of a UTF-8 file; raises ValueError that names the file where it is none."
-    try: return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not {what}: byte {e.start} is no UTF-8 text") from None
+    """The text of a UTF-8 file, without the mark (BOM) that some editors put before it; raises
+    ValueError that names the file where it is none."""
+    data = Path(path).read_bytes()
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data # no letter has a byte of 0
+    try:
+        text, wrong = data.decode("utf-8-sig"), data.find(b"\0")
+        if wrong < 0: return text
+    except UnicodeDecodeError as e: wrong = e.start
+    raise ValueError(f"{path} is not {what}: byte {wrong} is no UTF-8 text; save it as UTF-8"
+                     + (" (it looks like UTF-16 or UTF-32)" if wide else ""))
 
 def read_json(path, what: str) -> dict: # what: it should be, for the message
     "The object that a JSON file holds; raises ValueError that names the file."

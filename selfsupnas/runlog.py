@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoints import checkpoint_paths, step_of
 from .config import TrainingConfig
 from .core import write_json
-from .evaluation import evaluate
+from .evaluation import evaluate, known_or_none
 from .pairs import PairDataset
 
 # %% ../nbs/49_runlog.ipynb #db3bbed4
@@ -71,7 +71,7 @@ class RunLog:
     def finish(self, row: dict, model: nn.Module, val: PairDataset, bar, watch: Callable | None):
         "Validate where it is due, and say and show what the row holds."
         due = len(self.rows) % 5 == 0 or row["step"] == self.config.steps
-        row["val_miou"] = (evaluate(model, val, progress=False).miou
+        row["val_miou"] = (known_or_none(evaluate(model, val, progress=False).miou)
                            if due and self.config.w_sup else None)
         line = self.line(row)
         bar.set_postfix_str(line, refresh=False)

@@ -7,7 +7,7 @@ __all__ = ['LabelSplit', 'covering_order', 'classes_present', 'label_count', 'ma
            'load_split', 'check_no_leak']
 
 # %% ../nbs/11_splits.ipynb #a5142e7d
-import hashlib, math, warnings
+import hashlib, math, unicodedata, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import read_json, read_text, write_json, written_aside
-from .pairs import numbers_in, read_all, unless_unreadable
+from .pairs import numbers_in, read_all, spelled, unless_unreadable
 
 # %% ../nbs/11_splits.ipynb #cell-08
 @dataclass
@@ -114,16 +114,21 @@ def find_id(line:str,   # of a split file
     "The id that a line names: an id, or the path of an image, perhaps with that of a mask behind."
     ends = [len(line)] + [i for i in range(len(line) - 1, 0, -1) if line[i].isspace()]
     starts = [line[:end].lstrip("/") for end in ends] # the longest first: names may have blanks
+    starts += [start.replace("\\", "/") for start in starts] # as Windows writes paths
     return next((names[start] for start in starts if start in names), None)
 
 def read_ids(path,  # labeled.txt or unlabeled.txt
              dataset) -> list: # of ids, in the order of the file
     "The ids of one split file; FileNotFoundError, or ValueError for what is unknown or twice."
-    path, names = Path(path), dataset.known_names()
+    def plain(text): return unicodedata.normalize("NFC", text) # an accent is a letter of its own,
+    path, names = Path(path), dataset.known_names()            # or not, as a system likes it
+    names = {plain(name): i for name, i in names.items()}
     if not path.is_file():
         raise FileNotFoundError(f"there is no split file {path}; write one with save_split")
     lines = [line.strip() for line in read_text(path, "a split file").splitlines()]
-    ids = [(number, line, find_id(line, names)) for number, line in enumerate(lines, 1) if line]
+    ids = [(number, line, find_id(plain(line), names)) for number, line in enumerate(lines, 1)
+           if line]
+    ids = [entry for entry in ids if entry[2] or not entry[1].startswith("#")] # no comments
     unknown = [(number, line) for number, line, name in ids if name is None]
     if unknown:
         raise ValueError(f"{path}, line {unknown[0][0]}: {unknown[0][1]!r} names no image of "
@@ -135,20 +140,20 @@ def read_ids(path,  # labeled.txt or unlabeled.txt
     return [name for *_, name in ids]
 
 # %% ../nbs/11_splits.ipynb #2ee6e94b
-def load_split(folder,  # that holds labeled.txt and unlabeled.txt
+def load_split(folder,  # that holds labeled.txt and unlabeled.txt, or labelled.txt and so on
                dataset, # the training set they belong to
               ) -> LabelSplit:
     "Read a split; raises ValueError unless each image is known, on one side only, some labelled."
     folder, has_label = Path(folder), set(dataset.labelled_ids)
-    labelled = read_ids(folder/"labeled.txt", dataset)
-    unlabelled = read_ids(folder/"unlabeled.txt", dataset)
+    files = [spelled(folder, f"{word}labeled.txt", f"{word}labelled.txt") for word in ("", "un")]
+    labelled, unlabelled = (read_ids(path, dataset) for path in files)
     bare = [i for i in labelled if i not in has_label]
-    if bare: raise ValueError(f"{folder/'labeled.txt'} names {len(bare)} images that have no "
+    if bare: raise ValueError(f"{files[0]} names {len(bare)} images that have no "
                               f"label, such as {bare[0]!r}")
     both = sorted(set(labelled) & set(unlabelled))
     if both: raise ValueError(f"{folder}: {len(both)} images are labelled and unlabelled at once, "
                               f"such as {both[0]!r}")
-    if not labelled: raise ValueError(f"{folder/'labeled.txt'} is empty: label at least one image")
+    if not labelled: raise ValueError(f"{files[0]} is empty: label at least one image")
     origin = folder/"split.json"
     kept = read_json(origin, "the origin of a split") if origin.is_file() else {}
     return LabelSplit(labelled, unlabelled, kept.get("fraction"), kept.get("seed"),
@@ -156,12 +161,16 @@ def load_split(folder,  # that holds labeled.txt and unlabeled.txt
 
 # %% ../nbs/11_splits.ipynb #cell-34
 def check_no_leak(datasets:dict, # of split name -> dataset
+                  faulty:set=(), # (split, id) of images that may be left out, as they are damaged
                  ) -> int: # number of images compared
     "Raise ValueError when an id, or an image equal to the byte, occurs in two splits."
     ids, seen, total = {}, {}, 0
     for split, dataset in datasets.items():
         for i, name in enumerate(dataset.ids):
-            image, total = dataset[i][0], total + 1
+            try: image, total = dataset.image(i), total + 1
+            except ValueError:
+                if (split, name) in faulty: continue
+                raise
             data = str(tuple(image.shape)).encode() + image.numpy().tobytes()
             digest = hashlib.sha256(data).digest()
             for what, table, key in [("id", ids, name), ("image", seen, digest)]:

@@ -106,7 +106,9 @@ def check_evaluate(stage: str, config, later: bool):
     from selfsupnas.benchmark import check_labels, open_evaluation
     if later:
         if config.data and config.data != "streetscenes":
-            check_labels(load_dataset(config.data, config.split, config.root), config.split)
+            asked = load_dataset(config.data, config.split, config.root)
+            asked.skip_unreadable = config.skip_unreadable
+            check_labels(asked, config.split)
         return
     made = Path(config.network)/"retrain-record.json"
     if not made.is_file(): raise FileNotFoundError(
@@ -136,9 +138,8 @@ def check_training_inputs(stage: str, config, later: bool): # of search and retr
     if config.data == "streetscenes": # drawn by the run, with its progress
         size, classes = config.size or STREETSCENES_SIZE, CAMVID_SPEC.num_classes
     else:
-        from selfsupnas.batches import image_size
-        train, _ = (load_dataset(config.data, split, config.root, config.size)
-                    for split in ("train", "val"))
+        from selfsupnas.batches import image_size, training_sets
+        train = training_sets(config)[0]
         size, classes = image_size(train, config.crop), train.spec.num_classes
         if config.split_folder: load_split(config.split_folder, train)
         elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .core import read_text
 from .pairs import (SYNTHETIC, FileDataset, SegmentationSpec, UnreadableFile, as_mask,
                               read_mask, write_mask)
 from .scenes import draw_scene
@@ -70,7 +71,7 @@ def sbd_folder(root) -> Path: # or None
 # %% ../nbs/09_voc.ipynb #8e94240c
 def read_names(path) -> list: # of ids
     "The ids of a list: bare, or as paths such as /JPEGImages/ID.jpg, the first one of each line."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = read_text(path, "a list of images").splitlines()
     except OSError: raise FileNotFoundError(f"there is no list of images {path}") from None
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
@@ -91,6 +92,7 @@ def augmented_masks(root) -> dict: # id -> mask path; without VOC's own
 
 # %% ../nbs/09_voc.ipynb #09766885
 def find_voc(root, split:str, # train, val, train_aug, or test: images without labels
+             incomplete:bool=False, # True: a missing file is an error when it is read
             ) -> dict: # id -> (image path, mask path or None), sorted
     "The images of a split and their masks; raises FileNotFoundError or ValueError."
     if split not in (*VOC_COUNTS, "test"):
@@ -104,7 +106,7 @@ def find_voc(root, split:str, # train, val, train_aug, or test: images without l
         masks = {k: v for k, v in (augmented_masks(root) | masks).items() if k not in held_out}
     found = {name: (base/"JPEGImages"/f"{name}.jpg", masks[name]) for name in sorted(masks)}
     missing = [p for pair in found.values() for p in pair if p and not p.is_file()]
-    if missing: raise FileNotFoundError(
+    if missing and not incomplete: raise FileNotFoundError(
         f"{len(missing)} files of VOC {split} ({len(found)} images) are missing, such as "
         f"{missing[0]}")
     return found
@@ -113,8 +115,9 @@ def find_voc(root, split:str, # train, val, train_aug, or test: images without l
 class VOC(FileDataset):
     "PASCAL VOC 2012 as its archive unpacks; `train_aug` with SBD or SegmentationClassAug."
     def __init__(self, root, split:str, # train, train_aug, val, or test: no labels
-                 size:tuple=None):      # (H, W) that pairs are resized to; their own sizes differ
-        found = find_voc(root, split)
+                 size:tuple=None,       # (H, W) that pairs are resized to; their own sizes differ
+                 incomplete:bool=False): # True: a missing file is an error when it is read
+        found = find_voc(root, split, incomplete)
         super().__init__(VOC_SPEC, list(found), found.values(), size, base=voc_folder(root))
         self.expected = VOC_COUNTS.get(split)
 
