@@ -123,7 +123,7 @@ def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trial
     trials = {lr: record_of(config, trial_name(config, network, lr), "retrain")
               for lr in config.lrs}
     return (None if None in trials.values()
-            else max(trials, key=lambda lr: trials[lr].figures["val_miou"]))
+            else max(trials, key=lambda lr: trials[lr].figures["val_miou"] or 0.)) # None: undefined
 
 # %% ../nbs/58_campaign.ipynb #93887579
 def shared_parameters(config: CampaignConfig, fraction: float) -> dict:

@@ -17,6 +17,7 @@ from .campaign import (CampaignConfig, Run, make_routes, make_splits, missing_st
                                  plan, record_of)
 from .checkpoints import checkpoint_paths, delayed_interrupt
 from .core import RunRecord, progress_bar, write_json
+from .evaluation import miou_text
 
 # %% ../nbs/59_driver.ipynb #72a68118
 def command_words(folder: FilePath, stage: str, parameters: dict) -> list:
@@ -113,10 +114,11 @@ def outcome(record: RunRecord) -> str:
     "What a stage reports; of a search: of its derived network with inherited weights, if trained."
     figures = record.figures
     if record.stage == "evaluate":
-        return f"{figures['split']} mIoU {next(iter(figures['rows'].values()))['miou']:.3f}"
-    if record.stage == "search" and figures["derived_inherited_val_miou"] is None: # no labels
+        return f"{figures['split']} mIoU {miou_text(next(iter(figures['rows'].values()))['miou'])}"
+    if record.stage == "search" and not record.parameters.get("w_sup", 1): # no labels
         return f"val jigsaw accuracy {figures['jigsaw_val_accuracy']:.3f}"
-    return f"val mIoU {figures.get('val_miou', figures.get('derived_inherited_val_miou')):.3f}"
+    miou = figures.get("val_miou", figures.get("derived_inherited_val_miou"))
+    return f"val mIoU {miou_text(miou)}"
 
 # %% ../nbs/59_driver.ipynb #ca5e5801
 def run_campaign(config: CampaignConfig,

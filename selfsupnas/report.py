@@ -68,7 +68,7 @@ def read_records(*paths, # JSON files, or folders searched for `*record*.json` a
     def no_nan(name): raise ValueError(f"holds {name}, which is not JSON; null means undefined")
     records = []
     for path in sorted(files.values()):
-        try: record = json.loads(path.read_text(encoding="utf8"), parse_constant=no_nan)
+        try: record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=no_nan)
         except ValueError as error:
             raise ValueError(f"{path} is not a run record: {error}") from None
         records.append({**check_record(record, path), "file": str(path)})

@@ -21,7 +21,7 @@ from .checkpoints import (digests, load_weights, make_room, once, read_weights,
 from .config import TrainingConfig
 from .core import RunRecord, Timer, check_fields, from_parameters, write_json
 from .cost import count_cost
-from .evaluation import class_counts, evaluate
+from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
 from .search import jigsaw_figures
 from .training import Trained, load_trained, train
@@ -156,7 +156,7 @@ def retrain(config: RetrainConfig,
                    "classes": list(data.train.spec.classes),
                    "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
                    "gflops": cost.gflops,
-                   "parameters": cost.parameters, "val_miou": metrics.miou,
+                   "parameters": cost.parameters, "val_miou": known_or_none(metrics.miou),
                    "val_pixel_accuracy": metrics.pixel_accuracy,
                    "labelled_images": len(data.split.labelled),
                    "unlabelled_images": len(data.split.unlabelled),

@@ -28,7 +28,7 @@ from .config import TrainingConfig, ramp_up
 from .core import (RunRecord, Timer, check_fields, from_parameters, read_json,
                              write_json)
 from .cost import COSTS, count_cost
-from .evaluation import evaluate, same_size_batches
+from .evaluation import evaluate, known_or_none, same_size_batches
 from .gate import CLOSED, GATES, gates_of, set_closing, watch_gates
 from .grid import STRIDES, Path, SearchSpace
 from .jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
@@ -432,7 +432,8 @@ def search_figures(config, data, trained: Trained, table, derived: StaticNetwork
     if config.search_operations: figures["candidates_kept"] = len(derived.architecture.operations)
     for name, network in (("supernet_val_miou", trained.model),
                           ("derived_inherited_val_miou", derived)):
-        figures[name] = evaluate(network, data.val, progress=False).miou if config.w_sup else None
+        figures[name] = (known_or_none(evaluate(network, data.val, progress=False).miou)
+                         if config.w_sup else None)
     return figures
 
 def reopened(history: list, space: SearchSpace) -> dict: # figures
