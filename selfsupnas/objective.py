@@ -25,7 +25,8 @@ from .losses import class_weights_from, pixel_cross_entropy
 from .permutations import permutation_set
 from .processes import greatest_of, part_of, rolled, total_of, world
 from .space import RoutingNetwork
-from .teacher import AdaptiveThreshold, EMATeacher, diagnostics_of, pixel_counts
+from .teacher import (AdaptiveThreshold, EMATeacher, diagnostics_of, logits_of,
+                                pixel_counts)
 
 # %% ../nbs/47_objective.ipynb #c290d7cc
 class Trainee(nn.Module):
@@ -42,7 +43,7 @@ class Trainee(nn.Module):
                 perturb: int = 0):
         """{logits: (segment,K,H,W), and where wanted perturbed: (perturb,K,H,W), jigsaw: the head's
         logits, peer: (segment,K,H,W)}."""
-        if self.head is None and not perturb: out = {"logits": self.model(images)}
+        if self.head is None and not perturb: out = {"logits": logits_of(self.model(images))}
         else:
             size, signals = images.shape[-2:], self.model.walk(images)
             if perturb:
@@ -53,7 +54,7 @@ class Trainee(nn.Module):
             if perturb: out["perturbed"] = self.model.classify(fused[0][len(images):], size)
             if segment < len(images):
                 out["jigsaw"] = self.head(fused[self.level][segment:len(images)])
-        if self.peer is not None: out["peer"] = self.peer(images[:segment])
+        if self.peer is not None: out["peer"] = logits_of(self.peer(images[:segment]))
         return out
 
 def perturbed_too(signal: Signal, rows: slice) -> Signal:
@@ -70,11 +71,14 @@ def perturbed_too(signal: Signal, rows: slice) -> Signal:
 def make_trainee(model: nn.Module, config: TrainingConfig) -> Trainee:
     """With a head for the pretext task if the run has one; at the network's coarsest scale where
     jigsaw_stride is beyond it."""
-    if config.recompute:
-        if not isinstance(model, RoutingNetwork):
-            raise ValueError("recompute=True is for networks of the grid, not for "
-                             f"{type(model).__name__}")
-        model.recompute = True
+    if not isinstance(model, RoutingNetwork):
+        wants = [name for name, wanted in (
+            ("recompute=True", config.recompute), ("w_jig over 0", config.w_jig),
+            ("drop_path over 0", config.drop_path), (f"consistency={config.consistency!r}",
+             config.w_semi and CONSISTENCY[config.consistency].perturbed)) if wanted]
+        if wants: raise ValueError(f"{', '.join(wants)}: for networks of the grid, not for "
+                                   f"{type(model).__name__}")
+    if config.recompute: model.recompute = True
     peer = copy.deepcopy(model) if config.w_semi and CONSISTENCY[config.consistency].peer else None
     # another start, or the two would agree for ever
     for name, module in peer.named_modules() if peer is not None else ():
@@ -160,7 +164,8 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
         views = UnlabelledViews(batches["unlabelled"], CONSISTENCY[config.consistency], generator,
                                 config.cutmix_p)
         if views.kind.teacher == "ema":
-            taught = dict.fromkeys(views.kind.weights, teacher.model.model(views.batch["weak"]))
+            answer = logits_of(teacher.model.model(views.batch["weak"]))
+            taught = dict.fromkeys(views.kind.weights, answer)
         parts.update(views.images())
     sizes, images = list(map(len, parts.values())), list(parts.values())
     if weights["jig"]:

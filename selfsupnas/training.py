@@ -28,7 +28,7 @@ from .processes import (add_gradients, anyones, everyones, from_first, synchroni
                                   total_of, union_of, world)
 from .runlog import RunLog
 from .splits import LabelSplit, save_split
-from .teacher import AdaptiveThreshold, EMATeacher
+from .teacher import AdaptiveThreshold, EMATeacher, logits_of
 
 # %% ../nbs/50_training.ipynb #cell-20
 def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -242,7 +242,7 @@ def taught_views(trained: Trained, config: TrainingConfig, data: TrainingData) -
                             torch.Generator().manual_seed(config.seed), config.cutmix_p)
     strong = views.mix("strong", batch["strong"])
     with torch.no_grad():
-        taught = views.mix("strong", trained.model(batch["weak"]))
-        student = trained.student(strong)
+        taught = views.mix("strong", logits_of(trained.model(batch["weak"])))
+        student = logits_of(trained.student(strong))
     return {"weak": denormalise(batch["weak"]).cpu(), "strong": denormalise(strong).cpu(),
             "taught": taught.softmax(1).cpu(), "student": student.softmax(1).cpu()}

@@ -218,3 +218,281 @@ def test_an_operation_that_breaks_later_is_named_in_the_network(search_operation
 def test_operations_in_half_precision_fit(operation):
     operation(lambda c: nn.Conv2d(c, c, 1))
     with torch.autocast("cpu", torch.bfloat16): supernet(SearchSpace(3, 1, C, ("mine", "identity")))(torch.rand(2, 3, 64, 64))
+
+
+# ---- models that return a dict
+
+class Dict(nn.Module):
+    "As torchvision's segmenters answer."
+    def __init__(self, network, key="out"):
+        super().__init__()
+        self.network, self.key = network, key
+
+    def forward(self, x): return {self.key: self.network(x), "aux": None}
+
+
+def dict_terms(out, valid, labels, permutations=None):
+    "Name -> what takes an answer of a model, as a function of the answer (B,3,16,16)."
+    from selfsupnas import consistency, jigsaw, teacher
+    from selfsupnas.losses import pixel_cross_entropy
+    from selfsupnas.permutations import permutation_set
+    goal = torch.rand(out)
+    def loss_of(kind): return lambda answer: consistency.consistency_loss(
+        consistency.CONSISTENCY[kind], *({view: what for view in consistency.CONSISTENCY[kind].weights} for what in (answer, answer, valid)), .3)
+    yield from {f"consistency_loss {kind}": loss_of(kind) for kind in consistency.CONSISTENCY}.items()
+    for term in (consistency.mean_teacher, consistency.fixmatch, consistency.hard_labels):
+        yield f"{term.__name__}, student", lambda answer, term=term: term(answer, goal, valid)
+        yield f"{term.__name__}, teacher", lambda answer, term=term: term(goal, answer, valid)
+    yield "pixel_counts", lambda answer: teacher.pixel_counts(answer, valid, .3)
+    yield "pseudo_label_diagnostics", lambda answer: teacher.pseudo_label_diagnostics(answer, valid, .3)
+    yield "AdaptiveThreshold", lambda answer: teacher.AdaptiveThreshold().update(answer, valid)
+    yield "pixel_cross_entropy", lambda answer: pixel_cross_entropy(answer, labels)
+    yield "perturb_features", lambda answer: consistency.perturb_features(answer, 0.)
+    yield "JigsawHead", lambda answer: torch.manual_seed(0) and jigsaw.JigsawHead(3, 2, 24)(answer)
+    yield "predict", lambda answer: __import__("selfsupnas.evaluation", fromlist=["predict"]).predict(lambda x: answer, torch.rand(out))
+
+
+OUT = (2, 3, 16, 16)
+TERMS = dict(dict_terms(OUT, torch.ones(2, 16, 16, dtype=torch.bool), torch.zeros(2, 16, 16, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_answers_in_a_dict_are_taken_by_every_term(name):
+    logits = torch.randn(OUT)
+    def told(x): return repr(TERMS[name](x))
+    assert told({"out": logits, "aux": torch.zeros(1)}) == told(logits)
+    for wrong in ({"logits": logits}, (logits, logits), None, {"out": None}):
+        with pytest.raises(ValueError, match="out") as e: TERMS[name](wrong)
+        assert type(wrong).__name__ in str(e.value)
+
+
+@pytest.mark.parametrize("of", ["jigsaw_loss", "jigsaw_guess", "jigsaw_accuracy", "solve_positions"])
+def test_answers_in_a_dict_are_taken_by_the_jigsaw(of):
+    from selfsupnas import jigsaw
+    from selfsupnas.permutations import permutation_set
+    permutations, logits = permutation_set(2), torch.randn(2, 4, 4)
+    more = {"jigsaw_loss": (torch.tensor([0, 1]), permutations), "jigsaw_guess": (permutations,), "jigsaw_accuracy": (torch.tensor([0, 1]), permutations)}.get(of, ())
+    assert repr(getattr(jigsaw, of)({"out": logits}, *more)) == repr(getattr(jigsaw, of)(logits, *more))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from conftest import draw_folder
+    draw_folder(tmp_path/"data", dict(train=6, val=3, test=2))
+    return tmp_path
+
+
+def config(place, **changes):
+    from selfsupnas.config import TrainingConfig
+    return TrainingConfig(**{**dict(folder=str(place/"run"), data="folder", root=str(place/"data"), label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2,
+                                    batch_jigsaw=2, threshold=.3, ramp=(0., 0.), w_jig=0.), **changes})
+
+
+def test_a_dict_is_taken_alike_where_networks_are_judged_and_counted(folder):
+    from selfsupnas.data import load_dataset
+    from selfsupnas.evaluation import evaluate, segment
+    net, val = nn.Conv2d(3, 3, 3, padding=1), load_dataset("folder", "val", folder/"data")
+    images = torch.stack([val[i][0] for i in range(2)])
+    for views in ({}, dict(window=(40, 50)), dict(flip=True, scales=(1., .5))):
+        assert evaluate(Dict(net), val, progress=False, **views).confusion.equal(evaluate(net, val, progress=False, **views).confusion)
+        assert segment(Dict(net), images, **views).equal(segment(net, images, **views))
+    assert count_cost(Dict(net), (64, 64)).flops == count_cost(net, (64, 64)).flops
+    with pytest.raises(ValueError, match="dict.*logits.*out"): evaluate(Dict(net, "logits"), val, progress=False)
+    assert net.training
+
+
+def test_a_dict_is_exported_as_its_logits(tmp_path):
+    from selfsupnas.export import export_program
+    net, x = nn.Conv2d(3, 3, 3, padding=1), torch.rand(1, 3, 40, 50)
+    got = torch.export.load(export_program(Dict(net), (64, 64), tmp_path/"a.pt2")).module()(x)
+    assert got.allclose(net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean_teacher", "fixmatch", "cps"])
+def test_a_model_that_returns_a_dict_trains_as_its_logits(kind, folder):
+    from selfsupnas.batches import load_training_data
+    from selfsupnas.training import train
+    def run(wrap):
+        torch.manual_seed(0)
+        settings = config(folder, consistency=kind, folder=str(folder/wrap.__name__))
+        return train(wrap(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1))), settings, load_training_data(settings)).history
+    def plain(net): return net
+    assert run(Dict) == run(plain)
+
+
+def test_what_only_the_grid_can_do_is_said(folder):
+    from selfsupnas.objective import make_trainee
+    for wrong in (dict(w_jig=1.), dict(consistency="unimatch"), dict(recompute=True), dict(drop_path=.1)):
+        with pytest.raises(ValueError, match=next(iter(wrong))) as e: make_trainee(nn.Conv2d(3, 3, 1), config(folder, **wrong))
+        assert "Conv2d" in str(e.value)
+
+
+# ---- the teacher pairs once
+
+def test_the_teacher_pairs_once_and_again_when_it_must():
+    from selfsupnas import teacher as room
+    from unittest.mock import patch
+    def student():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+        net.tied = net[2] # a module under two names
+        return net
+    def step(net):
+        with torch.no_grad(): [p.normal_(generator=draw) for p in net.parameters()]
+        net(torch.rand(2, 3, 5, 5, generator=draw))
+    def by_hand(ours, net, decay):
+        with torch.no_grad():
+            for a, b in room.paired_tensors(ours, net): a.copy_(torch.lerp(b, a, decay) if isinstance(a, nn.Parameter) else b)
+    net, draw = student(), torch.Generator().manual_seed(0)
+    kept = room.EMATeacher(net, .9)
+    shadow = copy.deepcopy(kept.model)
+    count = 0
+    def check(t=kept, s=shadow):
+        nonlocal count
+        step(net)
+        t.update(net, count + 5)
+        by_hand(s, net, min(1 - 1 / (count + 6), .9))
+        count += 1
+        for a, b in zip(t.model.state_dict().values(), s.state_dict().values()): torch.testing.assert_close(a, b)
+    with patch.object(room, "paired_places", wraps=room.paired_places) as paired:
+        check(), check()
+        once = paired.call_count - 2 # those by hand
+        assert once == 1
+        net.load_state_dict(student().state_dict()), check()
+        net.load_state_dict(student().state_dict(), assign=True), check() # other parameters
+        kept.load_state_dict(kept.state_dict()), check()
+        net.to(torch.float64), net.to(torch.float32), check() # other buffers
+        net.to(memory_format=torch.channels_last), check()
+        torch.__future__.set_overwrite_module_params_on_conversion(True) # other parameters here, too
+        try: net.to(torch.float64), net.to(torch.float32), check()
+        finally: torch.__future__.set_overwrite_module_params_on_conversion(False)
+        assert paired.call_count - count == 1
+        other, others = copy.deepcopy(kept), copy.deepcopy(shadow) # goes its own way, with the same student
+        check(other, others), check()
+        assert pickle.loads(pickle.dumps(kept)).paired is None
+        net[2] = nn.Conv2d(4, 4, 1) # another module of the same shape: tied still names the old one
+        step(net)
+        with pytest.raises(ValueError, match="differs"): kept.update(net, 3)
+        net.tied = net[2]
+        kept.update(net, 0)
+        assert torch.equal(kept.model[2].weight, net[2].weight)
+        net[2].register_parameter("more", nn.Parameter(torch.zeros(1)))
+        with pytest.raises(ValueError, match="more"): kept.update(net, 3)
+
+
+# ---- nothing of the caller's is moved
+
+def traits(net): return [(name, t.device, t.dtype, t.requires_grad, t.stride(), t.data_ptr()) for name, t in [*net.named_parameters(), *net.named_buffers()]], [m.training for m in net.modules()]
+
+
+def test_evaluate_leaves_the_model_where_it_is(folder):
+    from selfsupnas.data import load_dataset
+    from selfsupnas.evaluation import evaluate
+    net, val = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)), load_dataset("folder", "val", folder/"data")
+    net[1].eval()
+    before = traits(net)
+    here = evaluate(net, val, progress=False)
+    assert evaluate(net, val, device="cpu", progress=False).confusion.equal(here.confusion) and traits(net) == before
+    with pytest.raises(Exception): evaluate(net, val, device="meta", progress=False) # there is nothing to read off
+    assert traits(net) == before
+    with pytest.raises(ValueError, match="finite"): evaluate(nn.Sequential(net, Calls(lambda s, x: x / 0)), val, progress=False)
+    assert traits(net) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_counting_timing_and_exporting_leave_the_model_as_it_is(fails, tmp_path):
+    from selfsupnas.cost import measure_latency
+    from selfsupnas.export import export_program, fold_batch_norm
+    def end(s, x):
+        if fails: raise RuntimeError("here")
+        return x
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), Calls(end)).to(memory_format=torch.channels_last)
+    net[0].weight.requires_grad_(False), net[1].eval()
+    before, fast = traits(net), torch.backends.mha.get_fastpath_enabled()
+    for act in (lambda: count_cost(net, (40, 40)), lambda: count_flops(net, torch.zeros(1, 3, 40, 40)), lambda: measure_latency(net, (40, 40), repeats=1, warmup=0),
+                lambda: export_program(net, (40, 40), tmp_path/"a.pt2"), lambda: fold_batch_norm(net)):
+        try: act()
+        except Exception as e: assert fails and "here" in str(e)
+        assert traits(net) == before and torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(folder):
+    from selfsupnas.baselines import all_open
+    from selfsupnas.data import load_dataset
+    from selfsupnas.dynamic import run_dynamic
+    from selfsupnas.search import calibrate_closing, gate_statistics, inherited_network
+    space = SearchSpace(3, 1, 4)
+    net, table, val = supernet(space), measure_costs(space, (64, 80)), load_dataset("folder", "val", folder/"data")
+    net.stem.eval()
+    before = traits(net)
+    images = torch.stack([val[i][0] for i in range(3)])
+    for act in (lambda: gate_statistics(net, val, table), lambda: run_dynamic(net, val, table), lambda: inherited_network(all_open(space), net.state_dict(), images),
+                lambda: calibrate_closing(net, table, .6, images)):
+        act()
+        assert traits(net) == before
+
+
+# ---- the closing threshold meets its budget, and no lower one does
+
+def static_supernet(values):
+    "A supernet whose gates are the same for every image, its table and share of the full cost at a threshold, by the rules of the grid alone."
+    import dataclasses
+    from selfsupnas.budget import static_cost
+    from selfsupnas.gate import gates_of
+    from selfsupnas.grid import trace_route
+    from selfsupnas.space import gates_from_paths
+    space = SearchSpace(3, 2, 4)
+    net, table = supernet(space, gate="static"), measure_costs(space, (64, 80), gate="static")
+    table = dataclasses.replace(table, raise_from=(0, *(20 * cost for cost in table.raise_from[1:]))) # a decoder that is dear at coarse scales
+    held = gates_from_paths(space, {path: values.get(path, .02) for path in space.gated()})
+    for name, gate in gates_of(net).items(): gate.logits.data = torch.atanh(held[name])
+    def share(closing):
+        kept = {path for path in space.gated() if values.get(path, .02) > closing}
+        gates = sum(table.gates[scale][len(space.gated_at(layer, scale))] for layer, scale in trace_route(space, kept))
+        return (static_cost(table, kept) + gates) / table.full
+    return net, table, share
+
+
+def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
+    from selfsupnas.gate import CLOSED, gates_of
+    from selfsupnas.search import calibrate_closing
+    # above .3 the cell (1, 1) passes its input on, and the decoder has to raise it
+    net, table, share = static_supernet({Path(0, 0, "down"): .9, Path(0, 0, "keep"): .1, Path(1, 1, "up"): .3, Path(1, 0, "keep"): .6, Path(2, 0, "keep"): .95})
+    images = torch.zeros(2, 3, 64, 80, dtype=torch.uint8)
+    grid = [CLOSED + (1 - CLOSED) * k / 1024 for k in range(1025)]
+    assert share(.2) < .58 < share(.5) and share(.92) < .58, "it falls, rises and falls"
+    for budget in (.43, .5, .58, .61, .7, .999):
+        found = calibrate_closing(net, table, budget, images)
+        assert found == pytest.approx(next(closing for closing in grid if share(closing) <= budget), abs=1e-4)
+        assert all(gate.closing.item() == pytest.approx(found) for gate in gates_of(net).values())
+    assert calibrate_closing(net, table, .3, images) == 1 and calibrate_closing(net, table, 1., images) == CLOSED
+
+
+def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
+    from selfsupnas.augment import normalise
+    from selfsupnas.budget import realised_cost
+    from selfsupnas.gate import gates_of, set_closing, watch_gates
+    from selfsupnas.search import calibrate_closing, shares_at
+    from selfsupnas.space import gates_by_path
+    torch.manual_seed(0)
+    space = SearchSpace(3, 3, 4, search_operations=True)
+    net, table, images = supernet(space).eval(), measure_costs(space, (64, 80)), torch.randint(0, 256, (20, 3, 64, 80), dtype=torch.uint8)
+    for gate in gates_of(net).values(): nn.init.normal_(gate.logits.weight, 0, 5.), nn.init.normal_(gate.logits.bias, .5, .7)
+    levels = torch.linspace(.05, .95, 19)
+    got, by_hand = shares_at(net, table, images, levels), []
+    for closing in levels.tolist():
+        set_closing(net, closing)
+        with watch_gates(net) as gates, torch.no_grad(): net(normalise(images))
+        by_hand.append(realised_cost(table, gates_by_path(space, gates)).mean().item() / table.full)
+    assert len(set(by_hand)) > 10
+    torch.testing.assert_close(got, torch.tensor(by_hand).double())
+    found = calibrate_closing(net, table, .6, images)
+    assert found == pytest.approx(next(c for c in (torch.arange(1, 1025) / 1024 * (1 - 1e-4) + 1e-4).tolist()
+                                       if shares_at_one(net, table, images, c) <= .6), abs=1e-4)
+
+
+def shares_at_one(net, table, images, closing):
+    from selfsupnas.gate import CLOSED, set_closing
+    from selfsupnas.search import shares_at
+    set_closing(net, CLOSED)
+    return shares_at(net, table, images, torch.tensor([closing])).item()
