@@ -7,6 +7,7 @@ __all__ = ['Trainee', 'perturbed_too', 'make_trainee', 'UnlabelledViews', 'weigh
 
 # %% ../nbs/47_objective.ipynb #c0f47003
 import copy
+from contextlib import nullcontext
 from typing import Callable
 
 import torch
@@ -56,6 +57,10 @@ class Trainee(nn.Module):
                 out["jigsaw"] = self.head(fused[self.level][segment:len(images)])
         if self.peer is not None: out["peer"] = logits_of(self.peer(images[:segment]))
         return out
+
+    def drop_path(self, p: float): # in [0, 1), see RoutingNetwork
+        for network in (self.model, self.peer):
+            if network is not None: network.drop_path(p)
 
 def perturbed_too(signal: Signal, rows: slice) -> Signal:
     "The signal with `rows` of its batch appended, their features perturbed."
@@ -152,7 +157,8 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
               weights: dict, # sup, jig, semi, ... -> weight at this step
               config: TrainingConfig, permutations,
               generator: torch.Generator, # of boxes and jigsaws
-              cost: Callable | None = None, # gates (B,paths) by name -> terms, figures
+              # gates (B,paths) by name, and whose: None for the model -> terms, figures
+              cost: Callable | None = None,
               threshold: AdaptiveThreshold | None = None, # None: config.threshold
               class_weights: torch.Tensor | None = None): # (K,) of the supervised term
     """The terms (scalars) and the figures of one step; of several processes, each gets its part of
@@ -173,7 +179,9 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
                                           world=world())
         images.append(shuffled)
     perturb = sizes[-1] if weights["semi"] and views.kind.perturbed else 0
-    with watch_gates(trainee.model) as gates: out = network(torch.cat(images), sum(sizes), perturb)
+    second = nullcontext({}) if trainee.peer is None else watch_gates(trainee.peer)
+    with watch_gates(trainee.model) as gates, second as peer_gates:
+        out = network(torch.cat(images), sum(sizes), perturb)
     by_part = {name: dict(zip(parts, out[name].split(sizes))) for name in ("logits", "peer")
                if name in out}
     if weights["sup"]:
@@ -200,5 +208,9 @@ def objective(network: nn.Module, # the trainee, perhaps wrapped for several pro
         if threshold is not None: figures["threshold"] = threshold.value
     if cost: # before its weight rises, too: the log should show gates from the start
         charged, spent = cost({name: g[:sum(sizes)] for name, g in gates.items()})
+        if peer_gates: # as labels teach both, the budget binds both
+            again, spent_too = cost(peer_gates, trainee.peer)
+            charged = {name: term + again[name] for name, term in charged.items()}
+            figures["peer_realised"] = spent_too["realised"]
         terms.update(charged); figures.update(spent)
     return terms, figures

@@ -148,15 +148,18 @@ class BudgetTerms:
                 "harden": c.w_harden * ramp_up(share, *c.harden_ramp, "linear")}
 
     def __call__(self, gates: dict, # name -> (B,paths), from watch_gates
-                 share: float) -> tuple[dict, dict]: # terms, figures
+                 share: float,
+                 network: RoutingNetwork | None = None, # whose gates; None: the model's
+                ) -> tuple[dict, dict]: # terms, figures
         c, by_path = self.config, gates_by_path(self.table.space, gates)
+        network = self.model if network is None else network
         expected, realised = expected_cost(self.table, by_path), realised_cost(self.table, by_path)
         spent, begun = (realised.mean().item() / self.table.full,
                         ramp_up(share, *c.cost_ramp, "linear"))
         target = 1 + (c.budget - 1) * begun if c.controlled else c.budget
-        closing = closing_of(self.model)
+        closing = closing_of(network)
         if c.controlled and begun:
-            set_closing(self.model, follow_budget(closing, spent, target, c.budget_gain))
+            set_closing(network, follow_budget(closing, spent, target, c.budget_gain))
         terms = {"cost": budget_loss(self.table, expected, realised, target, c.budget_of)}
         if c.w_harden: terms["harden"] = undecided(by_path)
         return (terms, {"expected": expected.detach().mean() / self.table.full, "realised": spent,

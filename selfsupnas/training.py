@@ -116,12 +116,13 @@ def make_accelerator(config: TrainingConfig):
                        cpu=not torch.cuda.is_available(), # see selfsupnas.processes.own_device
                        log_with="tensorboard" if config.tensorboard else None)
 
-def charged_on_all(cost: Callable, # gates by name, share -> terms, figures
+def charged_on_all(cost: Callable, # gates by name, share, perhaps network -> terms, figures
                    share: float) -> Callable: # of the steps done; gates of this process -> same
     "The cost of the whole batch, and of its terms this process' part."
-    def charge(gates):
+    def charge(gates, network=None): # of which the gates are; None: the model
         everyone = {name: everyones(g).flatten(0, 1) for name, g in gates.items()}
-        terms, figures = cost(everyone, share=share)
+        whose = {} if network is None else {"network": network}
+        terms, figures = cost(everyone, share=share, **whose)
         return {name: term / world().count for name, term in terms.items()}, figures
     return charge
 
@@ -204,7 +205,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             weights = step_weights(config, share, cost)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
-            if config.drop_path: model.drop_path(config.drop_path * share)
+            if config.drop_path: trainee.drop_path(config.drop_path * share)
             batches = {name: to_device(b, accelerator.device) for name, b in batches.items()}
             charge = cost and charged_on_all(cost, share)
             before = threshold and threshold.state_dict()

@@ -471,7 +471,7 @@ def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
 def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
     from selfsupnas.augment import normalise
     from selfsupnas.budget import realised_cost
-    from selfsupnas.gate import gates_of, set_closing, watch_gates
+    from selfsupnas.gate import CLOSED, gates_of, set_closing, watch_gates
     from selfsupnas.search import calibrate_closing, shares_at
     from selfsupnas.space import gates_by_path
     torch.manual_seed(0)
@@ -484,15 +484,78 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
         set_closing(net, closing)
         with watch_gates(net) as gates, torch.no_grad(): net(normalise(images))
         by_hand.append(realised_cost(table, gates_by_path(space, gates)).mean().item() / table.full)
-    assert len(set(by_hand)) > 10
+    assert len(set(by_hand)) > 5
     torch.testing.assert_close(got, torch.tensor(by_hand).double())
-    found = calibrate_closing(net, table, .6, images)
-    assert found == pytest.approx(next(c for c in (torch.arange(1, 1025) / 1024 * (1 - 1e-4) + 1e-4).tolist()
-                                       if shares_at_one(net, table, images, c) <= .6), abs=1e-4)
-
-
-def shares_at_one(net, table, images, closing):
-    from selfsupnas.gate import CLOSED, set_closing
-    from selfsupnas.search import shares_at
+    found, grid = calibrate_closing(net, table, .6, images), torch.arange(1, 1025) / 1024 * (1 - CLOSED) + CLOSED
     set_closing(net, CLOSED)
-    return shares_at(net, table, images, torch.tensor([closing])).item()
+    assert found == pytest.approx(grid[shares_at(net, table, images, grid) <= .6][0].item(), abs=1e-4)
+
+
+# ---- two networks that teach each other: both have the budget, both drop paths
+
+def cps_search(place, **changes):
+    from selfsupnas.batches import load_training_data
+    from selfsupnas.search import BudgetTerms, SearchConfig, make_table
+    from selfsupnas.training import train
+    settings = SearchConfig(**{**vars(config(place, consistency="cps", steps=4, logs=4)), "layers": 2, "channels": 4, "budget": .8, "cost_ramp": (0., 0.), "budget_gain": .2, **changes})
+    data = load_training_data(settings)
+    table = make_table(settings, data)
+    torch.manual_seed(0)
+    net = supernet(table.space)
+    return settings, data, table, net, lambda: train(net, settings, data, BudgetTerms(net, table, settings))
+
+
+def test_the_budget_counts_both_networks_that_teach_each_other(folder):
+    from selfsupnas.batches import make_batches
+    from selfsupnas.budget import expected_cost, undecided
+    from selfsupnas.gate import gates_of, watch_gates
+    from selfsupnas.loaders import to_device
+    from selfsupnas.objective import make_trainee, objective
+    from selfsupnas.search import BudgetTerms, closing_of
+    from selfsupnas.space import gates_by_path
+    settings, data, table, net, _ = cps_search(folder, budget_of="expected")
+    trainee = make_trainee(net, settings)
+    for network, bias in ((net, 1.), (trainee.peer, .3)):
+        for gate in gates_of(network).values(): nn.init.constant_(gate.logits.bias, bias)
+    batches = {name: to_device(b, "cpu") for name, b in next(make_batches(settings, data)).items()}
+    terms_of = BudgetTerms(net, table, settings)
+    with watch_gates(net) as own, watch_gates(trainee.peer) as others:
+        terms, figures = objective(trainee, trainee, None, batches, {"sup": 1., "jig": 0., "semi": 1.}, settings, None, torch.Generator().manual_seed(0),
+                                   lambda gates, network=None: terms_of(gates, 1., network))
+    each = [gates_by_path(table.space, gates) for gates in (own, others)]
+    spent = [expected_cost(table, gates).mean() / table.full for gates in each]
+    assert spent[1] < spent[0] - .1, "they differ"
+    torch.testing.assert_close(terms["cost"].double(), (spent[0] - .8) ** 2 + (spent[1] - .8) ** 2)
+    torch.testing.assert_close(terms["harden"], undecided(each[0]) + undecided(each[1]))
+    assert float(figures["expected"]) == pytest.approx(spent[0].item())
+    for network in (net, trainee.peer):
+        gradients = torch.autograd.grad(terms["cost"], [gate.logits.bias for gate in gates_of(network).values()], retain_graph=True, allow_unused=True)
+        assert sum(g.abs().sum() for g in gradients if g is not None) > 0, "the budget moves its gates"
+
+
+def test_each_of_two_networks_closes_by_its_own_cost(folder):
+    from selfsupnas.gate import CLOSED
+    from selfsupnas.search import BudgetTerms, closing_of
+    _, _, table, net, _ = cps_search(folder)
+    settings = cps_search(folder)[0]
+    peer, terms_of = copy.deepcopy(net), BudgetTerms(net, table, settings)
+    from selfsupnas.gate import hold_gates, watch_gates
+    from selfsupnas.space import gates_from_paths
+    x = torch.rand(2, 3, 64, 80)
+    for network, value in ((net, 0.), (peer, .9)): # shut, and all open
+        with hold_gates(network, gates_from_paths(table.space, dict.fromkeys(table.space.gated(), value))), watch_gates(network) as gates: network(x)
+        figures = terms_of(gates, 1., network)[1]
+        expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (figures["realised"] - settings.budget)))
+        assert closing_of(network) == pytest.approx(expected)
+    assert closing_of(net) == pytest.approx(CLOSED) and closing_of(peer) > 2 * CLOSED
+
+
+def test_two_networks_drop_paths_alike(folder):
+    from selfsupnas.objective import make_trainee
+    settings, _, _, net, run = cps_search(folder, drop_path=.5)
+    trained = run()
+    assert [row["peer_realised"] for row in trained.history] and trained.history[-1]["realised"] > 0
+    trainee = make_trainee(net, settings)
+    trainee.drop_path(.4)
+    rates = [[cell.drop_path for cell in network.cells.values()] for network in (trainee.model, trainee.peer)]
+    assert rates[0] == rates[1] and max(rates[0]) == pytest.approx(.4)
