@@ -180,7 +180,7 @@ def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) ->
 
 # %% ../nbs/51_search.ipynb #e55c7f20
 class shut_under:
-    "`with shut_under(model, levels): model(x)` shuts the gates that are not over their image's level."
+    "`with shut_under(model, levels): model(x)` shuts gates that are not over their image's level."
     def __init__(self, model: RoutingNetwork, levels: torch.Tensor): # (B,)
         self.model, self.levels = model, levels[:, None]
 
