@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .cell import Down, Up
+from .core import hash_fields
 from .cost import COSTS
 from .gate import CLOSED, make_gate
 from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale, kept_operations,
@@ -38,6 +39,7 @@ class CostTable:
     gates: tuple # {number of values: cost} of a gate
     raise_from: tuple # of the decoder's step to the next finer scale; [0] is 0
     head: float # the decoder's last projection and the classifier
+    __hash__ = hash_fields
 
     @property
     def cells(self) -> tuple: # of all operations of a cell

@@ -13,6 +13,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
+from .core import hash_fields
 from .teacher import logits_of, pseudo_label_diagnostics
 
 # %% ../nbs/42_consistency.ipynb #cell-30
@@ -96,6 +97,7 @@ class Consistency:
     term: Callable # logits, goal, valid, threshold, diagnosis label -> loss, diagnostics
     weights: dict # view -> weight of its term: strong; strong2, perturbed, peer
     teacher: str = "ema" # who makes the goal: ema, student, or peer
+    __hash__ = hash_fields
 
     def __post_init__(self):
         names, known = self.weights.keys(), ("strong", "strong2", "perturbed", "peer")

@@ -18,6 +18,8 @@ from typing import Callable
 import torch
 from torch import nn
 
+from .core import hash_fields
+
 # %% ../nbs/30_cost.ipynb #be59a567
 def _last(ins, out): return prod(out) * ins[0][-1] # each value is a sum of so many products
 
@@ -164,6 +166,7 @@ class Cost:
     parameters: int # trainable or not, each once
     by_operator: dict # name -> multiply-adds
     uncounted: dict # name -> number of calls that were not counted
+    __hash__ = hash_fields
 
     @property
     def gflops(self) -> float: return self.flops / 1e9

@@ -18,9 +18,9 @@ from torch import nn
 from .augment import denormalise
 from .batches import TrainingData, batch_ids, check_shares, make_batches
 from .checkpoints import delayed_interrupt, load_checkpoint, save_checkpoint
-from .config import TrainingConfig, learning_rate, ramp_up
+from .config import TrainingConfig, check_precision, learning_rate, ramp_up
 from .consistency import CONSISTENCY
-from .core import keep_freed_memory, progress_bar, seed_everything
+from .core import in_own_process, keep_freed_memory, progress_bar, seed_everything
 from .loaders import to_device
 from .objective import (UnlabelledViews, make_trainee, objective, weights_of_classes)
 from .permutations import permutation_set
@@ -75,8 +75,10 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
               clip: float, step: int,
               before: dict | None = None, # state of the adaptive threshold before this step
              ) -> str | None: # what is not finite; None: the step was taken
-    "Backward, clip, update, average; a step that is not finite changes nothing."
-    trainee, teacher = parts["trainee"], parts["teacher"]
+    """Backward, clip, update, average; a step that is not finite changes nothing. One whose gradient
+    overflows in fp16 is passed over and counted: the scale was too large, and falls."""
+    trainee, teacher, scaler = parts["trainee"], parts["teacher"], accelerator.scaler
+    overflow = False # of fp16
     bad = None if torch.isfinite(total_of(loss)) else "the loss"
     if not bad:
         accelerator.backward(loss)
@@ -84,8 +86,13 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
         for name, parameter in trainee.named_parameters(): # another turn's: passed over
             if not learns(name): parameter.grad = None
         norm = accelerator.clip_grad_norm_(trainee.parameters(), clip)
-        if accelerator.scaler is None and not math.isfinite(norm): bad = "the gradient"
-    if bad: # batch norm has counted the batch already: back to what the teacher copied
+        if not math.isfinite(norm):
+            scale = 0 if scaler is None else scaler.get_scale()
+            if scale: scaler.update() # it saw the gradient when that was clipped
+            overflow = scale > 1 and scaler.get_scale() < scale
+            bad = None if overflow else "the gradient"
+    if overflow: parts["log"].overflows += 1
+    if bad or overflow: # batch norm has counted the batch already: back to what the teacher copied
         for buffer, kept in zip(trainee.buffers(), teacher.model.buffers()): buffer.copy_(kept)
         if before is not None: parts["threshold"].load_state_dict(before)
     else:
@@ -99,7 +106,7 @@ def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -
     """Go on from a checkpoint where there is one, and write the split, now that nothing refuses the
     run; every process begins as the first."""
     check_shares(config, world())
-    keep_freed_memory()
+    if in_own_process(): keep_freed_memory()
     done = load_checkpoint(config.folder, parts, asked, config.resume) if world().first else 0
     if world().first: save_split(split, Path(config.folder)/"split")
     if world().count == 1: return done
@@ -111,6 +118,7 @@ def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -
 def make_accelerator(config: TrainingConfig):
     "Accelerate's, for device, precision and event files; batches and gradients are shared here."
     from accelerate import Accelerator, state
+    check_precision(config.precision, "cuda" if torch.cuda.is_available() else "cpu")
     state.AcceleratorState._reset_state() # of a run before, perhaps in another precision
     return Accelerator(mixed_precision=config.precision, project_dir=config.folder,
                        cpu=not torch.cuda.is_available(), # see selfsupnas.processes.own_device

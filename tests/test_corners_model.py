@@ -559,3 +559,243 @@ def test_two_networks_drop_paths_alike(folder):
     trainee.drop_path(.4)
     rates = [[cell.drop_path for cell in network.cells.values()] for network in (trainee.model, trainee.peer)]
     assert rates[0] == rates[1] and max(rates[0]) == pytest.approx(.4)
+
+
+# ---- precision, and steps that overflow
+
+def test_a_processor_refuses_half_precision_it_does_not_have(folder):
+    from selfsupnas.batches import load_training_data
+    from selfsupnas.config import check_precision
+    from selfsupnas.training import train
+    settings = config(folder, precision="fp16") # a config of another machine can be read
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="precision fp16.*bf16"): train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings))
+        assert not list((folder/"run").glob("*.pt")) if (folder/"run").exists() else True
+    for fine in ("no", "bf16"): check_precision(fine, "cpu")
+    check_precision("fp16", "cuda")
+    half = config(folder, precision="bf16", folder=str(folder/"half"))
+    whole = config(folder, folder=str(folder/"whole"))
+    histories = []
+    for s in (half, whole):
+        torch.manual_seed(0)
+        histories.append(train(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)), s, load_training_data(s)).history)
+    if not torch.cuda.is_available(): assert histories[0][0]["sup"] != histories[1][0]["sup"], "bf16 is what runs"
+
+
+class Scaled:
+    "As Accelerate with fp16: a real scaler, on the processor; Accelerate's optimiser as well."
+    def __init__(self, trainee, rate=.1, scale=2.**6):
+        self.scaler, self.inner = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000), torch.optim.SGD(trainee.parameters(), rate)
+        self.trainee = trainee
+    def backward(self, loss): self.scaler.scale(loss).backward()
+    def clip_grad_norm_(self, parameters, clip):
+        self.scaler.unscale_(self.inner)
+        return nn.utils.clip_grad_norm_(parameters, clip)
+    def step(self): self.scaler.step(self.inner), self.scaler.update()
+    def zero_grad(self, set_to_none=True): self.inner.zero_grad(set_to_none=set_to_none)
+
+
+def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
+    from selfsupnas.objective import Trainee
+    from selfsupnas.runlog import RunLog
+    from selfsupnas.teacher import AdaptiveThreshold, EMATeacher
+    from selfsupnas.training import take_step
+    torch.manual_seed(0)
+    trainee = Trainee(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    accelerator = Scaled(trainee)
+    parts = {"trainee": trainee, "teacher": EMATeacher(trainee, .9), "log": RunLog(config(folder, precision="fp16", steps=8, logs=1)), "threshold": AdaptiveThreshold(.8)}
+    factor = 1.
+    trainee.model[0].weight.register_hook(lambda g: g * factor) # what overflows
+    def state(): return copy.deepcopy((dict(trainee.state_dict()), dict(parts["teacher"].model.state_dict())))
+    def same(a, b): return all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one.values(), two.values()))
+    rows = []
+    for step, factor in enumerate([1., float("inf"), float("nan"), 1., float("inf"), float("inf"), float("inf"), 1.]):
+        old, scale, before = state(), accelerator.scaler.get_scale(), parts["threshold"].state_dict()
+        loss = trainee.model(torch.rand(2, 3, 4, 4)).square().sum()
+        parts["threshold"].value += .01
+        bad = take_step(loss, accelerator, parts, accelerator, lambda name: True, 5., step, before)
+        finite = factor == 1
+        assert bad is None and same(old, state()) != finite and (accelerator.scaler.get_scale() < scale) != finite
+        assert parts["threshold"].value == pytest.approx(before["value"] + .01 * finite)
+        assert all(p.grad is None for p in trainee.parameters())
+        if row := parts["log"].add(step, {"sup": loss}, {}, {"sup": 1.}, .1): rows.append(row)
+    assert parts["log"].overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in parts["log"].line(rows[-1])
+    other = RunLog(parts["log"].config)
+    other.load_state_dict(parts["log"].state_dict())
+    assert other.overflows == 5
+    other.load_state_dict({"rows": [], "window": []}) # of a checkpoint of before
+    assert other.overflows == 0
+    factor, found = float("inf"), []
+    for step in range(6): # 2, then 1: the scale is not to blame any more
+        found.append(take_step(trainee.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, 5., step))
+    assert found[-1] == "the gradient" and None in found and parts["log"].overflows == 5 + found.count(None)
+
+
+def test_a_run_without_a_scale_logs_no_overflows(folder):
+    from selfsupnas.runlog import RunLog
+    assert "overflows" not in RunLog(config(folder, steps=1)).add(0, {}, {}, {}, .1)
+
+
+# ---- figures
+
+def test_how_pseudo_labels_were_can_be_recorded(folder):
+    import json
+    from selfsupnas.batches import load_training_data
+    from selfsupnas.runlog import consistency_figures
+    from selfsupnas.training import train
+    names = {"pseudo_label_share", "pseudo_label_accuracy", "pseudo_label_share_mean", "pseudo_label_accuracy_mean"}
+    settings = config(folder, steps=4, logs=4, ramp=(.5, .5), threshold=0.)
+    history = train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings)).history
+    ran, got = [row for row in history if "kept" in row], consistency_figures(history)
+    assert len(ran) == 2 and set(got) == names and got["pseudo_label_share"] == 1
+    assert got["pseudo_label_accuracy"] == ran[-1]["pseudo_accuracy"] and got["pseudo_label_accuracy_mean"] == pytest.approx(np.mean([r["pseudo_accuracy"] for r in ran]))
+    nan = float("nan")
+    for rows in ([], [{"step": 1}], [{"kept": None, "pseudo_accuracy": None}], [{"kept": nan, "pseudo_accuracy": nan}]):
+        assert consistency_figures(rows) == dict.fromkeys(names)
+    assert consistency_figures([{"kept": .5, "pseudo_accuracy": .25}, {"kept": 0., "pseudo_accuracy": None}]) == {
+        "pseudo_label_share": 0., "pseudo_label_share_mean": .25, "pseudo_label_accuracy": None, "pseudo_label_accuracy_mean": .25}
+    json.dumps(got, allow_nan=False)
+
+
+def test_an_undefined_iou_is_no_zero_in_the_figure():
+    import json
+    from conftest import ROOT
+    cells = json.loads((ROOT/"nbs/experiments/camvid.ipynb").read_text("utf8"))["cells"]
+    source, = (s for c in cells if "def by_class" in (s := "".join(c["source"])))
+    names = {"NAMES": {"labels": "labels"}, "results": []}
+    exec(source, names)
+    def run(network, iou): return {"parameters": {"fraction": .1, "network": network, "arm": "labels"}, "figures": {"val_miou": .5, "iou": iou}}
+    rows = names["by_class"]([run("searched", {"a": .5, "b": None, "c": None}), run("searched", {"a": .7, "b": .4, "c": None})], .1)
+    assert rows == {"searched, labels": {"a": pytest.approx(.6), "b": .4, "c": None}}
+
+
+# ---- what surrounds a run is left as it is
+
+def test_a_users_process_keeps_its_memory_options(folder, monkeypatch):
+    from selfsupnas import training
+    from selfsupnas.batches import load_training_data
+    from selfsupnas.core import OWN_PROCESS
+    asked = []
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: asked.append(1))
+    for value, times in ((None, 0), ("0", 0), ("1", 1)):
+        monkeypatch.delenv(OWN_PROCESS, raising=False)
+        if value: monkeypatch.setenv(OWN_PROCESS, value)
+        settings = config(folder, steps=1, w_semi=0., folder=str(folder/f"run{value}"))
+        training.train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings))
+        assert len(asked) == times, value
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    def git(*words): return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x", *words], check=True, capture_output=True, text=True).stdout.strip()
+    git("init", "-q")
+    (tmp_path/"a.py").write_text("1\n")
+    git("add", "."), git("commit", "-qm", "first")
+    return tmp_path, git
+
+
+def test_the_commit_of_a_record_writes_nothing_into_the_checkout(checkout):
+    from selfsupnas.core import commit
+    path, git = checkout
+    head = git("rev-parse", "HEAD")
+    def files(): return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((path/".git").rglob("*")) if p.is_file()}
+    os.utime(path/"a.py", (1, 1)) # the index would be refreshed
+    before = files()
+    assert commit(path/"a.py") == head and files() == before
+    (path/"a.py").write_text("22\n")
+    assert commit(path/"a.py") == head + "+changes" and files() == before
+    subprocess.run(["git", "-C", str(path), "status"], check=True, capture_output=True)
+    (path/".git"/"index.lock").touch() # another git is at work
+    assert commit(path/"a.py") == head + "+changes"
+
+
+def test_the_commit_where_git_looks_elsewhere_or_is_missing(checkout, tmp_path_factory, monkeypatch):
+    from selfsupnas.core import commit
+    path, git = checkout
+    head = git("rev-parse", "HEAD")
+    other = tmp_path_factory.mktemp("other")
+    subprocess.run(["git", "init", "-q", str(other)], check=True)
+    for name, value in dict(GIT_DIR=other/".git", GIT_WORK_TREE=other, GIT_INDEX_FILE=other/"index").items(): monkeypatch.setenv(name, str(value)) # within a hook
+    assert commit(path/"a.py") == head
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"): monkeypatch.delenv(name)
+    tree = other/"tree"
+    git("worktree", "add", "-q", str(tree))
+    assert commit(tree/"a.py") == head, "a second working tree"
+    subprocess.run(["git", "clone", "-q", "--bare", str(path), str(other/"bare")], check=True)
+    assert commit(other/"bare") is None and commit(other/"bare"/"HEAD") is None
+    (path/"b.py").write_text("not tracked")
+    assert commit(path/"b.py") is None
+    (path/"\u00e4\u6f22.py").write_text("1")
+    git("add", "."), git("config", "core.quotepath", "false")
+    assert commit(path/"a.py") == head + "+changes"
+    (path/".git"/"HEAD").write_text("damaged")
+    assert commit(path/"a.py") is None
+    monkeypatch.setenv("PATH", str(other))
+    assert commit(path/"a.py") is None, "no git"
+
+
+# ---- what is equal is one key
+
+def frozen_kinds():
+    "Name -> a function that makes two equal objects, apart, and one that differs."
+    from selfsupnas.architecture import Architecture
+    from selfsupnas.consistency import CONSISTENCY, Consistency
+    from selfsupnas.cost import Cost
+    from selfsupnas.export import Usage
+    from selfsupnas.pairs import SegmentationSpec
+    import dataclasses
+    def space(layers=2, **more): return SearchSpace(3, layers, 4, ["sep_conv_3x3", "identity"], **more)
+    def spec(*classes): return SegmentationSpec("s", list(classes), [[0, 0, 0], [1, 2, 3]])
+    kept, searched = {Path(0, 0, "keep"): .5, Path(0, 0, "down"): 1.}, space(search_operations=True)
+    cells = {Path(0, 0, "identity"): 1, Path(0, 0, "sep_conv_3x3"): .5}
+    return {
+        "SearchSpace": lambda: (space(), SearchSpace(3, 2, 4, ("sep_conv_3x3", "identity")), space(3)),
+        "Architecture": lambda: (Architecture(space(), kept, {"seed": 1}), Architecture(space(), dict(reversed(kept.items())), {"seed": [2]}), Architecture(space(), {**kept, Path(0, 0, "keep"): .6})),
+        "a searched Architecture": lambda: (Architecture(searched, kept, operations=cells), Architecture(searched, kept, operations=dict(reversed(cells.items()))), Architecture(searched, kept)),
+        "CostTable": lambda: (measure_costs(space(), (64, 80)), measure_costs(space(), [64, 80]), measure_costs(space(), (64, 64))),
+        "Cost": lambda: (Cost((1, 2), 3, 4, {"conv": 3, "mm": 1}, {"add": 1}), Cost((1, 2), 3, 4, {"mm": 1, "conv": 3}, {"add": 1}), Cost((1, 2), 3, 4, {"conv": 4}, {})),
+        "Consistency": lambda: (CONSISTENCY["cps"], dataclasses.replace(CONSISTENCY["cps"]), CONSISTENCY["unimatch"]),
+        "SegmentationSpec": lambda: (spec("a", "b"), SegmentationSpec("s", ("a", "b"), ((0, 0, 0), (1, 2, 3))), spec("b", "a")),
+        "Usage": lambda: (Usage(spec("a", "b"), [64, 80]), Usage(spec("a", "b"), (64, 80)), Usage(spec("a", "b"), (64, 64)))}
+
+
+FROZEN = frozen_kinds()
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_equal_is_one_key(name):
+    one, equal, other = FROZEN[name]()
+    assert one == equal != other and hash(one) == hash(equal) and {one: 1}[equal] == 1 and len({one, equal, other}) == 2
+    for again in (copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert again == one and hash(again) == hash(one) and type(again) is type(one)
+    with pytest.raises(Exception): one.anything = 1
+
+
+def test_what_an_architecture_keeps_cannot_change_under_its_hash(tmp_path):
+    from selfsupnas.architecture import Architecture, architecture_to_json, load_architecture, save_architecture
+    given = {Path(0, 0, "keep"): .5}
+    found = Architecture(SearchSpace(3, 2, 4), given)
+    before = hash(found)
+    given[Path(0, 0, "down")] = 1. # what was given is not what is kept
+    for change in (lambda: found.paths.update(given), lambda: found.paths.pop(Path(0, 0, "keep")), lambda: found.paths.clear(), lambda: found.operations.setdefault("a", 1),
+                   lambda: found.paths.__setitem__(Path(0, 0, "keep"), 1.), lambda: found.paths.__delitem__(Path(0, 0, "keep")), lambda: found.paths.popitem(), lambda: found.paths.__ior__(given)):
+        with pytest.raises(TypeError): change()
+    assert hash(found) == before and found.paths == {Path(0, 0, "keep"): .5} and {**found.paths, "a": 1}
+    found.provenance["seed"] = 3 # says where it comes from, and is no part of it
+    assert hash(found) == before
+    assert load_architecture(save_architecture(found, tmp_path/"a.json")) == found and architecture_to_json(copy.deepcopy(found)) == architecture_to_json(found)
+
+
+def test_every_frozen_dataclass_has_a_hash_that_takes_its_fields():
+    "Those of the package with a dict or list field say how they are hashed."
+    import dataclasses, importlib, pkgutil, typing
+    import selfsupnas
+    for found in pkgutil.iter_modules(selfsupnas.__path__):
+        if found.name.startswith("_"): continue
+        module = importlib.import_module(f"selfsupnas.{found.name}")
+        for cls in vars(module).values():
+            if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__): continue
+            if not (cls.__dataclass_params__.frozen and cls.__dataclass_params__.eq): continue
+            kinds = typing.get_type_hints(cls)
+            held = [f.name for f in dataclasses.fields(cls) if f.compare and (typing.get_origin(kinds[f.name]) or kinds[f.name]).__name__ in ("dict", "list", "Mapping", "set")]
+            assert not held or cls.__hash__.__name__ == "hash_fields", (cls, held)
