@@ -49,6 +49,7 @@ class Trained(dict):
 
 def make_parts(model: nn.Module, config: TrainingConfig, accelerator) -> dict: # name -> part
     "All that changes in a training, and that a checkpoint holds."
+    check_precision(config.precision, accelerator.device)
     trainee = make_trainee(model, config).to(accelerator.device, memory_format=torch.channels_last)
     parts = {"trainee": trainee, "teacher": EMATeacher(trainee, config.ema_decay),
              "optimiser": make_optimiser(trainee, config), "log": RunLog(config)}
@@ -75,11 +76,10 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
               clip: float, step: int,
               before: dict | None = None, # state of the adaptive threshold before this step
              ) -> str | None: # what is not finite; None: the step was taken
-    """Backward, clip, update, average; a step that is not finite changes nothing. One whose gradient
-    overflows in fp16 is passed over and counted: the scale was too large, and falls."""
+    """Backward, clip, update, average; a step that is not finite changes nothing, nor does one that
+    overflows in fp16, which is counted: its scale was too large, and falls."""
     trainee, teacher, scaler = parts["trainee"], parts["teacher"], accelerator.scaler
-    overflow = False # of fp16
-    bad = None if torch.isfinite(total_of(loss)) else "the loss"
+    bad, overflow = None if torch.isfinite(total_of(loss)) else "the loss", False
     if not bad:
         accelerator.backward(loss)
         add_gradients(trainee.parameters())
@@ -118,7 +118,6 @@ def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -
 def make_accelerator(config: TrainingConfig):
     "Accelerate's, for device, precision and event files; batches and gradients are shared here."
     from accelerate import Accelerator, state
-    check_precision(config.precision, "cuda" if torch.cuda.is_available() else "cpu")
     state.AcceleratorState._reset_state() # of a run before, perhaps in another precision
     return Accelerator(mixed_precision=config.precision, project_dir=config.folder,
                        cpu=not torch.cuda.is_available(), # see selfsupnas.processes.own_device
