@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 from typing import Callable, Mapping
 
 import selfsupnas
-from .core import from_parameters, read_json, write_json
+from .core import FrozenDict, from_parameters, hash_fields, read_json, write_json
 from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale, kept_operations,
                              shut_path, trace_route)
 
@@ -27,6 +27,7 @@ class Architecture:
     paths: Mapping[Path, float] # kept path -> weight in (0, 1]
     provenance: dict = field(default_factory=dict, compare=False) # its run, seed, budget...
     operations: Mapping[Path, float] = field(default_factory=dict) # kept candidate -> weight
+    __hash__ = hash_fields
 
     def __post_init__(self):
         unknown = (set(self.operations) - self.space.known
@@ -41,8 +42,8 @@ class Architecture:
         left = reached(self.space, everything)
         for name, kept in (("paths", self.paths), ("operations", self.operations)):
             object.__setattr__(self, name,
-                               {p: float(kept[p]) for p in self.space.gated() if p in kept
-                                and p in left})
+                               FrozenDict({p: float(kept[p]) for p in self.space.gated()
+                                           if p in kept and p in left}))
 
     @property
     def live(self) -> dict: # (layer, scale) -> kinds of path; () = passes its input on

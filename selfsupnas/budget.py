@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from .cell import Down, Up
+from .core import hash_fields
 from .cost import COSTS
 from .gate import CLOSED, make_gate
 from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale, kept_operations,
                              trace_route)
-from .operations import make_operation
+from .operations import make_operation, try_operation
 from .space import feature_sizes, stem
 
 # %% ../nbs/31_budget.ipynb #a527bc14
@@ -38,6 +39,7 @@ class CostTable:
     gates: tuple # {number of values: cost} of a gate
     raise_from: tuple # of the decoder's step to the next finer scale; [0] is 0
     head: float # the decoder's last projection and the classifier
+    __hash__ = hash_fields
 
     @property
     def cells(self) -> tuple: # of all operations of a cell
@@ -96,7 +98,8 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
                   kind: str = "flops", # or parameters, latency: see selfsupnas.cost.COSTS
                   gate: str = "conditional", shrink: int = 4, # see selfsupnas.gate
                   device="cpu") -> CostTable: # where latency is measured
-    "Measure each part of the grid once. Raises ValueError for a size under 32 or an unknown kind."
+    """Measure each part of the grid once. Raises ValueError for a size under 32, an unknown kind,
+    and an operation that cannot be counted or does not keep the shape of its input."""
     if min(size) < 32: raise ValueError(f"size must be 32x32 or more, not {size[0]}x{size[1]}")
     if kind not in COSTS: raise ValueError(f"a cost is one of {', '.join(COSTS)}, not {kind!r}")
     sizes, c = feature_sizes(size), space.channels
@@ -104,6 +107,14 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         shape = (1, channels or space.channels_at(scale), *(hw or sizes[scale]))
         x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         return COSTS[kind](module.to(device, memory_format=torch.channels_last), x)
+    def operation(name, scale):
+        made = make_operation(name, space.channels_at(scale)).to(device)
+        with torch.inference_mode(False): # two images: what it does to one is no batch's
+            x = torch.zeros(2, space.channels_at(scale), *sizes[scale], device=device)
+        try_operation(name, made, x)
+        try: return cost(_Summed(made), scale)
+        except Exception as e:
+            raise ValueError(f"the cost of operation {name!r} cannot be measured: {e}") from e
     def up(scale):
         return cost(_Summed(_WithSize(Up(space.channels_at(scale)), sizes[scale - 1])), scale)
     def paths(scale):
@@ -117,8 +128,7 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
                                                                 align_corners=False), tuple(size))
     classifier = classify.classifier = nn.Conv2d(c, space.num_classes, 3, padding=1)
     return CostTable(space, tuple(size), kind, cost(stem(c), 0, 3, size),
-                     tuple({o: cost(_Summed(make_operation(o, space.channels_at(s))), s)
-                            for o in space.operations} for s in range(4)),
+                     tuple({o: operation(o, s) for o in space.operations} for s in range(4)),
                      tuple(paths(s) for s in range(4)),
                      tuple({n: cost(make_gate(gate, space.channels_at(s), n, shrink=shrink), s)
                             for n in values} for s in range(4)),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .gate import CLOSED, add_rows, make_gate, take
-from .operations import make_operation
+from .operations import check_result, make_operation
 from .processes import anywhere
 
 # %% ../nbs/22_cell.ipynb #cell-06
@@ -97,7 +97,7 @@ class Cell(nn.Module):
 
     def operate(self, name, features): # (B,C,h,w) -> same
         operation = self.operations[name]
-        result = operation(features)
+        result = check_result(name, features, operation(features))
         return (drop_images(result, self.drop_path) if self.training and self.drop_path
                 and not isinstance(operation, nn.Identity) else result)
 

@@ -13,15 +13,17 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from .teacher import pseudo_label_diagnostics
+from .core import hash_fields
+from .teacher import logits_of, pseudo_label_diagnostics
 
 # %% ../nbs/42_consistency.ipynb #cell-30
 def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
                       teacher_logits:torch.Tensor, # (B, K, H, W)
                       valid:torch.Tensor,          # (B, H, W) bool
                       threshold:float,             # confidence, in [0, 1]
-                      ):
+                      )->tuple: # the logits of student and teacher, see logits_of
     "Raise `ValueError` unless the inputs of a consistency term belong together."
+    student_logits, teacher_logits = logits_of(student_logits), logits_of(teacher_logits)
     shape = tuple(student_logits.shape)
     if len(shape) != 4 or teacher_logits.shape != shape:
         raise ValueError("Student and teacher logits must both be (B, K, H, W), got "
@@ -31,6 +33,7 @@ def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
                          f"pixels, got {valid.dtype} {tuple(valid.shape)}.")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a confidence in [0, 1], got {threshold}.")
+    return student_logits, teacher_logits
 
 # %% ../nbs/42_consistency.ipynb #cell-33
 def mean_teacher(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
@@ -40,7 +43,8 @@ def mean_teacher(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
                  diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
                  )->tuple:                    # loss (scalar), diagnostics (dict)
     "Squared difference of the softmaxes: mean over classes, then mean over valid pixels."
-    check_consistency(student_logits, teacher_logits, valid, threshold)
+    student_logits, teacher_logits = check_consistency(student_logits, teacher_logits, valid,
+                                                       threshold)
     goal = teacher_logits.detach().float().softmax(1)
     error = (student_logits.float().softmax(1) - goal).square().mean(1)
     loss = (error * valid).sum() / valid.sum().clamp(min=1)
@@ -54,7 +58,8 @@ def fixmatch(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
              diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
              )->tuple:                    # loss (scalar), diagnostics (dict)
     "Cross-entropy with the teacher's class where it is sure, divided by ALL valid pixels."
-    check_consistency(student_logits, teacher_logits, valid, threshold)
+    student_logits, teacher_logits = check_consistency(student_logits, teacher_logits, valid,
+                                                       threshold)
     confidence, guess = teacher_logits.detach().float().softmax(1).max(1)
     error = F.cross_entropy(student_logits.float(), guess, reduction="none")
     loss = (error * (valid & (confidence >= threshold))).sum() / valid.sum().clamp(min=1)
@@ -79,6 +84,7 @@ def perturb_features(features:torch.Tensor,          # (B, C, h, w), on their wa
     "Channel dropout, per image: the feature perturbation of UniMatch (Yang et al., CVPR 2023)."
     if not 0 <= p < 1:
         raise ValueError(f"p is the probability that a channel goes, in [0, 1), got {p}.")
+    features = logits_of(features, "features") # a backbone of torchvision returns a dict, too
     if features.dim() != 4:
         raise ValueError(f"features must be (B, C, h, w), got {tuple(features.shape)}.")
     keep = torch.rand(*features.shape[:2], 1, 1, generator=generator) >= p
@@ -91,6 +97,7 @@ class Consistency:
     term: Callable # logits, goal, valid, threshold, diagnosis label -> loss, diagnostics
     weights: dict # view -> weight of its term: strong; strong2, perturbed, peer
     teacher: str = "ema" # who makes the goal: ema, student, or peer
+    __hash__ = hash_fields
 
     def __post_init__(self):
         names, known = self.weights.keys(), ("strong", "strong2", "perturbed", "peer")

@@ -33,7 +33,6 @@ def run_dynamic(model: RoutingNetwork, dataset, # of images (3,H,W) and labels (
                 table: CostTable, batch_size: int = 8) -> DynamicRun:
     "Route, cost and accuracy of each image, in evaluation mode."
     ids, costs, right, gates = [], [], [], {}
-    model.eval()
     for names, images, labels in same_size_batches(dataset, batch_size):
         with watch_gates(model) as watched: guess = segment(model, images)
         by_path = gates_by_path(table.space, watched)

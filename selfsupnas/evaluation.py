@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_of_known', 'Metrics', 'metrics_text', 'known_or_none', 'miou_text', 'metrics_figures',
            'confusion_figure', 'eval_mode', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views',
-           'window_starts', 'window_logits', 'predict', 'segment', 'evaluate', 'class_counts',
+           'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'evaluate', 'class_counts',
            'trivial_predictor_metrics']
 
 # %% ../nbs/43_evaluation.ipynb #3aa14e2f
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from .core import progress_bar
 from .pairs import unless_unreadable
 from .processes import World, total_of, union_of, world
 from .show import new_figure
+from .teacher import logits_of
 
 # %% ../nbs/43_evaluation.ipynb #cell-10
 def confusion_matrix(prediction:torch.Tensor, # (B,H,W) predicted class numbers
@@ -189,11 +191,9 @@ def check_logits(logits, # what the model returned
                  num_classes:int, # K
                  ids:list, # names of the B images, or of the one that they are windows of
                 ) -> torch.Tensor: # the logits
-    "Logits must be a finite tensor (B,K,H,W) of the images' size; else `ValueError`."
-    wanted = len(images), num_classes, *images.shape[2:]
-    if not isinstance(logits, torch.Tensor):
-        raise ValueError(f"the model returned {type(logits).__name__}; wanted are logits, one "
-                         f"tensor of shape {wanted}")
+    """Logits must be a finite tensor (B,K,H,W) of the images' size, or a dict that holds them as
+    `out`; else `ValueError`."""
+    wanted, logits = (len(images), num_classes, *images.shape[2:]), logits_of(logits)
     if tuple(logits.shape) != wanted:
         raise ValueError(f"the logits have shape {tuple(logits.shape)}, wanted is {wanted} "
                          "(B,K,H,W): as many classes as the labels, as many pixels as the images")
@@ -229,7 +229,7 @@ def window_logits(model, # images -> logits
                   batch_size:int, # most windows at once
                  ) -> torch.Tensor: # (B,K,H,W), mean over the windows of a pixel
     "Logits of whole images, made window by window."
-    if window is None: return model(images)
+    if window is None: return logits_of(model(images))
     size = images.shape[2:]
     places = [(top, left) for top in window_starts(size[0], window[0])
               for left in window_starts(size[1], window[1])]
@@ -237,7 +237,7 @@ def window_logits(model, # images -> logits
     windows, total = [(i, *place) for i in range(len(images)) for place in places], None
     for start in range(0, len(windows), batch_size):
         chosen = windows[start:start + batch_size]
-        logits = model(torch.stack([part(images[i], *place) for i, *place in chosen]))
+        logits = logits_of(model(torch.stack([part(images[i], *place) for i, *place in chosen])))
         if total is None: total = logits.new_zeros(len(images), logits.shape[1], *size)
         for (i, *place), one in zip(chosen, logits): part(total[i], *place).add_(one)
     times = total.new_zeros(size)
@@ -271,9 +271,21 @@ def segment(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
             images:torch.Tensor, # (B,3,H,W) uint8
             **views) -> torch.Tensor: # (B,H,W) int64 class numbers, on the processor
     "What a network makes of images as a dataset has them, wherever it is; views: see predict."
-    home = next(model.parameters()).device
+    home = next(model.parameters(), torch.empty(0)).device
     with eval_mode(model), torch.no_grad():
         return predict(model, normalise(images).to(home), **views).argmax(1).cpu()
+
+# %% ../nbs/43_evaluation.ipynb #6fa138f2
+def on_device(model:nn.Module,
+              device, # None: where the model is
+              ) -> tuple: # model or a copy of it, its device
+    "The model, where it is there; else a copy there: moving would change what the caller holds."
+    tensors = [*model.parameters(), *model.buffers()]
+    own = next(iter(tensors), torch.empty(0)).device
+    if device is None: return model, own
+    home = torch.empty(0, device=device).device # cuda: the current one
+    if all(tensor.device == home for tensor in tensors): return model, home
+    return copy.deepcopy(model).to(home), home
 
 # %% ../nbs/43_evaluation.ipynb #cell-39
 def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
@@ -287,8 +299,7 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
     several processes run, all call this, and each predicts a share."""
     if not len(dataset): raise ValueError("the data set to evaluate on is empty")
     spec = dataset.spec
-    if device is not None: model.to(device)
-    home = device or next(model.parameters(), torch.empty(0)).device
+    model, home = on_device(model, device)
     total = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=home)
     everyone = world()
     bar = progress_bar(total=len(everyone.share(range(len(dataset)))), desc="evaluate",

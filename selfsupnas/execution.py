@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable
 
 from .checkpoints import delayed_interrupt, earlier_run, finished_line, stop_line
-from .core import from_parameters
+from .core import OWN_PROCESS, from_parameters, keep_freed_memory
 from .stages import stage_config, stage_notebook
 
 # %% ../nbs/89_execution.ipynb #cell-31
@@ -22,10 +22,11 @@ def own_kernel(started: Callable = len) -> type: # a kernel manager class
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     spec = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"]) # argv[0] is sys.executable
-    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"} # figures are kept
+    own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", # figures are kept
+           OWN_PROCESS: "1"}
     class OwnKernel(AsyncKernelManager):
         @property
-        def kernel_spec(self): return KernelSpec(**spec, env=inline)
+        def kernel_spec(self): return KernelSpec(**spec, env=own)
         async def _async_start_kernel(self, **kwargs):
             await super()._async_start_kernel(**kwargs)
             started(str(self.provisioner.pid))
@@ -114,6 +115,7 @@ def run_launched(stage:str, config, # in each of the processes that a launcher s
     "Run a stage without its notebook; the first process says what came out."
     from selfsupnas.processes import world
     module, call = CALLS[stage].split(".")
+    keep_freed_memory()
     record = getattr(importlib.import_module(f"selfsupnas.{module}"), call)(config).record
     if world().first: print(record.text(config.folder), flush=True)
     return 0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'OPSET', 'CONFIG_SCHEMA', 'CONFIG_KEYS', 'USES', 'fold_batch_norm', 'check_export_size', 'largest_gap',
-           'check_gap', 'trace_program', 'export_program', 'need_onnx', 'onnx_network', 'export_onnx', 'Usage',
-           'usage_of', 'config_to_json', 'config_from_json', 'check_records', 'card_scores', 'card_figures',
+           'check_gap', 'LogitsAlone', 'trace_program', 'export_program', 'need_onnx', 'onnx_network', 'export_onnx',
+           'Usage', 'usage_of', 'config_to_json', 'config_from_json', 'check_records', 'card_scores', 'card_figures',
            'card_head', 'model_card', 'save_pretrained', 'fetch_folder', 'from_pretrained', 'find_evaluation',
            'export_run']
 
@@ -33,6 +33,7 @@ from .network import StaticNetwork
 from .pairs import SegmentationSpec
 from .report import to_markdown
 from .retrain import load_network
+from .teacher import logits_of
 
 # %% ../nbs/62_export.ipynb #91227ba4
 def fold_batch_norm(network: nn.Module) -> nn.Module:
@@ -64,7 +65,7 @@ def largest_gap(network: nn.Module, # in evaluation mode
     draw, gaps = torch.Generator().manual_seed(0), []
     for shape in ((1, *size), (2, size[0] + 1, size[1] + 3), (3, 45, 67), (1, LEAST, LEAST)):
         images = torch.randn(shape[0], 3, *shape[1:], generator=draw)
-        with torch.no_grad(): wanted, got = network(images), other(images)
+        with torch.no_grad(): wanted, got = logits_of(network(images)), logits_of(other(images))
         same = got.shape == wanted.shape and got.isfinite().all()
         gaps.append(float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1)) if same
                     else float("inf"))
@@ -78,12 +79,23 @@ def check_gap(network, other, size, path): # see `largest_gap`; path: for the me
                          f"{gap:.1e} of the largest, more than {TOLERANCE:.0e}")
 
 # %% ../nbs/62_export.ipynb #ba171f99
+class LogitsAlone(nn.Module):
+    "A network that returns a dict, as one that returns the logits: see logits_of."
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor: return logits_of(self.network(images))
+
 def trace_program(network: nn.Module) -> torch.export.ExportedProgram: # images -> logits
     "The network with batch norm folded, by torch.export; batch, height and width are free."
     from torch.export import Dim, export
     images = torch.zeros(2, 3, 2 * LEAST, 3 * LEAST) # an example; no two sizes alike
     sides = {0: Dim("batch", min=1), 2: Dim("height", min=LEAST), 3: Dim("width", min=LEAST)}
-    return export(fold_batch_norm(network), (images,), dynamic_shapes=(sides,), strict=False)
+    folded = fold_batch_norm(network)
+    with torch.no_grad(): alone = isinstance(folded(images), torch.Tensor)
+    return export(folded if alone else LogitsAlone(folded), (images,), dynamic_shapes=(sides,),
+                  strict=False)
 
 def export_program(network: nn.Module, # on the CPU
                    size: tuple, # (H,W) of the images that it is meant for; others do as well

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .processes import World
+from .teacher import logits_of
 
 # %% ../nbs/40_jigsaw.ipynb #cell-06
 def split_cells(images:torch.Tensor, # (B, C, H, W)
@@ -149,6 +150,7 @@ class JigsawHead(nn.Module):
                 features:torch.Tensor, # (B, in_channels, h, w), h and w at least n
                 )->torch.Tensor:       # (B, P) logits
         "Answer for a batch of jigsaws; raises `ValueError` on a map that is too small."
+        features = logits_of(features, "features") # a backbone of torchvision returns a dict
         if features.dim() != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"{type(self).__name__} was built for features "
                              f"(B, {self.in_channels}, h, w), got {tuple(features.shape)}.")
@@ -195,6 +197,7 @@ def solve_positions(logits:torch.Tensor, # (B, T, T): place, source tile
                     )->torch.Tensor:     # (B, T) int64, which source tile each place shows
     "The permutation of greatest total log-probability; `ValueError` for wrong shapes and NaN."
     from scipy.optimize import linear_sum_assignment
+    logits = logits_of(logits)
     if logits.dim() != 3 or logits.shape[1] != logits.shape[2]:
         raise ValueError("solve_positions takes logits (B, T, T), a row of T tiles for each of T "
                          f"places, got {tuple(logits.shape)}.")
@@ -220,6 +223,7 @@ def jigsaw_loss(logits:torch.Tensor,       # (B, P) or (B, T, T)
                 permutations:torch.Tensor, # (P, T) int64, the set of `cut_and_shuffle`
                 )->torch.Tensor:           # scalar; ln P, or ln T, is the value of guessing
     "Cross-entropy over permutations, or over the tiles of each place; mean over the batch."
+    logits = logits_of(logits)
     if not _by_place(logits, permutations):
         return F.cross_entropy(logits.float(), target)
     tiles = permutations.to(target.device)[target]
@@ -230,6 +234,7 @@ def jigsaw_guess(logits:torch.Tensor,       # (B, P) or (B, T, T)
                  permutations:torch.Tensor, # (P, T) int64
                  )->torch.Tensor:           # (B, T) int64, which source tile each place shows
     "The permutation a head believes in: the most probable of the set, or the solver's."
+    logits = logits_of(logits)
     if _by_place(logits, permutations):
         return solve_positions(logits)
     return permutations.to(logits.device)[logits.argmax(1)]
@@ -240,6 +245,7 @@ def jigsaw_accuracy(logits:torch.Tensor,       # (B, P) or (B, T, T)
                     permutations:torch.Tensor, # (P, T) int64
                     )->tuple:                  # two scalars in 0..1, without gradient
     "Share of pictures put back wholly right, and of tiles in their right place."
+    logits = logits_of(logits)
     known = logits.detach().isfinite().flatten(1).all(1)
     given = logits.detach().masked_fill(~known.view(-1, *[1] * (logits.dim() - 1)), 0)
     right = jigsaw_guess(given, permutations) == permutations.to(target.device)[target]

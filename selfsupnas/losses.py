@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .teacher import logits_of
+
 # %% ../nbs/41_losses.ipynb #cell-06
 def check_pixels(logits:torch.Tensor,  # (B, K, H, W)
                  labels:torch.Tensor,  # (B, H, W) int64
@@ -56,6 +58,7 @@ def pixel_cross_entropy(logits:torch.Tensor,       # (B, K, H, W)
                         ohem_min_kept:float=0.15,  # share of the valid pixels OHEM keeps at least
                         )->torch.Tensor:           # scalar; 0 if no pixel is valid
     "Cross-entropy, mean over the labelled pixels (weighted mean with class weights)."
+    logits = logits_of(logits)
     check_pixels(logits, labels, ignore_index)
     loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="none")
     kept = labels != ignore_index

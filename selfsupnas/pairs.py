@@ -38,6 +38,8 @@ class SegmentationSpec:
     synthetic: bool = False # drawn by a program: say so beside any figure
 
     def __post_init__(self):
+        for name, value in (("classes", self.classes), ("palette", map(tuple, self.palette))):
+            object.__setattr__(self, name, tuple(value)) # lists have no hash
         if not self.classes or len(self.classes) != len(self.palette):
             raise ValueError(f"{self.name}: each class needs a colour, but there are "
                              f"{len(self.classes)} classes, {len(self.palette)} colours")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILES', 'MISSED', 'SearchConfig', 'GateStatistics', 'gate_statistics', 'solve_jigsaws', 'jigsaw_figures',
-           'BudgetTerms', 'closing_of', 'plain_images', 'calibrate_closing', 'halves', 'make_turns', 'make_space',
-           'make_table', 'Searched', 'save_supernet', 'save_statistics', 'load_statistics', 'load_search',
-           'searched_config', 'search', 'check_budget', 'least_share', 'refuse_budget', 'inherited_network',
-           'derive_within', 'budget_note', 'search_figures', 'reopened', 'load_supernet']
+           'BudgetTerms', 'closing_of', 'plain_images', 'shut_under', 'shares_at', 'calibrate_closing', 'halves',
+           'make_turns', 'make_space', 'make_table', 'Searched', 'save_supernet', 'save_statistics', 'load_statistics',
+           'load_search', 'searched_config', 'search', 'check_budget', 'least_share', 'refuse_budget',
+           'inherited_network', 'derive_within', 'budget_note', 'search_figures', 'reopened', 'load_supernet']
 
 # %% ../nbs/51_search.ipynb #a368b656
 import dataclasses, functools, json
@@ -28,7 +28,7 @@ from .config import TrainingConfig, ramp_up
 from .core import (RunRecord, Timer, check_fields, from_parameters, read_json,
                              write_json)
 from .cost import COSTS, count_cost
-from .evaluation import evaluate, known_or_none, same_size_batches
+from .evaluation import eval_mode, evaluate, known_or_none, same_size_batches
 from .gate import CLOSED, GATES, gates_of, set_closing, watch_gates
 from .grid import STRIDES, Path, SearchSpace
 from .jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
@@ -95,9 +95,8 @@ class GateStatistics(NamedTuple):
 def gate_statistics(model, dataset, table: CostTable, batch_size: int = 8) -> GateStatistics:
     "Gates and costs over a dataset of images of one size."
     device, by_path, expected, realised = next(model.parameters()).device, {}, [], []
-    model.eval()
     for _, images, _ in same_size_batches(dataset, batch_size):
-        with watch_gates(model) as gates: model(normalise(images).to(device))
+        with eval_mode(model), watch_gates(model) as gates: model(normalise(images).to(device))
         found = gates_by_path(table.space, gates)
         for path, g in found.items(): by_path.setdefault(path, []).append(g.cpu())
         expected.append(expected_cost(table, found).cpu())
@@ -151,15 +150,18 @@ class BudgetTerms:
                 "harden": c.w_harden * ramp_up(share, *c.harden_ramp, "linear")}
 
     def __call__(self, gates: dict, # name -> (B,paths), from watch_gates
-                 share: float) -> tuple[dict, dict]: # terms, figures
+                 share: float,
+                 network: RoutingNetwork | None = None, # whose gates; None: the model's
+                ) -> tuple[dict, dict]: # terms, figures
         c, by_path = self.config, gates_by_path(self.table.space, gates)
+        network = self.model if network is None else network
         expected, realised = expected_cost(self.table, by_path), realised_cost(self.table, by_path)
         spent, begun = (realised.mean().item() / self.table.full,
                         ramp_up(share, *c.cost_ramp, "linear"))
         target = 1 + (c.budget - 1) * begun if c.controlled else c.budget
-        closing = closing_of(self.model)
+        closing = closing_of(network)
         if c.controlled and begun:
-            set_closing(self.model, follow_budget(closing, spent, target, c.budget_gain))
+            set_closing(network, follow_budget(closing, spent, target, c.budget_gain))
         terms = {"cost": budget_loss(self.table, expected, realised, target, c.budget_of)}
         if c.w_harden: terms["harden"] = undecided(by_path)
         return (terms, {"expected": expected.detach().mean() / self.table.full, "realised": spent,
@@ -178,14 +180,48 @@ def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) ->
                     kind="plain")
     return torch.stack([stream[k]["image"] for k in range(min(count, len(data.both)))])
 
+# %% ../nbs/51_search.ipynb #e55c7f20
+class shut_under:
+    "`with shut_under(model, levels): model(x)` shuts gates that are not over their image's level."
+    def __init__(self, model: RoutingNetwork, levels: torch.Tensor): # (B,)
+        self.model, self.levels = model, levels[:, None]
+
+    def __enter__(self):
+        def shut(module, args, output): return output.where(output > self.levels, 0)
+        self.hooks = [gate.register_forward_hook(shut) for gate in gates_of(self.model).values()]
+
+    def __exit__(self, *_):
+        for hook in self.hooks: hook.remove()
+
+@torch.no_grad()
+def shares_at(model: RoutingNetwork, table: CostTable, # the model's gates close at CLOSED
+              images: torch.Tensor, # (n,3,H,W) uint8
+              thresholds: torch.Tensor # (m,) rising
+             ) -> torch.Tensor: # (m,) mean realised cost, shares of the full grid's
+    "What images cost at many closing thresholds."
+    device, total = next(model.parameters()).device, torch.zeros(len(thresholds)).double()
+    for batch in images.split(16):
+        at = torch.zeros(len(batch), dtype=torch.int64) # the threshold that an image is run at
+        while len(left := (at < len(thresholds)).nonzero().flatten()):
+            with shut_under(model, thresholds[at[left]].to(device)), watch_gates(model) as gates:
+                model(normalise(batch[left]).to(device))
+            by_path = gates_by_path(table.space, gates)
+            values = torch.stack(list(by_path.values()), 1).cpu()
+            weakest = values.where(values > CLOSED, torch.inf).amin(1)
+            then = torch.searchsorted(thresholds, weakest) # the first at which it shuts
+            for begin, end, cost in zip(at[left], then, realised_cost(table, by_path).cpu()):
+                total[begin:end] += cost
+            at[left] = then
+    return total / len(images) / table.full
+
+# %% ../nbs/51_search.ipynb #b0bb3f01
 @torch.no_grad()
 def calibrate_closing(model: RoutingNetwork, table: CostTable,
                       budget: float, # share of the full grid's cost
                       images: torch.Tensor, # (n,3,H,W) uint8
-                     ) -> float:
+                     ) -> float: # in steps of a thousandth
     """Set and return the least closing threshold with which the mean realised cost of `images` is
     within the budget; 1 where it never is, as the gates themselves and the decoder cost more."""
-    model.eval()
     def spent(closing):
         set_closing(model, closing)
         costs = []
@@ -194,10 +230,17 @@ def calibrate_closing(model: RoutingNetwork, table: CostTable,
                 model(normalise(batch).to(next(model.parameters()).device))
             costs.append(realised_cost(table, gates_by_path(table.space, gates)))
         return torch.cat(costs).mean().item() / table.full
-    if spent(CLOSED) <= budget: return CLOSED
-    low, high = CLOSED, 1.
-    for _ in range(10):
-        low, high = (low, middle) if spent(middle := (low + high) / 2) <= budget else (middle, high)
+    with eval_mode(model):
+        if spent(CLOSED) <= budget: return CLOSED
+        low, high, steps = CLOSED, 1., 2**10
+        for _ in range(10):
+            middle = (low + high) / 2
+            low, high = (low, middle) if spent(middle) <= budget else (middle, high)
+        below = torch.linspace(CLOSED, 1, steps + 1)[1:]
+        below = below[below < high - .5 / steps]
+        set_closing(model, CLOSED)
+        found = below[shares_at(model, table, images, below) <= budget].tolist()
+        high = next((closing for closing in found if spent(closing) <= budget), high)
     set_closing(model, high)
     return high
 

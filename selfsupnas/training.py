@@ -21,9 +21,9 @@ from .augment import denormalise
 from .batches import TrainingData, batch_ids, check_shares, make_batches
 from .checkpoints import (delayed_interrupt, identity, load_checkpoint, load_weights,
                                     newest_whole, save_checkpoint, stop_line, stopped)
-from .config import TrainingConfig, learning_rate, ramp_up
+from .config import TrainingConfig, check_precision, learning_rate, ramp_up
 from .consistency import CONSISTENCY
-from .core import keep_freed_memory, progress_bar, seed_everything
+from .core import in_own_process, keep_freed_memory, progress_bar, seed_everything
 from .loaders import to_device
 from .objective import (UnlabelledViews, make_trainee, objective, weights_of_classes)
 from .permutations import permutation_set
@@ -31,7 +31,7 @@ from .processes import (add_gradients, anyones, everyones, from_first, own_devic
                                   synchronise, total_of, union_of, world)
 from .runlog import RunLog
 from .splits import LabelSplit, save_split
-from .teacher import AdaptiveThreshold, EMATeacher
+from .teacher import AdaptiveThreshold, EMATeacher, logits_of
 
 # %% ../nbs/50_training.ipynb #cell-20
 def make_optimiser(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -56,6 +56,7 @@ class Trained:
 
 def make_parts(model: nn.Module, config: TrainingConfig, accelerator) -> dict: # name -> part
     "All that changes in a training, and that a checkpoint holds."
+    check_precision(config.precision, accelerator.device)
     trainee = make_trainee(model, config).to(accelerator.device, memory_format=torch.channels_last)
     parts = {"trainee": trainee, "teacher": EMATeacher(trainee, config.ema_decay),
              "optimiser": make_optimiser(trainee, config), "log": RunLog(config)}
@@ -82,17 +83,23 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
               clip: float, step: int,
               before: dict | None = None, # state of the adaptive threshold before this step
              ) -> str | None: # what is not finite; None: the step was taken
-    "Backward, clip, update, average; a step that is not finite changes nothing."
-    trainee, teacher = parts["trainee"], parts["teacher"]
-    bad = None if torch.isfinite(total_of(loss)) else "the loss"
+    """Backward, clip, update, average; a step that is not finite changes nothing, nor does one that
+    overflows in fp16, which is counted: its scale was too large, and falls."""
+    trainee, teacher, scaler = parts["trainee"], parts["teacher"], accelerator.scaler
+    bad, overflow = None if torch.isfinite(total_of(loss)) else "the loss", False
     if not bad:
         accelerator.backward(loss)
         add_gradients(trainee.parameters())
         for name, parameter in trainee.named_parameters(): # another turn's: passed over
             if not learns(name): parameter.grad = None
         norm = accelerator.clip_grad_norm_(trainee.parameters(), clip)
-        if accelerator.scaler is None and not math.isfinite(norm): bad = "the gradient"
-    if bad: # batch norm has counted the batch already: back to what the teacher copied
+        if not math.isfinite(norm):
+            scale = 0 if scaler is None else scaler.get_scale()
+            if scale: scaler.update() # it saw the gradient when that was clipped
+            overflow = scale > 1 and scaler.get_scale() < scale
+            bad = None if overflow else "the gradient"
+    if overflow: parts["log"].overflows += 1
+    if bad or overflow: # batch norm has counted the batch already: back to what the teacher copied
         for buffer, kept in zip(trainee.buffers(), teacher.model.buffers()): buffer.copy_(kept)
         if before is not None: parts["threshold"].load_state_dict(before)
     else:
@@ -106,7 +113,7 @@ def begin(config: TrainingConfig, parts: dict, asked: dict, split: LabelSplit) -
     """Go on from a checkpoint where there is one, and write the split, now that nothing refuses the
     run; every process begins as the first."""
     check_shares(config, world())
-    keep_freed_memory()
+    if in_own_process(): keep_freed_memory()
     done = load_checkpoint(config.folder, parts, asked) if world().first else 0
     if world().first: save_split(split, Path(config.folder)/"split")
     if world().count == 1: return done
@@ -123,12 +130,13 @@ def make_accelerator(config: TrainingConfig):
                        cpu=not torch.cuda.is_available(), # see selfsupnas.processes.own_device
                        log_with="tensorboard" if config.tensorboard else None)
 
-def charged_on_all(cost: Callable, # gates by name, share -> terms, figures
+def charged_on_all(cost: Callable, # gates by name, share, perhaps network -> terms, figures
                    share: float) -> Callable: # of the steps done; gates of this process -> same
     "The cost of the whole batch, and of its terms this process' part."
-    def charge(gates):
+    def charge(gates, network=None): # of which the gates are; None: the model
         everyone = {name: everyones(g).flatten(0, 1) for name, g in gates.items()}
-        terms, figures = cost(everyone, share=share)
+        whose = {} if network is None else {"network": network}
+        terms, figures = cost(everyone, share=share, **whose)
         return {name: term / world().count for name, term in terms.items()}, figures
     return charge
 
@@ -211,7 +219,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             weights = step_weights(config, share, cost)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
-            if config.drop_path: model.drop_path(config.drop_path * share)
+            if config.drop_path: trainee.drop_path(config.drop_path * share)
             batches = {name: to_device(b, accelerator.device) for name, b in batches.items()}
             charge = cost and charged_on_all(cost, share)
             before = threshold and threshold.state_dict()
@@ -232,6 +240,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
                 save_checkpoint(config.folder, step + 1, parts, asked, config.checkpoints,
                                 best=log.is_best(row))
             if stop: break
+        else: stop = anyones(bool(came), accelerator.device) # of a signal after the last look
     if stop: end_early(came, config)
     data.train.unreadable.update(union_of(data.train.unreadable))
     kept = teacher.model.eval()
@@ -270,7 +279,7 @@ def taught_views(trained: Trained, config: TrainingConfig, data: TrainingData) -
                             torch.Generator().manual_seed(config.seed), config.cutmix_p)
     strong = views.mix("strong", batch["strong"])
     with torch.no_grad():
-        taught = views.mix("strong", trained.model(batch["weak"]))
-        student = trained.student(strong)
+        taught = views.mix("strong", logits_of(trained.model(batch["weak"])))
+        student = logits_of(trained.student(strong))
     return {"weak": denormalise(batch["weak"]).cpu(), "strong": denormalise(strong).cpu(),
             "taught": taught.softmax(1).cpu(), "student": student.softmax(1).cpu()}
