@@ -23,6 +23,7 @@ from .core import RunRecord, Timer, check_fields, from_parameters, write_json
 from .cost import count_cost
 from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
+from .runlog import consistency_figures
 from .search import jigsaw_figures
 from .training import Trained, load_trained, train
 
@@ -162,6 +163,7 @@ def retrain(config: RetrainConfig,
                    "unlabelled_images": len(data.split.unlabelled),
                    "unreadable_files": data.unreadable}
         figures.update(jigsaw_figures(trained, data.val, config))
+        if config.w_semi: figures.update(consistency_figures(trained.history))
     if config.architecture not in BASELINES:
         save_architecture(trained.model.architecture, folder/"architecture.json")
     save_weights(trained.model, folder/"network.safetensors")

@@ -37,6 +37,7 @@ from .network import StaticNetwork, inherit
 from .operations import OPERATIONS
 from .permutations import permutation_set
 from .processes import from_first, own_device
+from .runlog import consistency_figures
 from .space import RoutingNetwork, gates_by_path, supernet
 from .splits import LabelSplit
 from .training import Trained, load_trained, train
@@ -467,6 +468,7 @@ def search_figures(config, data, trained: Trained, table, derived: StaticNetwork
                                            for path in table.space.paths()),
                **reopened(trained.history, table.space), "unreadable_files": data.unreadable,
                **jigsaw_figures(trained, data.val, config)}
+    if config.w_semi: figures.update(consistency_figures(trained.history))
     if table.kind == "flops":
         figures.update(full_gflops=table.full / 1e9, budget_gflops=config.budget * table.full / 1e9)
         if counted.flops != units:
