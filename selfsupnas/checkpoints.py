@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FREE', 'WAYS', 'step_of', 'checkpoint_paths', 'said', 'write_whole', 'sweep', 'save_checkpoint', 'as_json',
            'differences', 'read_checkpoint', 'newest_whole', 'fitting_checkpoint', 'load_checkpoint', 'save_weights',
-           'read_weights', 'load_weights', 'own_folder', 'delayed_interrupt', 'Stopped', 'StoppedScript', 'stopped',
-           'stop_line', 'stop_in_one_line', 'digests', 'identity', 'earlier_run', 'make_room', 'once', 'finished_line']
+           'read_weights', 'load_weights', 'FolderInUse', 'own_folder', 'delayed_interrupt', 'Stopped', 'StoppedScript',
+           'stopped', 'stop_line', 'stop_in_one_line', 'digests', 'identity', 'earlier_run', 'make_room', 'once',
+           'finished_line']
 
 # %% ../nbs/48_checkpoints.ipynb #86872711
 import contextlib, dataclasses, functools, hashlib, json, re, shutil, signal, sys, tempfile
@@ -168,18 +169,22 @@ def load_weights(network: torch.nn.Module, path) -> torch.nn.Module: # it, in ev
     return network.eval()
 
 # %% ../nbs/48_checkpoints.ipynb #8783782c
+class FolderInUse(RuntimeError):
+    "Another run holds the folder."
+
 @contextlib.contextmanager
-def own_folder(folder, wait: float = 3.): # seconds for which another may still hold it
+def own_folder(folder, wait: float = 3., # seconds for which another may still hold it
+               lock: str = ".lock"): # a command has its own, from before its kernel has this one
     """Hold the folder for one run, cleared of what a killed one left half-written; raises
-    RuntimeError while another holds it, OSError if it cannot be written."""
+    FolderInUse while another holds it, OSError if it cannot be written."""
     from filelock import FileLock, Timeout
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder)/".lock")
+        lock = FileLock(Path(folder)/lock)
         lock.acquire(timeout=wait)
     except Timeout:
-        raise RuntimeError(f"another run is writing to {folder}: wait until it ends, or take "
-                           "another folder") from None
+        raise FolderInUse(f"another run is writing to {folder}: wait until it ends, or take "
+                          "another folder") from None
     except OSError as e:
         raise OSError(f"cannot write to {folder}: {e}; take another folder") from e
     try:

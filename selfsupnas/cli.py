@@ -11,7 +11,7 @@ import argparse, dataclasses, functools, os, signal, sys, typing
 from pathlib import Path
 
 import selfsupnas
-from .checkpoints import Stopped, earlier_run
+from .checkpoints import FolderInUse, Stopped, earlier_run
 from .core import RunRecord, from_parameters
 from .data import DATASETS, load_dataset
 from .execution import run_launched, run_stage
@@ -276,6 +276,6 @@ def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was 
     except KeyboardInterrupt as e:
         print(f"selfsupnas {words.stage}: stopped; the same command goes on", file=sys.stderr)
         return 128 + (e.args or (signal.SIGINT,))[0]
-    except (ValueError, TypeError, OSError, ImportError) as e:
+    except (ValueError, TypeError, OSError, ImportError, FolderInUse) as e:
         print(f"selfsupnas {words.stage}: {e}", file=sys.stderr)
         return 2

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import selfsupnas
 from .architecture import load_architecture
+from .config import check_precision
 from .core import RunRecord, from_parameters, kind_name
 from .data import CAMVID_SPEC, STREETSCENES_SIZE, load_dataset
+from .processes import own_device
 from .splits import label_count, load_split
 
 # %% ../nbs/88_stages.ipynb #3524d711
@@ -131,6 +133,7 @@ def check_front(stage: str, config, later: bool):
     for budget in config.budgets: refuse_budget(budget, least)
 
 def check_training_inputs(stage: str, config, later: bool): # of search and retrain
+    check_precision(config.precision, own_device())
     if stage == "retrain" and not later:
         from selfsupnas.baselines import BASELINES
         from selfsupnas.retrain import chosen_architecture

@@ -51,7 +51,7 @@ def same_search(folder, reference):
     assert json.loads((folder/"history.json").read_text()) == json.loads((reference/"history.json").read_text())
     own, other = (load_file(place/"supernet.safetensors") for place in (folder, reference))
     assert own.keys() == other.keys() and all(own[name].equal(other[name]) for name in own)
-    assert {path.name for path in folder.glob(".*")} <= {".lock"}
+    assert {path.name for path in folder.glob(".*")} <= {".lock", ".command.lock"}
 
 
 @pytest.fixture(scope="session")

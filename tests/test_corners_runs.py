@@ -12,7 +12,7 @@ from conftest import ROOT, draw_folder, same_search
 
 from selfsupnas import execution
 from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.checkpoints import FREE, checkpoint_paths, step_of
+from selfsupnas.checkpoints import FREE, FolderInUse, checkpoint_paths, step_of
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
 from selfsupnas.export import export_run
@@ -172,6 +172,20 @@ def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err and (folder/"search-failed.ipynb").exists()
     assert (folder/"search.ipynb").read_bytes() == whole and not (folder/"search-running.ipynb").exists()
     assert execution.run_stage("search", {}, folder, source=good) == 0 and not (folder/"search-failed.ipynb").exists()
+
+
+def test_the_same_command_at_once_is_refused(tmp_path, capsys):
+    "The second is told so, and the notebook of the first stays its own."
+    folder, seconds = tmp_path/"run", fails_or_not(tmp_path/"second.ipynb", "1 + 1")
+    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.checkpoints import own_folder\nwith own_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "holds\n"
+        with pytest.raises(FolderInUse, match="another run is writing to .*run"): execution.run_stage("search", {}, folder, source=seconds)
+        assert main(["search", "--folder", str(folder), "-p", "steps", "1"]) == 2 and "another run is writing" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [".command.lock"]
+    finally: first.communicate("")
+    assert execution.run_stage("search", {}, folder, source=seconds) == 0
 
 
 def test_a_budget_out_of_reach_is_refused_before_a_kernel_starts(place, capsys, monkeypatch):

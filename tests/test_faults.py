@@ -122,7 +122,7 @@ def check_whole(path):
     elif path.suffix == ".safetensors": load_file(path)
     elif path.suffix == ".pt": read_checkpoint(path)
     elif path.suffix == ".ipynb": nbformat.read(path, 4)
-    else: assert path.suffix in (".txt", ".png", ".md") or path.name == ".lock", f"{path} is left"
+    else: assert path.suffix in (".txt", ".png", ".md") or path.suffix == ".lock" or path.name == ".lock", f"{path} is left"
 
 
 # -- What is done to files, and to the disk

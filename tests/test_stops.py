@@ -62,8 +62,11 @@ def fill(process, folder):
     for worker in workers(process): worker.rlimit(resource.RLIMIT_FSIZE, (300, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def kill_kernel(process, folder): workers(process)[0].kill()
+
+
 STOPS = {"click": click, "double click": double_click, "SIGTERM": lambda process, folder: process.terminate(),
-         "SIGKILL": lambda process, folder: process.kill(), "full disk": fill}
+         "SIGKILL": lambda process, folder: process.kill(), "dead kernel": kill_kernel, "full disk": fill}
 
 
 def quietly(run, log, folder):
