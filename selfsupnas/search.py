@@ -452,6 +452,7 @@ def budget_note(record: RunRecord) -> str | None: # None: the gates cost what wa
             f"{figures['paths_kept']} of {figures['paths']} paths and costs {derived:.2f}. "
             f"What to change: {change}")
 
+# %% ../nbs/51_search.ipynb #d1e51013
 def search_figures(config, data, trained: Trained, table, derived: StaticNetwork,
                    statistics: GateStatistics) -> dict:
     "What the record says of a search; validation images only."

@@ -54,6 +54,7 @@ class Trained:
     seconds: float # of the steps made now
     step_ms: float | None # median of them; None: all were made before
 
+# %% ../nbs/50_training.ipynb #d1e50011
 def make_parts(model: nn.Module, config: TrainingConfig, accelerator) -> dict: # name -> part
     "All that changes in a training, and that a checkpoint holds."
     check_precision(config.precision, accelerator.device)
@@ -199,9 +200,8 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     accelerator = make_accelerator(config)
     seed_everything(config.seed)
     parts = make_parts(model, config, accelerator)
-    asked = identity(config)
     trainee, teacher, log, threshold = map(parts.get, ("trainee", "teacher", "log", "threshold"))
-    first = begin(config, parts, asked, data.split)
+    first = begin(config, parts, asked := identity(config), data.split)
     network = accelerator.prepare_model(trainee, evaluation_mode=True) # for precision alone
     optimiser = accelerator.prepare_optimizer(parts["optimiser"])
     rare = weights_of_classes(config, data, accelerator.device)

@@ -137,7 +137,7 @@ def test_a_run_that_meets_a_fault_ends_with_its_message(data, tmp_path, command)
         "data": "cityscapes", "root": data, "label_fraction": 1, "steps": 4, "logs": 1, "layers": 2, "channels": 8, "budget": .9, "workers": 1,
         "batch_labelled": 5, "w_semi": 0, "w_jig": 0}.items() for w in ("-p", *pair)), cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(rf"^\S*(Error|UnreadableFile): .*cannot read the image {re.escape(str(path))}", done.stderr, re.M)
+    assert re.search(rf"failed: \S*(Error|UnreadableFile): .*cannot read the image {re.escape(str(path))}", done.stderr, re.M)
 
 
 SHORT = dict(label_fraction=1., steps=6, logs=2, layers=2, channels=8, budget=.9, batch_labelled=4, batch_unlabelled=4, batch_jigsaw=4)
