@@ -92,8 +92,10 @@ def differences(had: dict, asked: dict) -> str: # "" where there are none
     files = before.keys() & now.keys()
     told = [f"{name}={value!r} (now {asked.get(name)!r})" for name, value in had.items()
             if name not in {*FREE, *files, "inputs"} and asked.get(name) != value]
-    told += [f"what it reads as {name} is another by now" for name in sorted(files)
-             if before[name] != now[name]]
+    for name in (name for name in sorted(files) if before[name] != now[name]):
+        moved = had.get(name) != asked.get(name)
+        told.append(f"{name}={had.get(name)!r} (now {asked.get(name)!r}, which holds something "
+                    "else)" if moved else f"what {name}={had.get(name)!r} holds is another by now")
     return ", ".join(told)
 
 def read_checkpoint(path) -> dict:

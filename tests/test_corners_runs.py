@@ -128,10 +128,10 @@ def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, mon
 
 def test_a_run_on_another_file_of_the_same_name_is_another_run(place):
     search(dataclasses.replace(SEARCH, seed=1, overwrite=True))
-    with pytest.raises(ValueError, match="reads as architecture is another"): retrain(RETRAIN)
-    with pytest.raises(ValueError, match="reads as search is another"): front(FRONT)
+    with pytest.raises(ValueError, match="what architecture=.* holds is another by now"): retrain(RETRAIN)
+    with pytest.raises(ValueError, match="what search=.* holds is another by now"): front(FRONT)
     retrain(dataclasses.replace(RETRAIN, lr=.1, overwrite=True))
-    with pytest.raises(ValueError, match="reads as network is another"): benchmark(EVALUATE)
+    with pytest.raises(ValueError, match="what network=.* holds is another by now"): benchmark(EVALUATE)
 
 
 # -- The command

@@ -396,7 +396,7 @@ FAULTS = {
         "of another stage": (unfinished("search", raises(ValueError, lambda: run_retrain("search"))), "other parameters.*: .*layers=2"),
         "of a run that is not to go on": (unfinished("retrain", raises(ValueError, lambda: run_retrain(resume=False))), "retrain has an unfinished run .*resume=False: .*overwrite=True"),
         "of another architecture under the same name": (unfinished("retrain", after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain()))),
-                                                        "what it reads as architecture is another by now"),
+                                                        "what architecture=.* holds is another by now"),
         "of another network under the same name": (unfinished("retrain", after(of_another_network, raises(ValueError, lambda: run_retrain()))),
                                                    "is of another network, though its parameters are the same.*another folder"),
         **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "not one of 1 checkpoints in retrain is whole: .*overwrite=True") for what, write in (
@@ -411,7 +411,7 @@ FAULTS = {
         "an evaluation of another kind": (raises(ValueError, lambda: run_evaluate("evaluate", flip=True)), r"evaluate has a finished run .*: flip=False \(now True\)"),
         "another stage": (raises(ValueError, lambda: run_retrain("search", overwrite=True)), "search has a run of another stage .search-record.json.: take another folder"),
         "an evaluation in the folder of its network": (raises(ValueError, lambda: run_evaluate("retrain")), "retrain has a run of another stage"),
-        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "what it reads as architecture is another by now"),
+        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "what architecture=.* holds is another by now"),
         "another run whose parameters are wrong, to replace it": (raises(ValueError, lambda: run_search(root="data", overwrite=True, label_fraction=.1)), "less than one image"),
         "another run whose data is gone, to replace it": (raises(FileNotFoundError, lambda: run_search(root="nowhere", overwrite=True)), "nowhere/images"),
         "half its record": (after(lambda: cut("search/search-record.json"), raises(ValueError, run_search)), "search-record.json is not a run record"),
