@@ -17,8 +17,7 @@ from .baselines import BASELINES, build_baseline
 from .batches import image_size
 from .checkpoints import digests, make_room, once
 from .config import TrainingConfig
-from .core import (SEEDS, RunRecord, Timer, check_fields, from_parameters, read_json,
-                             write_json)
+from .core import SEEDS, RunRecord, Timer, check_fields, read_json, write_json
 from .cost import count_cost, measure_latency
 from .data import load_dataset
 from .evaluation import (Metrics, check_views, class_counts, evaluate, metrics_figures,
@@ -151,9 +150,7 @@ def load_evaluation(folder) -> Evaluated:
     "What `benchmark` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"evaluate-record.json")
-    config = from_parameters(EvaluateConfig, {k: v for k, v in record.parameters.items()
-                                              if k in EvaluateConfig.__dataclass_fields__})
-    network, data, _ = open_evaluation(config)
+    network, data, _ = open_evaluation(record.config(EvaluateConfig))
     kept = folder/"confusion.json"
     if not kept.is_file():
         raise FileNotFoundError(f"{folder} has the record of an evaluation, but not {kept.name}: "

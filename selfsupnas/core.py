@@ -307,6 +307,11 @@ class RunRecord:
             if lacking: raise ValueError(f"{path}: its {part} lack {', '.join(lacking)}")
         return record
 
+    def config(self, cls): # a dataclass -> an instance
+        "The parameters of the run; fields that only one version has are left out, or default."
+        return from_parameters(cls, {name: value for name, value in self.parameters.items()
+                                     if name in cls.__dataclass_fields__})
+
     def text(self, folder) -> str: # some lines
         "For the end of a run: results, seconds, what it was run with, and what lies in `folder`."
         def told(values: dict):

@@ -17,8 +17,8 @@ from .batches import TrainingData, load_training_data
 from .benchmark import check_labels, recorded_root
 from .budget import CostTable, static_cost
 from .checkpoints import WAYS, digests, make_room, once
-from .core import (SEEDS, RunRecord, Timer, check_fields, from_parameters, progress_bar,
-                             read_json, write_json)
+from .core import (SEEDS, RunRecord, Timer, check_fields, progress_bar, read_json,
+                             write_json)
 from .cost import count_cost
 from .data import load_dataset
 from .evaluation import evaluate, known_or_none, miou_text
@@ -144,8 +144,7 @@ def load_front(folder) -> Front:
     "What `front` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"front-record.json")
-    config = from_parameters(FrontConfig, {k: v for k, v in record.parameters.items()
-                                           if k in FrontConfig.__dataclass_fields__})
+    config = record.config(FrontConfig)
     rows = record.figures["rows"]
     architectures = {row["name"]: load_architecture(folder/f"{row['name']}.json") for row in rows
                      if row["kind"] in ("derived", "random")}

@@ -19,7 +19,7 @@ from .batches import TrainingData, image_size, load_training_data
 from .checkpoints import (digests, load_weights, make_room, once, read_weights,
                                     save_weights)
 from .config import TrainingConfig
-from .core import RunRecord, Timer, check_fields, from_parameters, write_json
+from .core import RunRecord, Timer, check_fields, write_json
 from .cost import count_cost
 from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
@@ -120,10 +120,8 @@ def load_retrain(folder, watch=None) -> Retrained: # watch: as `retrain` has it,
     "What `retrain` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"retrain-record.json")
-    parameters = {name: value for name, value in record.parameters.items()
-                  if name in RetrainConfig.__dataclass_fields__}
-    config = dataclasses.replace(from_parameters(RetrainConfig, parameters), overwrite=False,
-                                 folder=str(folder), split_folder=f"{folder}/split")
+    config = dataclasses.replace(record.config(RetrainConfig), overwrite=False, folder=str(folder),
+                                 split_folder=f"{folder}/split")
     missing = [name for name in ("network.safetensors", "history.json")
                if not (folder/name).is_file()]
     if missing:

@@ -25,8 +25,7 @@ from .budget import (CostTable, budget_loss, costs_of, expected_cost, follow_bud
                                measure_costs, realised_cost, static_cost, undecided, with_costs)
 from .checkpoints import digests, load_weights, make_room, once, save_weights
 from .config import TrainingConfig, ramp_up
-from .core import (RunRecord, Timer, check_fields, from_parameters, read_json,
-                             write_json)
+from .core import RunRecord, Timer, check_fields, read_json, write_json
 from .cost import COSTS, count_cost
 from .evaluation import eval_mode, evaluate, known_or_none, same_size_batches
 from .gate import CLOSED, GATES, gates_of, set_closing, watch_gates
@@ -343,8 +342,7 @@ def load_search(folder, watch=None) -> Searched: # watch: as `search` has it, ca
 
 def searched_config(record: RunRecord, folder) -> SearchConfig:
     "The parameters of a finished search, its own split in the place of the drawn one."
-    found = from_parameters(SearchConfig, {k: v for k, v in record.parameters.items()
-                                           if k in SearchConfig.__dataclass_fields__})
+    found = record.config(SearchConfig)
     return dataclasses.replace(found, folder=str(folder), overwrite=False,
                                split_folder=f"{folder}/split" if found.w_sup
                                else found.split_folder)

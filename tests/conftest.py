@@ -1,5 +1,5 @@
 "What several tests use: surroundings that are the same everywhere, small images in a folder, the `selfsupnas` command."
-import json, os, subprocess, sys, time
+import json, multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +42,40 @@ def draw_folder(root, counts):
     (root/"classes.txt").write_text("road\nhouse\ntree\n")
 
 
-def same_search(folder, reference):
-    "Two searches have the same figures, log lines and weights, to the last digit, and left nothing half-written."
+def same_run(folder, reference, stage="search", weights="supernet.safetensors"):
+    "Two runs have the same figures, log lines and weights, to the last digit, and left nothing half-written."
     from safetensors.torch import load_file
     from selfsupnas.core import RunRecord
-    records = [RunRecord.load(place/"search-record.json") for place in (folder, reference)]
+    records = [RunRecord.load(place/f"{stage}-record.json") for place in (folder, reference)]
     assert records[0].figures == records[1].figures
     assert json.loads((folder/"history.json").read_text()) == json.loads((reference/"history.json").read_text())
-    own, other = (load_file(place/"supernet.safetensors") for place in (folder, reference))
+    own, other = (load_file(place/weights) for place in (folder, reference))
     assert own.keys() == other.keys() and all(own[name].equal(other[name]) for name in own)
     assert {path.name for path in folder.glob(".*")} <= {".lock", ".command.lock"}
+
+
+def quietly(run, log, *args):
+    "In a process of its own, as a terminal starts one: its words go to a file."
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    run(*args)
+
+
+@pytest.fixture(scope="session")
+def start():
+    "start(run, log, *args) starts a process that has imported everything."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfsupnas.search", "selfsupnas.retrain", "selfsupnas.execution", "accelerate", "papermill", "tqdm.auto"])
+    def start(*args):
+        process = context.Process(target=quietly, args=args)
+        process.start()
+        return process
+    return start
 
 
 @pytest.fixture(scope="session")

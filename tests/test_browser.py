@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, same_search, wait_until
+from conftest import ROOT, same_run, wait_until
 from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -323,5 +323,5 @@ def test_a_stop_in_the_browser_loses_nothing(lab, browser, moment, stop, request
     run_all(page)
     said = said_by(page)
     assert "the end" in said.splitlines() and (not left or f"goes on at step {left} " in said or "nothing is computed" in said), said
-    same_search(folder, place/"live")
+    same_run(folder, place/"live")
     page.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, draw_folder, same_search
+from conftest import ROOT, draw_folder, same_run
 
 from selfsupnas import execution
 from selfsupnas.benchmark import EvaluateConfig, benchmark
@@ -123,7 +123,7 @@ def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, mon
     search(config)
     assert "goes on at step 5" in capsys.readouterr().out
     search(dataclasses.replace(config, folder="whole"))
-    same_search(Path("search"), Path("whole"))
+    same_run(Path("search"), Path("whole"))
 
 
 def test_a_run_on_another_file_of_the_same_name_is_another_run(place):

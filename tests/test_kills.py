@@ -2,15 +2,12 @@
 
 SELFSUPNAS_KILLS says how many kills each stage gets (3 unless told; `make kills` asks for 30).
 """
-import json, multiprocessing, os, random, signal, time
-from pathlib import Path
+import os, random, signal, time
 
 import pytest
-from conftest import wait_until
-from safetensors.torch import load_file
+from conftest import same_run, wait_until
 
 from selfsupnas.checkpoints import checkpoint_paths, step_of
-from selfsupnas.core import RunRecord
 
 pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("SELFSUPNAS_KILLS", 3))
@@ -31,28 +28,6 @@ def run_retrain(folder, architecture):
 
 
 STAGES = {"search": (run_search, "supernet.safetensors"), "retrain": (run_retrain, "network.safetensors")}
-
-
-def quietly(run, log, *args):
-    "In a process of its own: its words go to a file."
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    import torch
-    torch.set_num_threads(1)
-    run(*args)
-
-
-@pytest.fixture(scope="module")
-def start():
-    "start(run, log, *args) starts a process that has imported everything."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfsupnas.search", "selfsupnas.retrain", "accelerate", "tqdm.auto"])
-    def start(*args):
-        process = context.Process(target=quietly, args=args)
-        process.start()
-        return process
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +68,6 @@ def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, start, tmp_path)
             ended = process.exitcode == 0
             assert ended or process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
             killed += not ended
-        compare(stage, folder, reference, weights)
+        same_run(folder, reference, stage, weights)
     assert "goes on at step" in log.read_text() or KILLS == 1
     print(f"{stage}: {killed} kills, {lives} runs, each equal to the one of {seconds:.0f} s that was left alone")
-
-
-def compare(stage, folder, reference, weights):
-    "Figures, log lines and weights, to the last digit; and nothing half-written."
-    records = [RunRecord.load(place/f"{stage}-record.json") for place in (folder, reference)]
-    assert records[0].figures == records[1].figures
-    histories = [json.loads((Path(place)/"history.json").read_text()) for place in (folder, reference)]
-    assert histories[0] == histories[1]
-    own, other = (load_file(place/weights) for place in (folder, reference))
-    assert own.keys() == other.keys() and all(own[name].equal(other[name]) for name in own)
-    assert {p.name for p in folder.glob(".*")} <= {".lock"}

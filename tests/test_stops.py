@@ -3,13 +3,13 @@
 Each run is stopped once and made again by the same words; what it leaves is compared with a run that nobody disturbed.
 A fourth of the cases are made here, every way, moment and stop among them; `make stops` makes all and writes the table to runs/stops.md.
 """
-import contextlib, multiprocessing, os, resource, signal, sys, time
+import contextlib, os, resource, signal, sys, time
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
-from conftest import ROOT, same_search, wait_until
+from conftest import ROOT, same_run, wait_until
 
 from selfsupnas.checkpoints import checkpoint_paths, step_of
 
@@ -69,29 +69,6 @@ STOPS = {"click": click, "double click": double_click, "SIGTERM": lambda process
          "SIGKILL": lambda process, folder: process.kill(), "dead kernel": kill_kernel, "full disk": fill}
 
 
-def quietly(run, log, folder):
-    "In a process of its own: its words go to a file."
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    import torch
-    signal.signal(signal.SIGINT, signal.default_int_handler) # as in a terminal
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    run(folder)
-
-
-@pytest.fixture(scope="module")
-def start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfsupnas.search", "selfsupnas.execution", "accelerate", "papermill", "tqdm.auto"])
-    def start(*args):
-        process = context.Process(target=quietly, args=args)
-        process.start()
-        return process
-    return start
-
-
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     "The folder of a run that nobody disturbed."
@@ -144,7 +121,7 @@ def test_a_stopped_run_goes_on(way, moment, stop, whole, start, table, tmp_path)
     again = log.read_text()[len(said):]
     assert process.exitcode == 0, again[-2000:]
     if left and left < STEPS: assert f"goes on at step {left} " in again
-    same_search(folder, whole)
+    same_run(folder, whole)
     assert not (folder/"search-running.ipynb").exists() and not list(folder.glob("*-failed.ipynb"))
     line = next((line for line in reversed(said.splitlines()) if "stopped" in line or "cannot write" in line), "").replace(f"{tmp_path}/", "")
     table.append((way, moment, stop, str(left), str(ended), line[-200:].replace("|", "/"), "yes"))
