@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Architecture', 'reached', 'useful', 'check_json', 'check_schema', 'architecture_to_json', 'read_entries',
            'architecture_from_json', 'save_architecture', 'load_architecture', 'draw_architecture', 'drop_cheapest',
-           'take_back', 'derive', 'weaker_operations']
+           'take_back', 'derive_greedily', 'weaker_operations']
 
 # %% ../nbs/24_architecture.ipynb #e8c69e9b
 import dataclasses, math
@@ -220,7 +220,7 @@ def take_back(space: SearchSpace, kept: set, dropped: set, importance: Mapping, 
         kept = kept | {back}
 
 # %% ../nbs/24_architecture.ipynb #0b5873cc
-def derive(space: SearchSpace,
+def derive_greedily(space: SearchSpace,
            importance: Mapping[Path, float], # mean gate of everything in space.gated()
            # set of what is open -> multiply-adds, or any cost that grows with it and is a sum over
            # the cells that compute, what is open in them, and the scales that reach the decoder

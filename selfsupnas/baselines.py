@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-from .architecture import Architecture, derive
+from .architecture import Architecture, derive_greedily
 from .grid import STEP, SearchSpace
 
 # %% ../nbs/52_baselines.ipynb #cddef63c
@@ -93,7 +93,7 @@ def random_architecture(space:SearchSpace,
     draw = random.Random(seed)
     for _ in range(tries):
         importance = {path: draw.random() for path in space.gated()}
-        found = derive(space, importance, cost, target).unweighted()
+        found = derive_greedily(space, importance, cost, target).unweighted()
         if cost(found.kept) >= (1 - tolerance) * target: return found
     raise ValueError(f"in {tries} draws no random route cost {1 - tolerance:.0%} to 100 % of "
                      f"{target:,.0f}; allow a larger tolerance")
