@@ -7,7 +7,7 @@ __all__ = ['EvaluateConfig', 'cost_row', 'train_baseline', 'check_labels', 'clas
            'training_counts', 'Evaluated', 'load_evaluation', 'open_evaluation', 'benchmark', 'benchmark_table']
 
 # %% ../nbs/55_benchmark.ipynb #987b2240
-import contextlib, dataclasses
+import contextlib, dataclasses, shutil
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -15,16 +15,17 @@ import torch
 
 from .baselines import BASELINES, build_baseline
 from .batches import image_size
-from .checkpoints import digests, make_room, once
+from .checkpoints import make_room, once
 from .config import TrainingConfig
-from .core import SEEDS, RunRecord, Timer, check_fields, read_json, write_json
+from .core import (SEEDS, RunRecord, Timer, check_fields, digest_of, read_json,
+                             write_json)
 from .cost import count_cost, measure_latency
-from .data import load_dataset
+from .data import data_digest, load_dataset
 from .evaluation import (Metrics, check_views, class_counts, evaluate, metrics_figures,
                                    trivial_predictor_metrics)
 from .pairs import SPLITS, PairDataset
 from .processes import own_device
-from .retrain import RetrainConfig, load_network, retrain
+from .retrain import RetrainConfig, load_network, retrain_once
 from .splits import load_split
 from .survey import check_classes
 
@@ -54,9 +55,15 @@ class EvaluateConfig:
                      choices=dict(split=SPLITS, baselines=BASELINES))
         check_views(self.window, self.scales)
 
-    def reads(self) -> dict: # parameter -> paths
-        "The files that the evaluation builds on, by the parameter that says where they are."
-        return {"network": [f"{self.network}/network.safetensors"]}
+    def inputs(self) -> dict: # parameter -> digest; None: unknown
+        "What the evaluation builds on, by the parameter that says where it is."
+        made, found = FilePath(self.network)/"retrain-record.json", None
+        if made.is_file():
+            told = RunRecord.load(made, needs=("data", "root")).parameters
+            found = data_digest(self.data or told["data"], self.root or told["root"], (self.split,))
+        return {"network": digest_of([f"{self.network}/network.safetensors"]), "root": found}
+
+    def leaves(self) -> tuple: return ("confusion.json",)
 
 # %% ../nbs/55_benchmark.ipynb #cell-06
 def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
@@ -78,7 +85,7 @@ def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split",
                   w_sup=1., w_jig=0., w_semi=0., drop_path=0., recompute=False, seed=config.seed,
                   resume=True, overwrite=config.overwrite)
-    return retrain(RetrainConfig(**fields, architecture=name)).trained.model
+    return retrain_once(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../nbs/55_benchmark.ipynb #1a9cf1c1
 def check_labels(dataset: PairDataset, split: str):
@@ -146,11 +153,12 @@ class Evaluated:
     data: PairDataset
     record: RunRecord
 
-def load_evaluation(folder) -> Evaluated:
+def load_evaluation(folder, **places) -> Evaluated: # where things are now: network, root
     "What `benchmark` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"evaluate-record.json")
-    network, data, _ = open_evaluation(record.config(EvaluateConfig))
+    config = dataclasses.replace(record.config(EvaluateConfig), **places)
+    network, data, _ = open_evaluation(config)
     kept = folder/"confusion.json"
     if not kept.is_file():
         raise FileNotFoundError(f"{folder} has the record of an evaluation, but not {kept.name}: "
@@ -183,13 +191,15 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     """Evaluate a retrained network; leaves evaluate-record.json and confusion.json in
     `config.folder`. Raises FileNotFoundError for a folder without a retraining, ValueError for
     classes that do not agree. An evaluation that is finished there is read from it."""
-    timer, folder, inputs = Timer(), FilePath(config.folder), digests(config)
+    timer, folder, inputs = Timer(), FilePath(config.folder), config.inputs()
     network, data, made = open_evaluation(config)
     retrained, device = made.parameters, own_device()
     size = retrained["size"] and tuple(retrained["size"])
     counts = training_counts(made, config, size)
     if isinstance(network, Reordered): counts = counts[network.order]
-    make_room(config, "evaluate", ("confusion.json",))
+    if config.overwrite and (folder/"evaluate-record.json").exists():
+        for name in config.baselines: shutil.rmtree(folder/name, ignore_errors=True)
+    make_room(config, "evaluate")
     at = image_size(data, retrained.get("crop"))
     views = {"window": config.window, "scales": config.scales, "flip": config.flip}
     with timer("evaluation"): metrics = evaluate(network, data, config.batch_size, **views)
@@ -205,6 +215,7 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
             model = (train_baseline(baseline, retrained, config) if config.train_baselines
                      else build_baseline(baseline, data.spec.num_classes)).to(device)
             row, latencies[baseline] = cost_row(baseline, model, at, config.latency_repeats)
+            if isinstance(network, Reordered): model = Reordered(model, network.order)
             scores = (metrics_figures(evaluate(model, data, config.batch_size, **views))
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}

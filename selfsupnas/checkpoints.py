@@ -6,11 +6,11 @@
 __all__ = ['FREE', 'WAYS', 'step_of', 'checkpoint_paths', 'said', 'write_whole', 'sweep', 'save_checkpoint', 'as_json',
            'differences', 'read_checkpoint', 'newest_whole', 'fitting_checkpoint', 'load_checkpoint', 'save_weights',
            'read_weights', 'load_weights', 'FolderInUse', 'own_folder', 'delayed_interrupt', 'Stopped', 'StoppedScript',
-           'stopped', 'stop_line', 'stop_in_one_line', 'digests', 'identity', 'earlier_run', 'make_room', 'once',
+           'stopped', 'stop_line', 'stop_in_one_line', 'identity', 'earlier_run', 'make_room', 'once', 'places',
            'finished_line']
 
 # %% ../nbs/48_checkpoints.ipynb #86872711
-import contextlib, dataclasses, functools, hashlib, json, re, shutil, signal, sys, tempfile
+import contextlib, dataclasses, functools, json, re, shutil, signal, sys, tempfile
 import threading, warnings, zipfile
 from pathlib import Path
 from typing import Callable
@@ -51,9 +51,11 @@ def write_whole(path: Path, state: dict):
         raise OSError(f"{e}; {last}") from e
 
 def sweep(folder):
-    "Remove what a process that was killed left half-written aside."
+    "Remove what a process that was killed left half-written aside: files of a run, no others."
+    own = (r"\.(checkpoint-\d+|best|history|architecture|supernet|derived|network|statistics|"
+           r"confusion|costs|bad-step-\d+|search|\w+-record)\.\d+\.(pt|json|safetensors)")
     for left in Path(folder).glob(".*"):
-        if re.fullmatch(r"\..+\.\d+(\.\w+)?", left.name): left.unlink()
+        if re.fullmatch(own, left.name) and left.is_file(): left.unlink()
 
 # %% ../nbs/48_checkpoints.ipynb #1893f40a
 def save_checkpoint(folder, step: int, # steps done
@@ -89,7 +91,7 @@ def differences(had: dict, asked: dict) -> str: # "" where there are none
     """In which parameters the run in a folder is another than the one that is asked for. Those that
     say where files are differ if the content of the files does."""
     before, now = had.get("inputs", {}), asked.get("inputs", {})
-    files = before.keys() & now.keys()
+    files = {name for name in before.keys() & now.keys() if None not in (before[name], now[name])}
     told = [f"{name}={value!r} (now {asked.get(name)!r})" for name, value in had.items()
             if name not in {*FREE, *files, "inputs"} and asked.get(name) != value]
     for name in (name for name in sorted(files) if before[name] != now[name]):
@@ -240,17 +242,9 @@ def stop_in_one_line(config):
     except KeyboardInterrupt: raise stopped(stop_line(config.folder)) from None
 
 # %% ../nbs/48_checkpoints.ipynb #d1e40001
-def digests(config) -> dict: # parameter -> the first digits of a SHA-256
-    "Of the content of the files that a run builds on, by what the config says that it reads."
-    def digest(paths):
-        found = hashlib.sha256()
-        for path in map(Path, paths): found.update(path.read_bytes() if path.is_file() else b"")
-        return found.hexdigest()[:16]
-    return {name: digest(paths) for name, paths in config.reads().items()}
-
 def identity(config) -> dict: # as JSON gives it back
     "What makes a run this run: its parameters, and the content of the files it builds on."
-    return {**as_json(config), "inputs": digests(config)}
+    return {**as_json(config), "inputs": config.inputs()}
 
 def earlier_run(config, stage: str) -> RunRecord | None: # None: there is something to do
     """The record of the same run, finished before in its folder. ValueError, with nothing touched,
@@ -271,9 +265,11 @@ def earlier_run(config, stage: str) -> RunRecord | None: # None: there is someth
     path, _ = fitting_checkpoint(folder, asked)
     if path and not getattr(config, "resume", True):
         raise ValueError(f"{folder} has an unfinished run ({path.name}), and resume=False: {WAYS}")
+    if not path and (there := [name for name in config.leaves() if (folder/name).exists()]):
+        raise ValueError(f"{folder} has {there[0]} of a run without a record: {WAYS}")
 
 # %% ../nbs/48_checkpoints.ipynb #d1e40011
-def make_room(config, stage: str, files: tuple): # files: names of what a finished run leaves
+def make_room(config, stage: str):
     """With `overwrite`: remove the run that is in the folder. An unfinished one of the same
     parameters stays, and goes on, unless `resume` is False."""
     if not config.overwrite: return
@@ -282,7 +278,7 @@ def make_room(config, stage: str, files: tuple): # files: names of what a finish
     if not record.exists() and getattr(config, "resume", True):
         with contextlib.suppress(ValueError):
             if fitting_checkpoint(folder, identity(config))[0]: return
-    for path in (record, *(folder/name for name in (*files, f"{stage}.ipynb", "best.pt")),
+    for path in (record, *(folder/name for name in (*config.leaves(), f"{stage}.ipynb", "best.pt")),
                  *checkpoint_paths(folder)):
         path.unlink(missing_ok=True) # the record first: what is left is no finished run
 
@@ -292,17 +288,23 @@ def once(stage: str, reopen: Callable): # reopen: folder of a finished run, ... 
     def decorate(run): # config, ... -> anything
         @functools.wraps(run)
         def held(config, *args, **kwargs):
+            first = world().first
             with stop_in_one_line(config):
-                first = world().first
-                with own_folder(config.folder) if first else contextlib.nullcontext():
-                    made = earlier_run(config, stage) if first else None
-                    if made: print(finished_line(config, made), flush=True)
-                    if from_first(made is not None): return reopen(config.folder, *args, **kwargs)
-                    if first: return run(config, *args, **kwargs)
+                made = earlier_run(config, stage) if first else None # before anything is written
+                if made: print(finished_line(config, made), flush=True)
+                if from_first(made is not None):
+                    return reopen(config.folder, *args, **kwargs, **places(config))
+                if first:
+                    with own_folder(config.folder): return run(config, *args, **kwargs)
                 with tempfile.TemporaryDirectory() as aside:
                     return run(dataclasses.replace(config, folder=aside), *args, **kwargs)
         return held
     return decorate
+
+def places(config) -> dict: # parameter -> value
+    "Where a config says that things are: a finished run may have been made from elsewhere."
+    return {name: getattr(config, name) for name in ("root", "architecture", "supernet", "network",
+                                                     "search") if hasattr(config, name)}
 
 def finished_line(config, record: RunRecord) -> str:
     return (f"{config.folder} has this very run, finished {record.created}: its results are read, "

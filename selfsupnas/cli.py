@@ -122,7 +122,10 @@ def look_at_data(name:str, root, splits, folder, # where the sheets go
         faulty |= {(split, name) for name in found.faulty}
         faults += len(found.unused.get(NO_IMAGE, ())) + bool(found.fault)
     if name == "folder" and len(datasets) > 1:
-        print(f"\nno image is in two splits: {check_no_leak(datasets, faulty):,} compared")
+        try: print(f"\nno image is in two splits: {check_no_leak(datasets, faulty):,} compared")
+        except ValueError as e:
+            print(f"\nfaulty: {e}")
+            faults += 1
     return int(bool(faulty or faults))
 
 # %% ../nbs/90_cli.ipynb #e5cb1196

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from .consistency import CONSISTENCY
-from .core import SEEDS, check_fields
+from .core import SEEDS, check_fields, digest_of
+from .data import data_digest
 from .grid import STRIDES
 from .jigsaw import JIGSAW_HEADS
 from .losses import class_weights_from
@@ -132,8 +133,8 @@ class TrainingConfig:
     overwrite: bool = False # replace another run, or a finished one, that the folder holds
 
     def __post_init__(self): check_training(self)
-
-    def reads(self) -> dict: # parameter -> paths
-        "The files that the run builds on, by the parameter that says where they are."
-        if not self.split_folder: return {}
-        return {"split_folder": sorted(Path(self.split_folder).glob("*.txt"))}
+    def leaves(self) -> tuple: return () # files of a finished run, by name
+    def inputs(self) -> dict: # parameter that says where something is -> digest; None: unknown
+        own = {"root": data_digest(self.data, self.root, ("train", "val"))}
+        if not self.split_folder: return own
+        return own | {"split_folder": digest_of(sorted(Path(self.split_folder).glob("*.txt")))}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'OWN_PROCESS', 'seed_everything', 'keep_freed_memory', 'in_own_process', 'kind_name', 'from_parameters',
-           'check_fields', 'written_aside', 'write_json', 'read_text', 'read_json', 'hashable', 'hash_fields',
-           'FrozenDict', 'cache_folder', 'cached_arrays', 'versions', 'commit', 'hardware', 'RunRecord', 'Timer',
-           'is_live', 'progress_bar']
+           'check_fields', 'written_aside', 'write_json', 'digest_of', 'read_text', 'read_json', 'hashable',
+           'hash_fields', 'FrozenDict', 'cache_folder', 'cached_arrays', 'versions', 'commit', 'hardware', 'RunRecord',
+           'Timer', 'is_live', 'progress_bar']
 
 # %% ../nbs/01_core.ipynb #cell-02
-import ctypes, dataclasses, json, math, os, platform, random, subprocess
+import ctypes, dataclasses, hashlib, json, math, os, platform, random, subprocess
 import sys, time, types, typing, warnings, zipfile, zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -155,6 +155,12 @@ def write_json(path, # file to write; its folder is made when missing
     return Path(path)
 
 # %% ../nbs/01_core.ipynb #f35c1f15
+def digest_of(paths) -> str: # the first digits of a SHA-256
+    "Of the content of files; one that is not there counts as empty."
+    found = hashlib.sha256()
+    for path in map(Path, paths): found.update(path.read_bytes() if path.is_file() else b"")
+    return found.hexdigest()[:16]
+
 def read_text(path, what: str) -> str: # what: it should be, for the message
     """The text of a UTF-8 file, without the mark (BOM) that some editors put before it; raises
     ValueError that names the file where it is none."""

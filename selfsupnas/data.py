@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAMVID_SPEC', 'CAMVID_COUNTS', 'STREETSCENES_SIZE', 'CAMVID_URL', 'CITYSCAPES_SPEC', 'UNLABELLED', 'DATASETS',
            'StreetScenes', 'BlueMarble', 'CamVid', 'unpack_camvid', 'download_camvid', 'Cityscapes', 'folder_pairs',
-           'split_column', 'class_lines', 'read_classes', 'FolderDataset', 'load_dataset']
+           'split_column', 'class_lines', 'read_classes', 'FolderDataset', 'load_dataset', 'data_digest']
 
 # %% ../nbs/10_data.ipynb #a4fa000c
 import hashlib, os, re, shutil, tempfile, urllib.request, zipfile, zlib
@@ -18,7 +18,7 @@ import numpy as np
 from .bluemarble import BLUEMARBLE_CLASSES, BLUEMARBLE_PALETTE, bluemarble_tiles
 from .cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_PALETTE,
                                    CITYSCAPES_TABLE, cityscapes_folder, find_cityscapes)
-from .core import cache_folder, cached_arrays, read_text
+from .core import cache_folder, cached_arrays, digest_of, read_text
 from .pairs import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, PairDataset,
                               SegmentationSpec, check_size, check_split, list_files, match_pairs,
                               spelled, unused_files)
@@ -276,3 +276,20 @@ def load_dataset(name:str,        # a key of DATASETS
     root = root or os.environ.get("SELFSUPNAS_DATA") or None
     how = {"incomplete": True} if incomplete else {} # your own loaders need not know of it
     return DATASETS[name](check_split(split), root, check_size(size), **how)
+
+# %% ../nbs/10_data.ipynb #d1e10001
+def data_digest(name: str, root, splits: tuple) -> str | None: # None: it cannot be opened
+    """What a run knows its data by: classes, ids, sizes of all files, and the content of some
+    masks, spread over each split; a data set that is built in is its name."""
+    if name in ("streetscenes", "bluemarble"): return name
+    found = hashlib.sha256()
+    try:
+        for split in splits:
+            data = load_dataset(name, split, root)
+            files = [(i, [os.path.getsize(path) if path else 0 for path in pair])
+                     for i, pair in zip(data.ids, data.pairs)]
+            found.update(repr((split, data.spec.classes, files)).encode())
+            masks = [pair[1] for pair in data.pairs if pair[1]]
+            found.update(digest_of(masks[::max(1, len(masks)//32)]).encode())
+    except (OSError, ValueError): return None # which the run itself will say
+    return found.hexdigest()[:16]

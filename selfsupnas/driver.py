@@ -50,13 +50,15 @@ def start(config, # has folder and threads
                                 env={**os.environ, **own_gpu(slot),
                                      "OMP_NUM_THREADS": str(config.threads)})
 
-def reason(log: FilePath, stage: str) -> str: # one line
-    "What a failed run said last, from its log."
-    if not log.is_file(): return f"no word in {log}"
-    said = [line for line in log.read_text(encoding="utf8", errors="replace").splitlines()
-            if line.strip()]
+def reason(log: FilePath, stage: str, status: int) -> str: # one line
+    "Why a run failed: what it said last, or how it ended where it said nothing."
+    text = log.read_text(encoding="utf8", errors="replace") if log.is_file() else ""
+    said = [line for line in text.splitlines() if line.strip()]
     own = [line for line in said if line.startswith(f"selfsupnas {stage}: ")]
-    return f"{(own or said or ['no word'])[-1]} (more in {log})"
+    last = (own or said or ["no word"])[-1]
+    if f"selfsupnas {stage}: running" in last:
+        last = f"it ended with status {status}" + " (killed; out of memory?)" * (status < 0)
+    return f"{last} (more in {log})"
 
 def stop(process: subprocess.Popen):
     "End a stage and the kernel that it started, when its step is done and saved."
@@ -150,7 +152,7 @@ def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # 
     record = record_of(config, run.name, stage)
     if status or record is None:
         log = FilePath(config.folder)/run.name/stage/f"{stage}.log"
-        print(f"campaign: {run.name} {stage} FAILED: {reason(log, stage)}", flush=True)
+        print(f"campaign: {run.name} {stage} FAILED: {reason(log, stage, status)}", flush=True)
         return False
     seconds = sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))
     print(f"campaign: {run.name} {stage}: {outcome(record)}, {seconds:.0f} s", flush=True)

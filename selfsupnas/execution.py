@@ -44,7 +44,9 @@ def run_notebook(source, output, # .ipynb files: which to run, and where to save
     from papermill import execute_notebook
     logging.getLogger("papermill").setLevel(logging.ERROR) # it doubts comments that hold a "="
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items()}
-    execute_notebook(str(source), str(output), values, kernel_name="python3", language="python",
+    # papermill takes braces in a path for names of parameters
+    source, output = (str(path).replace("{", "{{").replace("}", "}}") for path in (source, output))
+    execute_notebook(source, output, values, kernel_name="python3", language="python",
                      cwd=os.getcwd(), progress_bar=False, kernel_manager_class=own_kernel(started),
                      stdout_file=out or sys.stdout, stderr_file=err or sys.stderr)
 

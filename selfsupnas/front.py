@@ -7,7 +7,7 @@ __all__ = ['FrontConfig', 'search_config', 'of_one_search', 'member_config', 'de
            'member_row', 'Front', 'load_front', 'front', 'baseline_rows', 'ranks']
 
 # %% ../nbs/56_front.ipynb #aa39c46f
-import dataclasses
+import dataclasses, shutil
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -16,15 +16,15 @@ from .baselines import BASELINES, random_architecture
 from .batches import TrainingData, load_training_data
 from .benchmark import check_labels, recorded_root
 from .budget import CostTable, static_cost
-from .checkpoints import WAYS, digests, make_room, once
-from .core import (SEEDS, RunRecord, Timer, check_fields, progress_bar, read_json,
-                             write_json)
+from .checkpoints import WAYS, make_room, once
+from .core import (SEEDS, RunRecord, Timer, check_fields, digest_of, progress_bar,
+                             read_json, write_json)
 from .cost import count_cost
-from .data import load_dataset
+from .data import data_digest, load_dataset
 from .evaluation import evaluate, known_or_none, miou_text
 from .pairs import SPLITS, PairDataset
 from .processes import own_device
-from .retrain import RetrainConfig, retrain
+from .retrain import RetrainConfig, retrain_once
 from .search import (SearchConfig, calibrate_closing, check_budget, derive_within,
                                gate_statistics, inherited_network, load_supernet, make_table,
                                plain_images, searched_config)
@@ -56,9 +56,15 @@ class FrontConfig:
         if self.baselines and not self.steps:
             raise ValueError("baselines have no weights to inherit: set steps to 1 or more")
 
-    def reads(self) -> dict: # parameter -> paths
-        "The files that the front builds on, by the parameter that says where they are."
-        return {"search": [f"{self.search}/supernet.safetensors"]}
+    def inputs(self) -> dict: # parameter -> digest; None: unknown
+        "What the front builds on, by the parameter that says where it is."
+        made, found = FilePath(self.search)/"search-record.json", None
+        if made.is_file():
+            told = RunRecord.load(made, needs=("data", "root")).parameters
+            found = data_digest(told["data"], self.root or told["root"], ("train", self.split))
+        return {"search": digest_of([f"{self.search}/supernet.safetensors"]), "root": found}
+
+    def leaves(self) -> tuple: return ()
 
 # %% ../nbs/56_front.ipynb #ee9bc153
 def search_config(config: FrontConfig) -> SearchConfig:
@@ -119,7 +125,7 @@ def train_member(config: FrontConfig, searched: SearchConfig, name: str,
     "The trained network of one member."
     member = member_config(config, searched, name)
     save_architecture(architecture, member.architecture)
-    return retrain(member).trained.model # read, where it was trained before
+    return retrain_once(member).trained.model # read, where it was trained before
 
 def miou_of(network, dataset: PairDataset) -> float | None: # None: undefined
     return known_or_none(evaluate(network, dataset, progress=False).miou)
@@ -140,11 +146,11 @@ class Front:
     record: RunRecord
     data: TrainingData
 
-def load_front(folder) -> Front:
+def load_front(folder, **places) -> Front: # where things are now: search, root
     "What `front` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"front-record.json")
-    config = record.config(FrontConfig)
+    config = dataclasses.replace(record.config(FrontConfig), **places)
     rows = record.figures["rows"]
     architectures = {row["name"]: load_architecture(folder/f"{row['name']}.json") for row in rows
                      if row["kind"] in ("derived", "random")}
@@ -157,13 +163,20 @@ def load_front(folder) -> Front:
 def front(config: FrontConfig) -> Front:
     """Derive, train and measure a front; leaves NAME.json and NAME/ for each member and
     front-record.json in `config.folder`."""
-    timer, searched, inputs = Timer(), search_config(config), digests(config)
+    timer, searched, inputs = Timer(), search_config(config), config.inputs()
     with recorded_root(config.root, searched.root, config.search):
         data = load_training_data(dataclasses.replace(searched, w_sup=1.))
     table = make_table(searched, data, config.search)
     for budget in config.budgets: check_budget(table, budget)
+    names = load_architecture(config.search).provenance.get("classes") or data.train.spec.classes
+    if list(names) != list(data.train.spec.classes):
+        raise ValueError(f"{config.search} was searched for the classes {', '.join(names)}, and "
+                         f"{data.train.spec.name} has {', '.join(data.train.spec.classes)}")
     of_one_search(config)
-    make_room(config, "front", ())
+    if config.overwrite and (FilePath(config.folder)/"front-record.json").exists():
+        for place in FilePath(config.folder).glob("*/retrain-record.json"):
+            shutil.rmtree(place.parent) # a member, trained anew
+    make_room(config, "front")
     save_split(data.split, FilePath(config.folder)/"split")
     dataset = load_dataset(searched.data, config.split, searched.root, searched.size)
     dataset.skip_unreadable = searched.skip_unreadable
@@ -193,6 +206,7 @@ def front(config: FrontConfig) -> Front:
     record.save(config.folder)
     return Front(architectures=architectures, rows=rows, record=record, data=data)
 
+# %% ../nbs/56_front.ipynb #d1e56012
 def baseline_rows(config: FrontConfig, searched: SearchConfig, dataset: PairDataset,
                   table: CostTable) -> list:
     "Hand-crafted networks, trained on the labelled images with the members' steps and schedule."
@@ -200,8 +214,8 @@ def baseline_rows(config: FrontConfig, searched: SearchConfig, dataset: PairData
     for name in config.baselines:
         alone = dict(architecture=name, supernet=None, initialise="scratch", w_jig=0., w_semi=0.,
                      drop_path=0., recompute=False)
-        network = retrain(dataclasses.replace(member_config(config, searched, name),
-                                              **alone)).trained.model
+        network = retrain_once(dataclasses.replace(member_config(config, searched, name),
+                                                   **alone)).trained.model
         cost = count_cost(network, table.size)
         rows.append({"kind": "baseline", "name": name, "gflops": cost.gflops,
                      "parameters": cost.parameters,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RetrainConfig', 'static_network', 'chosen_architecture', 'initial_network', 'Retrained', 'load_retrain', 'retrain',
-           'load_network']
+           'retrain_once', 'load_network']
 
 # %% ../nbs/54_retrain.ipynb #4fc969c7
 import dataclasses
@@ -16,10 +16,10 @@ import torch
 from .architecture import Architecture, load_architecture, save_architecture
 from .baselines import BASELINES, build_baseline
 from .batches import TrainingData, image_size, load_training_data
-from .checkpoints import (digests, load_weights, make_room, once, read_weights,
+from .checkpoints import (earlier_run, load_weights, make_room, once, read_weights,
                                     save_weights)
 from .config import TrainingConfig
-from .core import RunRecord, Timer, check_fields, write_json
+from .core import RunRecord, Timer, check_fields, digest_of, write_json
 from .cost import count_cost
 from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
@@ -63,10 +63,12 @@ class RetrainConfig(TrainingConfig):
     def weights(self) -> FilePath: # to inherit
         return FilePath(self.supernet or self.file.with_name("supernet.safetensors"))
 
-    def reads(self) -> dict: # parameter -> paths
-        if self.architecture in BASELINES: return super().reads()
-        inherited = {"supernet": [self.weights]} if self.initialise == "inherit" else {}
-        return {"architecture": [self.file], **inherited, **super().reads()}
+    def inputs(self) -> dict: # parameter -> digest; None: unknown
+        if self.architecture in BASELINES: return super().inputs()
+        inherited = {"supernet": digest_of([self.weights])} if self.initialise == "inherit" else {}
+        return {"architecture": digest_of([self.file]), **inherited, **super().inputs()}
+
+    def leaves(self) -> tuple: return ("network.safetensors",)
 
 # %% ../nbs/54_retrain.ipynb #8181a4e7
 def static_network(architecture, file) -> StaticNetwork: # file: of the architecture
@@ -99,7 +101,7 @@ def initial_network(config: RetrainConfig, spec) -> torch.nn.Module:
     weights = config.weights
     if not weights.exists():
         raise FileNotFoundError(f"initialise='inherit' needs the supernet's weights at {weights}")
-    names = architecture.provenance.get("classes", list(spec.classes))
+    names = architecture.provenance.get("classes") or list(spec.classes)
     if names != list(spec.classes):
         raise ValueError(f"initialise='inherit' from {weights}: it was searched for "
                          f"{', '.join(names)}, and the classes of {spec.name} are "
@@ -116,13 +118,15 @@ class Retrained:
     record: RunRecord
     data: TrainingData
 
-def load_retrain(folder, watch=None) -> Retrained: # watch: as `retrain` has it, called once
+def load_retrain(folder, watch=None, # watch: as `retrain` has it, called once
+                 **places) -> Retrained: # where things are now, such as root
     "What `retrain` returned, read from its folder; FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"retrain-record.json")
-    config = dataclasses.replace(record.config(RetrainConfig), overwrite=False, folder=str(folder),
-                                 split_folder=f"{folder}/split")
-    missing = [name for name in ("network.safetensors", "history.json")
+    config = dataclasses.replace(record.config(RetrainConfig), overwrite=False,
+                                 **{**places, "folder": str(folder),
+                                    "split_folder": f"{folder}/split"})
+    missing = [name for name in ("network.safetensors", "history.json", "split/labeled.txt")
                if not (folder/name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has the record of a retraining, but not {missing[0]}: "
@@ -141,12 +145,16 @@ def retrain(config: RetrainConfig,
     retrain-record.json in `config.folder`. A training that is finished there is read from it;
     ValueError for another."""
     timer, folder = Timer(), FilePath(config.folder)
-    inputs = digests(config) # of the files as they are read now
+    inputs = config.inputs() # as they are read now
+    if config.architecture not in BASELINES and config.file.resolve() == (
+            folder/"architecture.json").resolve():
+        raise ValueError(f"the retraining would write over {config.file}, which it reads: take "
+                         "another folder")
     if config.architecture not in BASELINES:
         chosen_architecture(config) # a missing file is told before data is loaded
     data = load_training_data(config)
     network = initial_network(config, data.train.spec)
-    make_room(config, "retrain", ("network.safetensors",))
+    make_room(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
         cost, metrics = (count_cost(trained.model, image_size(data.train, config.crop)),
@@ -170,6 +178,13 @@ def retrain(config: RetrainConfig,
                        {**timer.seconds, "step_ms": trained.step_ms}, inputs=inputs)
     record.save(folder)
     return Retrained(trained=trained, record=record, data=data)
+
+def retrain_once(config: RetrainConfig) -> Retrained: # of a stage that trains several
+    """As `retrain`; with `overwrite`, what was trained since with the same parameters is read, so
+    that the stage goes on where it was stopped."""
+    try: same = earlier_run(dataclasses.replace(config, overwrite=False), "retrain") is not None
+    except ValueError: same = False
+    return retrain(dataclasses.replace(config, overwrite=config.overwrite and not same))
 
 # %% ../nbs/54_retrain.ipynb #95a2473b
 def load_network(folder) -> torch.nn.Module: # in evaluation mode

@@ -23,7 +23,7 @@ from .augment import WeakView, normalise
 from .batches import TrainingData, image_size, load_training_data
 from .budget import (CostTable, budget_loss, costs_of, expected_cost, follow_budget,
                                measure_costs, realised_cost, static_cost, undecided, with_costs)
-from .checkpoints import digests, load_weights, make_room, once, save_weights
+from .checkpoints import load_weights, make_room, once, save_weights
 from .config import TrainingConfig, ramp_up
 from .core import RunRecord, Timer, check_fields, read_json, write_json
 from .cost import COSTS, count_cost
@@ -78,6 +78,8 @@ class SearchConfig(TrainingConfig):
             and not (self.search_operations and self.keep_operations >= 1)):
             raise ValueError("keep_operations must be 1 or more, with search_operations, not "
                              f"{self.keep_operations}")
+
+    def leaves(self) -> tuple: return FILES
 
     @property
     def controlled(self) -> bool: # is the closing threshold moved?
@@ -322,12 +324,14 @@ def load_statistics(folder) -> GateStatistics:
         raise ValueError(f"{file} does not hold the gate statistics of a search: {e!r}") from None
 
 # %% ../nbs/51_search.ipynb #d1e51011
-def load_search(folder, watch=None) -> Searched: # watch: as `search` has it, called once
+def load_search(folder, watch=None, # watch: as `search` has it, called once
+                **places) -> Searched: # where things are now, such as root
     "What `search` returned, read from its folder; raises FileNotFoundError naming what is missing."
     folder = FilePath(folder)
     record = RunRecord.load(folder/"search-record.json")
-    config = searched_config(record, folder)
-    missing = [name for name in (*FILES, "history.json") if not (folder/name).is_file()]
+    config = dataclasses.replace(searched_config(record, folder), **places)
+    missing = [name for name in (*FILES, "history.json", "split/labeled.txt")
+               if not (folder/name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has the record of a search, but not {missing[0]}: put "
                                 "it back, or make the search again with overwrite=True")
@@ -358,7 +362,7 @@ def search(config: SearchConfig,
     data = load_training_data(config)
     with timer("cost table"): table = make_table(config, data, folder)
     check_budget(table, config.budget)
-    make_room(config, "search", FILES)
+    make_room(config, "search")
     torch.manual_seed(config.seed)
     model = supernet(table.space, gate=config.gate, leak=config.leak)
     with timer("training"):
@@ -383,7 +387,7 @@ def search(config: SearchConfig,
     with timer("validation"):
         figures = search_figures(config, data, trained, table, derived, statistics)
     record = RunRecord("search", folder.name, dataclasses.asdict(config), config.seed, figures,
-                       {**timer.seconds, "step_ms": trained.step_ms}, inputs=digests(config))
+                       {**timer.seconds, "step_ms": trained.step_ms}, inputs=config.inputs())
     record.save(folder)
     if note := budget_note(record): print(note, flush=True)
     return Searched(trained=trained, table=table, statistics=statistics, architecture=architecture,

@@ -29,6 +29,7 @@ class Survey:
     turned: int = 0      # images that their EXIF note turns upright
     unused: dict = field(default_factory=dict) # kind -> files that nothing reads
     empty: int = 0       # labelled images without a labelled pixel
+    grey: int = 0        # masks that hold 0 and the ignore index alone, as 0/255 masks do
 
     @property
     def numbers(self) -> set: # that occur in masks
@@ -48,18 +49,21 @@ def survey(dataset:PairDataset) -> Survey:
         counts = np.bincount(mask.ravel(), minlength=256)
         return mask.shape, counts*(dataset.ids[i] in has_label), turned, None
     sizes, total, occurs, faulty = Counter(), np.zeros(256, int), np.zeros(256, int), {}
-    turned, empty, looks = 0, 0, read_all(look, len(dataset), f"reading {dataset.spec.name}")
+    both, translated = [0, dataset.spec.ignore_index], getattr(dataset, "table", None)
+    turned, empty, grey = 0, 0, 0
+    looks = read_all(look, len(dataset), f"reading {dataset.spec.name}")
     for (size, counts, turns, complaint), name in zip(looks, dataset.ids): # to the end of the bar
         if complaint: faulty[name] = complaint; continue
         sizes[size] += 1
         turned += turns
         empty += name in has_label and not counts[:dataset.spec.num_classes].any()
+        grey += not translated and np.flatnonzero(counts).tolist() == both
         total += counts
         occurs += counts > 0
     classes = slice(dataset.spec.num_classes)
     return Survey(dataset, dict(sizes.most_common()), total[classes], occurs[classes],
                   int(total[dataset.spec.ignore_index]), faulty, turned,
-                  dataset.unused(), empty)
+                  dataset.unused(), empty, grey)
 
 # %% ../nbs/14_survey.ipynb #d3d3258b
 def label_fault(dataset:PairDataset, numbers:set, # that occur in its masks
@@ -127,6 +131,9 @@ def survey_text(found:Survey) -> str: # several lines
     lines += [f"  {name}: {why}" for name, why in found.faulty.items()]
     odd = found.fault or label_doubt(dataset, found.numbers)
     if odd: lines.append(f"masks: {odd}")
+    elif found.grey:
+        lines.append(f"masks: {found.grey:,} of {labelled:,} hold 0 and {spec.ignore_index} alone, "
+                     "others hold more: are they 0/255 masks? Then a class is ignored in them")
     beside = unused_lines(found.unused, getattr(dataset, "base", None))
     return "\n".join(lines + [f"passed over: {line}" for line in beside])
 

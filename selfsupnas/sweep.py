@@ -67,7 +67,7 @@ def told(config: SweepConfig, run: Run, stage: str, status: int) -> bool: # did 
     record = record_of(config, run.name, stage)
     if status or record is None:
         log = FilePath(config.folder)/run.name/stage/f"{stage}.log"
-        print(f"sweep: {run.name} FAILED: {reason(log, stage)}", flush=True)
+        print(f"sweep: {run.name} FAILED: {reason(log, stage, status)}", flush=True)
         return False
     figures = {name: record.figures.get(name) for name in FIGURES[stage]}
     print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value

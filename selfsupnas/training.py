@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_optimiser', 'Trained', 'make_parts', 'step_weights', 'seed_step', 'take_step', 'begin', 'make_accelerator',
-           'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked', 'explained', 'train', 'load_trained',
-           'taught_views']
+           'charged_on_all', 'added_up', 'end_early', 'progress', 'tracked', 'explained', 'train', 'read_history',
+           'load_trained', 'taught_views']
 
 # %% ../nbs/50_training.ipynb #54575671
 import contextlib, json, math, signal, time
@@ -249,6 +249,14 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
                    step_ms=1e3 * float(np.median(log.seconds)) if log.seconds else None)
 
 # %% ../nbs/50_training.ipynb #d1e50002
+def read_history(path: Path) -> list: # log rows
+    "What a run logged; raises ValueError that names the file."
+    try: rows = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as e: raise ValueError(f"{path} is damaged: {e}") from None
+    if isinstance(rows, list) and all(isinstance(row, dict) and "step" in row for row in rows):
+        return rows
+    raise ValueError(f"{path} does not hold the log of a run")
+
 def load_trained(model: nn.Module, # freshly built
                  config: TrainingConfig, # of the finished run
                  weights, # file of the averaged network's
@@ -266,7 +274,7 @@ def load_trained(model: nn.Module, # freshly built
     load_weights(kept.model, weights)
     return Trained(model=kept.model, head=kept.head if last else None,
                    student=trainee.to(device).eval().model if last else None,
-                   history=json.loads((folder/"history.json").read_text(encoding="utf8")),
+                   history=read_history(folder/"history.json"),
                    seconds=timings["training"], step_ms=timings["step_ms"])
 
 # %% ../nbs/50_training.ipynb #c0fe5011

@@ -155,7 +155,7 @@ def test_an_image_in_two_splits_of_a_folder_is_told(tmp_path, capsys):
     words = ["data", "folder", str(tmp_path/"data"), "--folder", str(tmp_path/"sheets")]
     assert main(words) == 0 and "no image is in two splits: 5 compared" in capsys.readouterr().out
     shutil.copy(tmp_path/"data/images/train/0.png", tmp_path/"data/images/val/1.png")
-    assert main(words) == 2 and "the same image is in two splits: 'train/0' of train and 'val/1' of val" in capsys.readouterr().err
+    assert main(words) == 1 and "the same image is in two splits: 'train/0' of train and 'val/1' of val" in capsys.readouterr().out
 
 
 def test_a_report_needs_runs(refused): assert "no run record or folder at nowhere" in refused("report", "nowhere")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_folder
 from PIL import Image
 
 from selfsupnas.batches import load_training_data
@@ -536,3 +537,11 @@ def test_a_font_that_has_the_letters_is_taken(tmp_path, monkeypatch):
 def test_letters_that_the_font_has_change_nothing(root, tmp_path):
     (root/"classes.txt").write_text("Straße\nдорога λ\n", "utf-8")
     assert sheet(root, tmp_path/"a.png") == []
+
+
+def test_some_masks_of_0_and_255_are_told(tmp_path, capsys):
+    "Half of the masks: a class is ignored in them, and no run would say so."
+    draw_folder(tmp_path/"data", dict(train=6, val=2))
+    for i in range(3): Image.fromarray(np.where(np.arange(64 * 80) < 900, 255, 0).astype(np.uint8).reshape(64, 80)).save(tmp_path/"data"/"masks"/"train"/f"{i}.png")
+    assert main(["data", "folder", str(tmp_path/"data"), "--folder", str(tmp_path/"sheets")]) == 0
+    assert "masks: 3 of 6 hold 0 and 255 alone" in capsys.readouterr().out

@@ -286,3 +286,124 @@ def test_gate_statistics_come_back(place):
     assert set(found.statistics.importance) == set(found.table.space.gated())
     Path("search/statistics.json").write_text(json.dumps({"paths": [[0]]}))
     with pytest.raises(ValueError, match="search/statistics.json"): load_search("search")
+
+
+# -- Data is part of what a run is
+
+def more_images(): draw_folder(Path("more"), dict(train=7, val=3, test=2)), shutil.copytree("more", "data", dirs_exist_ok=True)
+def other_masks():
+    import numpy as np
+    from PIL import Image
+    for path in Path("data/masks").rglob("*.png"): Image.fromarray(np.flipud(np.asarray(Image.open(path))).copy()).save(path)
+def other_classes(): Path("data/classes.txt").write_text("tree\nroad\nhouse\n")
+
+
+@pytest.mark.parametrize("change", [more_images, other_masks, other_classes])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_run_on_other_data_is_another_run(place, stage, change):
+    run, config = STAGES[stage]
+    if stage == "evaluate" and change is more_images: change = other_masks # which changes its split, too
+    change()
+    with pytest.raises(ValueError, match="what root=.* holds is another by now"): run(config)
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
+    import selfsupnas.search as module
+    monkeypatch.setattr(module, "save_statistics", lambda *_: 1 / 0)
+    config = dataclasses.replace(SEARCH, folder="new")
+    with pytest.raises(ZeroDivisionError): search(config)
+    monkeypatch.undo(), os.chdir(place)
+    more_images()
+    with pytest.raises(ValueError, match="unfinished run.*what root='data' holds is another by now"): search(config)
+
+
+def test_the_same_data_may_be_elsewhere(place, capsys):
+    shutil.copytree("data", "moved")
+    for root in ("data/", str(Path("data").resolve()), "moved"):
+        assert search(dataclasses.replace(SEARCH, root=root)).record.seed == 0 and "nothing is computed" in capsys.readouterr().out
+
+
+def test_what_a_finished_run_builds_on_may_have_moved(place, capsys):
+    shutil.move("retrain", "retrained"), shutil.move("search", "searched")
+    assert benchmark(dataclasses.replace(EVALUATE, network="retrained")).network is not None
+    assert front(dataclasses.replace(FRONT, search="searched")).data is not None
+    assert capsys.readouterr().out.count("nothing is computed") == 2
+
+
+def test_a_front_on_classes_in_another_order_is_refused(place, shuffled):
+    with pytest.raises(ValueError, match="search was searched for the classes road, house, tree.*tree, road, house"):
+        front(dataclasses.replace(FRONT, folder="new", root=shuffled, steps=0, random=0))
+
+
+def test_rivals_are_mapped_as_well(place, shuffled):
+    asked = dict(baselines=("unet_resnet18",), train_baselines=True)
+    plain = benchmark(dataclasses.replace(EVALUATE, folder="one", **asked))
+    mapped = benchmark(dataclasses.replace(EVALUATE, folder="two", root=shuffled, classes=("road", "house", "tree"), **asked))
+    assert mapped.record.figures["rows"]["unet_resnet18"]["iou"] == plain.record.figures["rows"]["unet_resnet18"]["iou"]
+
+
+# -- What is a user's stays
+
+def test_hidden_files_of_a_user_stay(place):
+    Path("new/.data.2024").mkdir(parents=True)
+    for name in (".notes.2024.txt", ".env.1", ".history.4711.json"): (Path("new")/name).write_text("mine")
+    search(dataclasses.replace(SEARCH, folder="new"))
+    assert Path("new/.notes.2024.txt").exists() and Path("new/.env.1").exists() and Path("new/.data.2024").is_dir() and not Path("new/.history.4711.json").exists()
+
+
+@pytest.mark.parametrize("stage, name", [("search", "supernet.safetensors"), ("retrain", "network.safetensors"), ("evaluate", "confusion.json"), ("search", "architecture.json")])
+def test_results_without_a_record_are_not_replaced(place, stage, name):
+    run, config = STAGES[stage]
+    Path("new").mkdir(), Path("new", name).write_text("precious")
+    with pytest.raises(ValueError, match=f"new has {name} of a run without a record.*overwrite=True"): run(dataclasses.replace(config, folder="new"))
+    assert Path("new", name).read_text() == "precious"
+
+
+def test_a_retraining_does_not_write_over_what_it_reads(place):
+    Path("new").mkdir(), shutil.copy("search/architecture.json", "new")
+    with pytest.raises(ValueError, match="would write over new/architecture.json"): retrain(dataclasses.replace(RETRAIN, folder="new", architecture="new"))
+
+
+def test_an_overwritten_front_goes_on_where_it_was_stopped(place, monkeypatch):
+    import selfsupnas.front as module
+    plain, done = module.train_member, []
+    def stops(config, searched, name, architecture):
+        if len(done) == 1: raise KeyboardInterrupt
+        done.append(name)
+        return plain(config, searched, name, architecture)
+    monkeypatch.setattr(module, "train_member", stops)
+    again = dataclasses.replace(FRONT, steps=2, overwrite=True)
+    with pytest.raises(KeyboardInterrupt): front(again)
+    monkeypatch.setattr(module, "train_member", plain)
+    first = Path(f"front/{done[0]}/retrain-record.json")
+    made = first.read_text()
+    front(again)
+    assert first.read_text() == made and RunRecord.load("front/front-record.json").parameters["steps"] == 2
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(place, monkeypatch):
+    def mkdir(self, *args, **options): raise OSError(30, "Read-only file system", str(self))
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert search(SEARCH).record.seed == 0
+    with pytest.raises(ValueError, match="finished run of other parameters"): search(dataclasses.replace(SEARCH, seed=1))
+
+
+def test_a_folder_may_have_braces(tmp_path):
+    assert execution.run_stage("search", {}, tmp_path/"a {x} b", source=fails_or_not(tmp_path/"good.ipynb", "1 + 1")) == 0
+    assert (tmp_path/"a {x} b"/"search.ipynb").exists()
+
+
+def test_why_a_run_of_a_sweep_failed_is_said(tmp_path):
+    from selfsupnas.driver import reason
+    log = tmp_path/"search.log"
+    assert "no word" in reason(log, "search", 1)
+    log.write_text("selfsupnas search: failed: ValueError: an old one\nselfsupnas search: running; the notebook grows as x\nstep 1\n")
+    assert "status -9" in reason(log, "search", -9) and "old" not in reason(log, "search", -9)
+    log.write_text("selfsupnas search: running; the notebook grows as x\nselfsupnas search: failed: ValueError: the loss\nAll that ran is in y\n")
+    assert "ValueError: the loss" in reason(log, "search", 1)
+
+
+def test_a_damaged_history_is_named(place):
+    for text in ("", "[1, 2]", "{}"):
+        Path("search/history.json").write_text(text)
+        with pytest.raises(ValueError, match="search/history.json"): search(SEARCH)
