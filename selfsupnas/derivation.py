@@ -90,6 +90,7 @@ def best_route(rules: Rules, worth: np.ndarray, costs: np.ndarray, # of each var
     if cheap.status != 0: raise RuntimeError(f"the derivation was not solved: {cheap.message}")
     return set(np.flatnonzero(cheap.x.round()).tolist())
 
+# %% ../nbs/32_derivation.ipynb #d2e32991
 def derive(space: SearchSpace,
            importance: Mapping[Path, float], # mean gate of everything in space.gated()
            table: CostTable, # additive costs of that space

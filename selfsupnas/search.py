@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .architecture import Architecture, derive, load_architecture, save_architecture
+from .architecture import (Architecture, derive_greedily, load_architecture,
+                                     save_architecture)
 from .augment import WeakView, normalise
 from .batches import TrainingData, image_size, load_training_data
 from .budget import (CostTable, budget_loss, costs_of, expected_cost, follow_budget,
@@ -425,8 +426,9 @@ def derive_within(table: CostTable, statistics: GateStatistics,
                   budget: float, # share of the full grid's cost
                   keep_operations: int | None, provenance: dict) -> Architecture:
     "The architecture that the gates say, within the budget, each part with its weight."
-    found = derive(table.space, statistics.importance, lambda paths: static_cost(table, paths),
-                   budget * table.full, keep_operations)
+    found = derive_greedily(table.space, statistics.importance,
+                            lambda paths: static_cost(table, paths), budget * table.full,
+                            keep_operations)
     def weighed(kept): return {path: statistics.weights[path] for path in kept}
     return Architecture(found.space, weighed(found.paths), provenance, weighed(found.operations))
 

@@ -1,11 +1,11 @@
 "Laws that hold for any search space, image, batch, architecture, permutation and value; hypothesis looks for what breaks them, the same examples at each run."
-import dataclasses, functools, json, math, string, typing
+import dataclasses, functools, itertools, json, math, string, typing
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from selfsupnas.architecture import Architecture, architecture_from_json, architecture_to_json, derive, reached
+from selfsupnas.architecture import Architecture, architecture_from_json, architecture_to_json, derive_greedily, reached
 from selfsupnas.augment import WeakView
 from selfsupnas.baselines import all_open
 from selfsupnas.benchmark import EvaluateConfig
@@ -14,6 +14,7 @@ from selfsupnas.checkpoints import checkpoint_paths, load_checkpoint, load_weigh
 from selfsupnas.config import learning_rate, ramp_up
 from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.cost import count_flops
+from selfsupnas.derivation import derive
 from selfsupnas.evaluation import Metrics, confusion_matrix
 from selfsupnas.front import FrontConfig
 from selfsupnas.gate import CLOSED, gate_activation, hold_gates, put, take, watch_gates
@@ -138,10 +139,26 @@ def test_what_is_derived_is_within_the_budget_and_part_of_what_was_open(data, sp
     table, importance = table_of(space), {path: 0. for path in space.gated()} | data.draw(weighed(space))
     least = static_cost(table, [])
     budget = least + share * (table.full - least)
-    found = derive(space, importance, lambda kept: static_cost(table, kept), budget)
+    found = derive_greedily(space, importance, lambda kept: static_cost(table, kept), budget)
     assert static_cost(table, found.kept) <= budget
     assert all(importance[path] > 0 and weight == importance[path] for path, weight in found.kept.items()) and reached(space, found.kept) == set(found.kept)
     if share == 1: assert set(found.kept) == reached(space, {path for path in space.gated() if importance[path]})
+
+
+@examples(30)
+@given(st.data(), few_spaces, st.floats(0, 1), st.integers(1, 3))
+def test_the_exact_derivation_keeps_what_the_greedy_one_keeps_and_more(data, space, share, k):
+    table, importance = table_of(space), {path: 0. for path in space.gated()} | data.draw(weighed(space))
+    least = static_cost(table, [])
+    budget = least + share * (table.full - least)
+    found = derive(space, importance, table, budget, k)
+    greedy = derive_greedily(space, importance, lambda kept: static_cost(table, kept), budget)
+    worth = [sum(importance[path] for path in one.kept) for one in found]
+    assert 1 <= len(found) <= k and worth[0] >= sum(importance[path] for path in greedy.kept) - 1e-6 and worth == sorted(worth, reverse=True)
+    for one in found:
+        assert static_cost(table, one.kept) <= budget
+        assert all(importance[path] > 0 and weight == importance[path] for path, weight in one.kept.items()) and reached(space, one.kept) == set(one.kept)
+    for a, b in itertools.combinations(found, 2): assert len(a.paths.keys() ^ b.paths.keys()) >= .1 * len(space.paths())
 
 
 @examples(40)
