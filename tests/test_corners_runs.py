@@ -351,7 +351,7 @@ def test_hidden_files_of_a_user_stay(place):
     assert Path("new/.notes.2024.txt").exists() and Path("new/.env.1").exists() and Path("new/.data.2024").is_dir() and not Path("new/.history.4711.json").exists()
 
 
-@pytest.mark.parametrize("stage, name", [("search", "supernet.safetensors"), ("retrain", "network.safetensors"), ("evaluate", "confusion.json"), ("search", "architecture.json")])
+@pytest.mark.parametrize("stage, name", [("search", "supernet.safetensors"), ("retrain", "network.safetensors"), ("search", "architecture.json")])
 def test_results_without_a_record_are_not_replaced(place, stage, name):
     run, config = STAGES[stage]
     Path("new").mkdir(), Path("new", name).write_text("precious")
