@@ -309,10 +309,10 @@ def test_a_finished_run_on_other_data_is_another_run(place, stage, change):
 
 def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
     import selfsupnas.search as module
-    monkeypatch.setattr(module, "save_statistics", lambda *_: 1 / 0)
     config = dataclasses.replace(SEARCH, folder="new")
-    with pytest.raises(ZeroDivisionError): search(config)
-    monkeypatch.undo(), os.chdir(place)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(module, "save_statistics", lambda *_: 1 / 0)
+        search(config)
     more_images()
     with pytest.raises(ValueError, match="unfinished run.*what root='data' holds is another by now"): search(config)
 
