@@ -80,7 +80,8 @@ def demo(data:str, folder, pairs) -> int: # exit status
         if status: return status
     records = {stage: RunRecord.load(folder/stage/f"{stage}-record.json") for stage in plan}
     print(f"\nAll is in {folder}: a notebook to read, a record and the artifacts of each stage.")
-    for path in sorted(p for stage in plan for p in (folder/stage).iterdir() if p.is_file()):
+    for path in sorted(p for stage in plan for p in (folder/stage).iterdir()
+                       if p.is_file() and not p.name.startswith(".")): # locks
         print(f"  {path}")
     print("\nFigures of the search and of the retraining, on validation images:",
           *figure_lines([records["search"], records["retrain"]]), sep="\n")

@@ -359,7 +359,7 @@ def search(config: SearchConfig,
           ) -> Searched:
     """Run the search; leaves search-record.json, `FILES`, history.json and split/ in
     `config.folder`. A search that is finished there is read from it; ValueError for another."""
-    timer, folder = Timer(), FilePath(config.folder)
+    timer, folder, inputs = Timer(), FilePath(config.folder), config.inputs()
     data = load_training_data(config)
     with timer("cost table"): table = make_table(config, data, folder)
     check_budget(table, config.budget)
@@ -388,7 +388,7 @@ def search(config: SearchConfig,
     with timer("validation"):
         figures = search_figures(config, data, trained, table, derived, statistics)
     record = RunRecord("search", folder.name, dataclasses.asdict(config), config.seed, figures,
-                       {**timer.seconds, "step_ms": trained.step_ms}, inputs=config.inputs())
+                       {**timer.seconds, "step_ms": trained.step_ms}, inputs=inputs)
     record.save(folder)
     if note := budget_note(record): print(note, flush=True)
     return Searched(trained=trained, table=table, statistics=statistics, architecture=architecture,

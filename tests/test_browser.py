@@ -158,12 +158,15 @@ def assert_no_bars(cells):
     texts = ["".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in outputs]
     assert outputs and not [text for text in texts if BAR.search(text)]
 
-def reopened(browser, jupyter, name, title):
-    "The saved notebook in a new page, when the kernel that made its outputs is gone."
+def end_kernel(jupyter, name):
     with urllib.request.urlopen(f"{jupyter}/api/sessions") as sessions:
         own = [session["id"] for session in json.load(sessions) if session["path"] == name]
     assert own
     for session in own: urllib.request.urlopen(urllib.request.Request(f"{jupyter}/api/sessions/{session}", method="DELETE"))
+
+def reopened(browser, jupyter, name, title):
+    "The saved notebook in a new page, when the kernel that made its outputs is gone."
+    end_kernel(jupyter, name)
     return opened(browser, f"{jupyter}/lab/workspaces/again/tree/{name}?reset", title)
 
 def shot(element, name) -> Image.Image:
@@ -325,3 +328,4 @@ def test_a_stop_in_the_browser_loses_nothing(lab, browser, moment, stop, request
     assert "the end" in said.splitlines() and (not left or f"goes on at step {left} " in said or "nothing is computed" in said), said
     same_run(folder, place/"live")
     page.close()
+    end_kernel(lab[0], f"{name}.ipynb")

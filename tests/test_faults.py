@@ -17,7 +17,7 @@ import selfsupnas
 from selfsupnas.architecture import load_architecture, save_architecture
 from selfsupnas.batches import load_training_data
 from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.checkpoints import checkpoint_paths, own_folder, read_checkpoint
+from selfsupnas.checkpoints import FolderInUse, checkpoint_paths, own_folder, read_checkpoint
 from selfsupnas.cli import main
 from selfsupnas.config import TrainingConfig
 from selfsupnas.core import RunRecord
@@ -402,7 +402,7 @@ FAULTS = {
         **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "not one of 1 checkpoints in retrain is whole: .*overwrite=True") for what, write in (
             ("cut short", cut), ("empty", lambda p: p.write_bytes(b"")), ("pickles that would run a command", lambda p: p.write_bytes(pickle.dumps(Evil()))),
             ("torch's own pickles that would", lambda p: torch.save({"step": Evil()}, p)), ("with other things in them", lambda p: torch.save({"step": 2, "parameters": [], "parts": {}}, p)))},
-        "in a folder that another run holds": (raises(RuntimeError, taken), "another run is writing to new: wait until it ends"),
+        "in a folder that another run holds": (raises(FolderInUse, taken), "another run is writing to new: wait until it ends"),
     },
     "Folders with a finished run": {
         "more steps": (raises(ValueError, lambda: run_search(steps=4)), r"search has a finished run of other parameters: steps=2 \(now 4\)\. .*another folder, or overwrite=True"),

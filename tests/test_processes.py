@@ -101,7 +101,7 @@ def test_two_processes_are_one(runs, name):
 
 def test_a_stop_that_one_process_hears_of_stops_all_and_they_go_on(runs):
     said = runs[2][1]
-    assert said.count("stopped after step 3 of 6") == 1 and said.count("goes on at step 3") == 1
+    assert said.count("stopped; the same again goes on from step 3") == 1 and said.count("goes on at step 3") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

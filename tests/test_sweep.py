@@ -7,7 +7,7 @@ from selfsupnas.cli import main, make_parser, plan_sweep
 from selfsupnas.core import RunRecord
 
 TINY = ["-p", "steps", "2", "-p", "size", "(64, 80)", "-p", "layers", "3", "-p", "channels", "8", "-p", "batch_labelled", "2", "-p", "batch_unlabelled", "2",
-        "-p", "batch_jigsaw", "2", "-p", "logs", "1"]
+        "-p", "batch_jigsaw", "2", "-p", "logs", "1", "-p", "budget", "0.8"]
 
 
 def planned(*words): return plan_sweep(make_parser().parse_args(["sweep", "search", *words]))
@@ -46,15 +46,16 @@ def test_what_is_right_together_need_not_be_right_alone():
 @pytest.mark.long
 def test_a_sweep_goes_on_where_it_was_and_a_failing_run_stops_no_other(tmp_path, capsys, single):
     folder = tmp_path/"sweep"
-    # no grid of that few layers costs so little: this run fails, and the two after it are made
-    words = ["sweep", "search", "--grid", "budget=0.01,0.7,0.9", "--folder", str(folder), "--workers", "2", *TINY]
+    # at such a rate all is lost: this run fails, and the two after it are made
+    words = ["sweep", "search", "--grid", "lr=1e30,0.001,0.003", "--folder", str(folder), "--workers", "2", *TINY]
     assert main(words) == 1
     said = capsys.readouterr()
-    assert "1 failed: budget=0.01" in said.err and set(made := created(folder)) == {"budget=0.7", "budget=0.9"}
+    assert "1 failed: lr=1e+30" in said.err and set(made := created(folder)) == {"lr=0.001", "lr=0.003"}
+    assert "lr=1e+30 FAILED: selfsupnas search: failed: FloatingPointError" in said.out, "why, not only where"
     rows = [line.split() for line in said.out.splitlines() if line.strip().startswith("0.")]
-    assert [row[0] for row in rows] == ["0.7", "0.9"] and "GFLOPs" in said.out and "(n=1)" in said.out
-    assert (folder/"budget=0.7"/"search"/"search.ipynb").exists(), "a run is an executed notebook"
-    words[2:4] = ["--grid", "budget=0.7,0.9"]
+    assert [row[0] for row in rows] == ["0.001", "0.003"] and "GFLOPs" in said.out and "(n=1)" in said.out
+    assert (folder/"lr=0.001"/"search"/"search.ipynb").exists(), "a run is an executed notebook"
+    words[2:4] = ["--grid", "lr=0.001,0.003"]
     assert main(words) == 0 and created(folder) == made, "nothing is made twice"
     assert main([*words, "-p", "w_jig", "0"]) == 2
     assert "another folder" in capsys.readouterr().err
@@ -63,12 +64,13 @@ def test_a_sweep_goes_on_where_it_was_and_a_failing_run_stops_no_other(tmp_path,
 @pytest.mark.long
 def test_the_same_through_a_queue(tmp_path, capsys, single):
     folder = tmp_path/"sweep"
-    words = ["sweep", "search", "--grid", "budget=0.01,0.8", "--grid", "seed=0,1", "--folder", str(folder), "--slurm", "cluster=local", "timeout_min=20", *TINY]
+    words = ["sweep", "search", "--grid", "lr=1e30,0.001", "--grid", "seed=0,1", "--folder", str(folder), "--slurm", "cluster=local", "timeout_min=20", *TINY]
     assert main(words) == 1
     said = capsys.readouterr()
-    assert set(created(folder)) == {"budget=0.8,seed=0", "budget=0.8,seed=1"} and "2 failed" in said.err
+    assert set(created(folder)) == {"lr=0.001,seed=0", "lr=0.001,seed=1"} and "2 failed" in said.err
     assert "(n=2)" in said.out, "seeds are summarised"
-    assert any("out of reach" in path.read_text() for path in (folder/"queue").rglob("*.err")), "what a job said is kept"
+    assert said.out.count("FAILED: selfsupnas search: failed: FloatingPointError") == 2
+    assert any("is not finite" in path.read_text() for path in (folder/"queue").rglob("*.err")), "what a job said is kept"
 
 
 def test_without_submitit_the_cure_is_named(tmp_path, monkeypatch, capsys):
