@@ -91,7 +91,8 @@ def run_stage(stage:str, parameters:dict, folder, # checked parameters; where th
     with own_folder(folder, wait=.1, lock=".command.lock"):
         return run_held(stage, parameters, folder, source or stage_notebook(stage))
 
-def run_held(stage: str, parameters: dict, folder: Path, source) -> int: # as run_stage
+def run_held(stage: str, parameters: dict, folder: Path, source) -> int: # exit status
+    "What `run_stage` does while it holds the folder."
     output, running, failed = (folder/f"{stage}{end}.ipynb" for end in ("", "-running", "-failed"))
     print(f"selfsupnas {stage}: running; the notebook grows as {running}", flush=True)
     kernels, values = [], {**parameters, "folder": str(folder)}
