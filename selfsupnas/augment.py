@@ -108,16 +108,21 @@ class StrongView:
     "Colour jitter, grey and blur: colours change, labels of the weak view stay in place."
     def __init__(self, jitter:tuple=(0.5, 0.5, 0.5, 0.25), # brightness, contrast, saturation, hue
                  p_jitter:float=0.8, p_grey:float=0.2, p_blur:float=0.5, # probabilities
-                 sigma:tuple=(0.1, 2.0)):                  # least and greatest blur in pixels
+                 # least and greatest blur in pixels; None: up to 2 on views of 320 pixels a side,
+                 # in proportion on smaller ones
+                 sigma:tuple|None=(0.1, 2.0)):
         from torchvision.transforms import v2
-        self.transform = v2.Compose([
-            v2.RandomApply([v2.ColorJitter(*jitter)], p=p_jitter), v2.RandomGrayscale(p_grey),
-            v2.RandomApply([v2.GaussianBlur(9, sigma)], p=p_blur)])
+        self.sigma, self.p_blur = sigma, p_blur
+        self.colours = v2.Compose([v2.RandomApply([v2.ColorJitter(*jitter)], p=p_jitter),
+                                   v2.RandomGrayscale(p_grey)])
 
     def __call__(self, image:torch.Tensor, # (3, h, w) uint8
                 ) -> torch.Tensor: # (3, h, w) uint8
         from torchvision import tv_tensors
-        return self.transform(tv_tensors.Image(image)).as_subclass(torch.Tensor)
+        from torchvision.transforms import v2
+        sigma = self.sigma or (0.1, max(0.1, 2 * min(1, min(image.shape[-2:]) / 320)))
+        blur = v2.RandomApply([v2.GaussianBlur(9, sigma)], p=self.p_blur)
+        return blur(self.colours(tv_tensors.Image(image))).as_subclass(torch.Tensor)
 
 # %% ../nbs/12_augment.ipynb #cell-26
 def cutmix_boxes(batch:int,                      # number of images

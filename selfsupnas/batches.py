@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .augment import WeakView
+from .augment import StrongView, WeakView
 from .config import LEAST, TrainingConfig
 from .consistency import CONSISTENCY
 from .data import load_dataset
@@ -123,18 +123,22 @@ def check_shares(config: TrainingConfig, world: World):
 # %% ../nbs/46_batches.ipynb #ed79a330
 def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> (Stream, images)
     "labelled or plain, unlabelled, jigsaw; what a removed term would read is absent."
+    strong = StrongView(config.jitter, config.jitter_p, config.grey_p, config.blur_p, config.blur)
     def stream(ids, zoom, flip=0.5, category_ratio=1.0, fill=False, **kind):
         return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio, fill),
-                      config.seed, **kind)
+                      config.seed, strong=strong, **kind)
     if config.w_sup:
         streams = {"labelled": (stream(data.split.labelled, config.zoom,
-                                       category_ratio=config.category_ratio),
+                                       category_ratio=config.category_ratio,
+                                       strong_views=bool(config.w_strong)),
                                 config.batch_labelled)}
     else:
         streams = {"plain": (stream(data.both, config.zoom, kind="plain"), config.batch_labelled)}
     strong_views = CONSISTENCY[config.consistency].strong_views
     if config.w_semi:
-        streams["unlabelled"] = (stream(data.unlabelled, config.zoom, kind="unlabelled",
+        ids = (data.split.labelled if config.consistency_images == "labelled"
+               else data.unlabelled)
+        streams["unlabelled"] = (stream(ids, config.zoom, kind="unlabelled",
                                         strong_views=strong_views), config.batch_unlabelled)
     if config.w_jig:
         # padding at its border would tell where a tile belongs

@@ -30,7 +30,7 @@ from .sizing import step_flops, view_table
 from .space import supernet
 from .speed import (SpeedConfig, closed_part, in_turns, median, ratio, scaling_part,
                               step_part)
-from .training import make_parts, seed_step, step_weights, take_step
+from .training import make_parts, seed_step, state_before, step_weights, take_step
 
 # %% ../nbs/72_bench.ipynb #afa047c5
 class SearchStep:
@@ -57,7 +57,7 @@ class SearchStep:
                         for name, b in next(self.views).items()}
 
     def __call__(self):
-        weights = step_weights(self.config, 1., self.cost)
+        weights, before = step_weights(self.config, 1., self.cost), state_before(self.parts)
         charge = self.cost and (lambda gates: self.cost(gates, 1.))
         with self.accelerator.autocast():
             terms, figures = objective(self.network, self.parts["trainee"], self.parts["teacher"],
@@ -65,7 +65,7 @@ class SearchStep:
                                        seed_step(0, 0), charge)
         loss = sum(weights[name] * term for name, term in terms.items())
         take_step(loss, self.accelerator, self.parts, self.optimiser, lambda name: True,
-                  self.config.clip, 1)
+                  self.config, 1, before)
 
 # %% ../nbs/72_bench.ipynb #a472e4fe
 def terms_part(config: SpeedConfig) -> tuple[dict, dict]:

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from .core import hash_fields
-from .teacher import logits_of, pseudo_label_diagnostics
+from .teacher import logits_of, over, pseudo_label_diagnostics
 
 # %% ../nbs/42_consistency.ipynb #cell-30
 def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
                       teacher_logits:torch.Tensor, # (B, K, H, W)
                       valid:torch.Tensor,          # (B, H, W) bool
-                      threshold:float,             # confidence, in [0, 1]
+                      threshold,                   # confidence, in [0, 1]; or one a class, (K,)
                       )->tuple: # the logits of student and teacher, see logits_of
     "Raise `ValueError` unless the inputs of a consistency term belong together."
     student_logits, teacher_logits = logits_of(student_logits), logits_of(teacher_logits)
@@ -31,7 +31,11 @@ def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
     if valid.dtype != torch.bool or valid.shape != (shape[0], *shape[2:]):
         raise ValueError(f"valid must be bool ({shape[0]}, {shape[2]}, {shape[3]}), True on real "
                          f"pixels, got {valid.dtype} {tuple(valid.shape)}.")
-    if not 0 <= threshold <= 1:
+    if isinstance(threshold, torch.Tensor):
+        if threshold.shape != shape[1:2]:
+            raise ValueError(f"threshold must be a number, or one for each of {shape[1]} classes, "
+                             f"got {tuple(threshold.shape)}.")
+    elif not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a confidence in [0, 1], got {threshold}.")
     return student_logits, teacher_logits
 
@@ -39,14 +43,17 @@ def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
 def mean_teacher(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
                  teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
                  valid:torch.Tensor,          # (B, H, W) bool, False on padding
-                 threshold:float=0.95,        # tau, for the diagnostics alone
+                 threshold=0.95,              # tau, for the diagnostics alone
                  diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
+                 summed:bool=False,           # over the classes, K times as much; False: their mean
+                 temperature:float=1.,        # of the teacher's softmax; under 1 sharpens it
                  )->tuple:                    # loss (scalar), diagnostics (dict)
-    "Squared difference of the softmaxes: mean over classes, then mean over valid pixels."
+    "Squared difference of the softmaxes: mean or sum over classes, then mean over valid pixels."
     student_logits, teacher_logits = check_consistency(student_logits, teacher_logits, valid,
                                                        threshold)
-    goal = teacher_logits.detach().float().softmax(1)
-    error = (student_logits.float().softmax(1) - goal).square().mean(1)
+    goal = (teacher_logits.detach().float() / temperature).softmax(1)
+    squares = (student_logits.float().softmax(1) - goal).square()
+    error = squares.sum(1) if summed else squares.mean(1)
     loss = (error * valid).sum() / valid.sum().clamp(min=1)
     return loss, pseudo_label_diagnostics(teacher_logits, valid, threshold, diagnosis_label)
 
@@ -54,7 +61,7 @@ def mean_teacher(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
 def fixmatch(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
              teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
              valid:torch.Tensor,          # (B, H, W) bool, False on padding
-             threshold:float=0.95,        # confidence threshold tau
+             threshold=0.95,              # confidence threshold tau, or one a class, (K,)
              diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
              )->tuple:                    # loss (scalar), diagnostics (dict)
     "Cross-entropy with the teacher's class where it is sure, divided by ALL valid pixels."
@@ -62,14 +69,14 @@ def fixmatch(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
                                                        threshold)
     confidence, guess = teacher_logits.detach().float().softmax(1).max(1)
     error = F.cross_entropy(student_logits.float(), guess, reduction="none")
-    loss = (error * (valid & (confidence >= threshold))).sum() / valid.sum().clamp(min=1)
+    loss = (error * (valid & over(confidence, guess, threshold))).sum() / valid.sum().clamp(min=1)
     return loss, pseudo_label_diagnostics(teacher_logits, valid, threshold, diagnosis_label)
 
 # %% ../nbs/42_consistency.ipynb #2ce6af1f
 def hard_labels(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
                 teacher_logits:torch.Tensor, # (B, K, H, W) of the other network, mixed alike
                 valid:torch.Tensor,          # (B, H, W) bool, False on padding
-                threshold:float=0.95,        # tau, for the diagnostics alone
+                threshold=0.95,              # tau, for the diagnostics alone
                 diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
                 )->tuple:                    # loss (scalar), diagnostics (dict)
     "Cross-entropy with the other network's class: Chen et al., CPS (CVPR 2021)."
@@ -137,7 +144,7 @@ def consistency_loss(kind:Consistency,
                      student:dict,        # view -> logits (B, K, H, W) that are trained
                      goal:dict,           # view -> the teacher's logits (B, K, H, W), mixed alike
                      valid:dict,          # view -> (B, H, W) bool, False on padding, mixed alike
-                     threshold:float,     # confidence threshold tau
+                     threshold,           # confidence threshold tau, or one a class, (K,)
                      diagnosis:dict=None, # view -> (B, H, W) int64 hidden truth, mixed alike
                      # view -> factor, where processes share a batch: `part_of` its valid pixels
                      parts:dict=None,

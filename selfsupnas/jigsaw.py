@@ -107,6 +107,7 @@ def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the mode
                     grey_p:float=0.3,          # probability that a whole image turns grey
                     eps:float=1e-5,            # see `normalise_tiles`
                     normalise:bool=True,       # False: tiles keep their brightness and contrast
+                    share:float=1.0,           # of images that are shuffled; others keep their order
                     world:World=World(),       # processes that share a batch
                     )->tuple:                  # shuffled (B, 3, H, W), target (B,) int64
     "Make jigsaws: position j of the output shows source tile `permutations[target][j]`."
@@ -120,6 +121,13 @@ def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the mode
     place = dict(generator=generator, device=generator.device)
     if target is None:
         target = world.drawn(batch, lambda n: torch.randint(len(permutations), (n,), **place))
+        if share < 1:
+            same = (permutations == torch.arange(n * n)).all(1).nonzero().flatten()
+            if not len(same):
+                raise ValueError(f"share={share} leaves images as they are, and the order of the "
+                                 "tiles as they are is not among the permutations")
+            stays = world.drawn(batch, lambda n: torch.rand(n, **place) >= share)
+            target = target.where(~stays, same[0])
     target = target.to(device)
     luma = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     grey = world.drawn(batch, lambda n: torch.rand(n, **place) < grey_p)

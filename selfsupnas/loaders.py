@@ -46,15 +46,17 @@ class Stream:
                  view:WeakView=None, # geometry; None: `WeakView()`
                  seed:int=0,
                  kind:str="labelled", # of KINDS
-                 strong:StrongView=None, # for 'unlabelled'; None: `StrongView()`
-                 strong_views:int=1): # of 'unlabelled': 2 adds `strong2`, 0 saves the work
+                 strong:StrongView=None, # None: `StrongView()`
+                 # of 'unlabelled', and of 'labelled'; 2 adds `strong2`; None: 1 of 'unlabelled'
+                 strong_views:int|None=None):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         self.dataset, self.indices, self.kind = dataset, find_ids(dataset, ids), kind
         self.view, self.strong = view or WeakView(), strong or StrongView()
         if kind != "labelled" and self.view.category_ratio < 1:
             raise ValueError("category_ratio looks at labels: not for unlabelled images")
-        self.key, self.strong_views = [seed, KINDS.index(kind)], strong_views
+        self.key = [seed, KINDS.index(kind)]
+        self.strong_views = kind == "unlabelled" if strong_views is None else strong_views
         self.alone, self._pass = kind in KINDS[2:], (-1, None)
 
     def source(self, k:int) -> int: # index into the dataset
@@ -84,9 +86,9 @@ class Stream:
             weak, label, valid = self.view(image, label)
             if self.alone: return dict(image=weak)
             label = label.to(torch.uint8) # a byte a pixel on the way to the device
-            if self.kind == "labelled": return dict(image=weak, label=label)
-            return dict(weak=weak, valid=valid, diagnosis_label=label,
-                        **draw_strong(weak, self.strong, self.strong_views))
+            made = draw_strong(weak, self.strong, self.strong_views)
+            if self.kind == "labelled": return dict(image=weak, label=label, **made)
+            return dict(weak=weak, valid=valid, diagnosis_label=label, **made)
 
 # %% ../nbs/13_loaders.ipynb #05f3bc62
 def stack(samples:list, # of dicts of tensors with the same names

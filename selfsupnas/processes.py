@@ -112,7 +112,7 @@ class SynchronisedNorm(nn.BatchNorm2d):
         shares = counts / counts.sum()
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
-        self.remember(mean, variance, counts.sum())
+        if self.track_running_stats: self.remember(mean, variance, counts.sum())
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)

@@ -599,7 +599,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     from selfsupnas.objective import Trainee
     from selfsupnas.runlog import RunLog
     from selfsupnas.teacher import AdaptiveThreshold, EMATeacher
-    from selfsupnas.training import take_step
+    from selfsupnas.training import state_before, take_step
     torch.manual_seed(0)
     trainee = Trainee(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     accelerator = Scaled(trainee)
@@ -610,13 +610,13 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     def same(a, b): return all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one.values(), two.values()))
     rows = []
     for step, factor in enumerate([1., float("inf"), float("nan"), 1., float("inf"), float("inf"), float("inf"), 1.]):
-        old, scale, before = state(), accelerator.scaler.get_scale(), parts["threshold"].state_dict()
+        old, scale, before = state(), accelerator.scaler.get_scale(), state_before(parts)
         loss = trainee.model(torch.rand(2, 3, 4, 4)).square().sum()
         parts["threshold"].value += .01
-        bad = take_step(loss, accelerator, parts, accelerator, lambda name: True, 5., step, before)
+        bad = take_step(loss, accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, before)
         finite = factor == 1
         assert bad is None and same(old, state()) != finite and (accelerator.scaler.get_scale() < scale) != finite
-        assert parts["threshold"].value == pytest.approx(before["value"] + .01 * finite)
+        assert parts["threshold"].value == pytest.approx(before["threshold"]["value"] + .01 * finite)
         assert all(p.grad is None for p in trainee.parameters())
         if row := parts["log"].add(step, {"sup": loss}, {}, {"sup": 1.}, .1): rows.append(row)
     assert parts["log"].overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in parts["log"].line(rows[-1])
@@ -627,7 +627,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     assert other.overflows == 0
     factor, found = float("inf"), []
     for step in range(6): # 2, then 1: the scale is not to blame any more
-        found.append(take_step(trainee.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, 5., step))
+        found.append(take_step(trainee.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, state_before(parts)))
     assert found[-1] == "the gradient" and None in found and parts["log"].overflows == 5 + found.count(None)
 
 
