@@ -239,7 +239,8 @@ def versions() -> dict:
 
 def commit(path=None, # a file or folder in a checkout; default: this module
           ) -> str | None: # 40 hex digits, with "+changes" where tracked files differ
-    """The git commit of the code that runs; None for an installed copy, which git does not track.
+    """The git commit of the code that runs; for a copy that git does not track, what the
+    environment variable SELFSUPNAS_COMMIT says, or None.
     The checkout is looked at, and nothing in it is written."""
     path = Path(path or globals().get("__file__", ".")).resolve() # a notebook has no __file__
     folder = path if path.is_dir() else path.parent
@@ -254,7 +255,7 @@ def commit(path=None, # a file or folder in a checkout; default: this module
         git("ls-files", "--error-unmatch", str(path))
         return (git("rev-parse", "HEAD")
                 + ("+changes" if git("status", "--porcelain", "-uno") else ""))
-    except (OSError, subprocess.CalledProcessError): return None
+    except (OSError, subprocess.CalledProcessError): return os.environ.get("SELFSUPNAS_COMMIT")
 
 # %% ../nbs/01_core.ipynb #cell-24
 def hardware() -> dict:

@@ -7,7 +7,7 @@ __all__ = ['RetrainConfig', 'static_network', 'chosen_architecture', 'initial_ne
            'retrain_once', 'load_network']
 
 # %% ../nbs/54_retrain.ipynb #4fc969c7
-import dataclasses
+import copy, dataclasses
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -24,8 +24,8 @@ from .cost import count_cost
 from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
 from .runlog import consistency_figures
-from .search import jigsaw_figures
-from .training import Trained, load_trained, train
+from .search import jigsaw_figures, plain_images, recalibrated
+from .training import Trained, fit_figures, load_trained, train
 
 # %% ../nbs/54_retrain.ipynb #ed0ce7e5
 @dataclass
@@ -38,11 +38,13 @@ class RetrainConfig(TrainingConfig):
     supernet: str | None = None # weights to inherit; None: those beside the architecture
     steps: int = 1000 # optimiser steps
     w_jig: float = 0.1 # less than in the search: a small network has little to spare
+    recalibrate: int = 0 # plain training images that set batch norm's running statistics at the end
 
     def __post_init__(self):
         super().__post_init__()
         if not self.w_sup: raise ValueError("retraining needs labels: w_sup must be over 0")
-        check_fields(self, choices={"initialise": ("scratch", "inherit")})
+        check_fields(self, choices={"initialise": ("scratch", "inherit")}, least={"recalibrate": 0})
+        if self.recalibrate == 1: raise ValueError("recalibrate must be 0, or 2 or more, not 1")
         if self.architecture not in BASELINES: return
         for name, right, is_right in (("w_jig", "0", not self.w_jig),
                                       ("initialise", "scratch", self.initialise == "scratch"),
@@ -157,6 +159,15 @@ def retrain(config: RetrainConfig,
     make_room(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
+        as_trained = {}
+        if config.recalibrate:
+            miou = evaluate(trained.model, data.val, progress=False).miou
+            plain = plain_images(config, data, config.recalibrate)
+            recalibrated(trained.model, plain)
+            student = recalibrated(copy.deepcopy(trained.student), plain)
+            as_trained = {"val_miou_before_recalibration": known_or_none(miou),
+                          "student_recalibrated_val_miou": known_or_none(
+                              evaluate(student, data.val, progress=False).miou)}
         cost, metrics = (count_cost(trained.model, image_size(data.train, config.crop)),
                          evaluate(trained.model, data.val, progress=False))
         figures = {"num_classes": data.train.spec.num_classes,
@@ -169,7 +180,9 @@ def retrain(config: RetrainConfig,
                    "unlabelled_images": len(data.split.unlabelled),
                    "unreadable_files": data.unreadable}
         figures.update(jigsaw_figures(trained, data.val, config))
-        if config.w_semi: figures.update(consistency_figures(trained.history))
+        figures.update(fit_figures(trained, config, data, figures["val_miou"]), **as_trained)
+        if config.w_semi:
+            figures.update(consistency_figures(trained.history, data.train.spec.classes))
     if config.architecture not in BASELINES:
         save_architecture(trained.model.architecture, folder/"architecture.json")
     save_weights(trained.model, folder/"network.safetensors")

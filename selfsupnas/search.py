@@ -7,7 +7,8 @@ __all__ = ['FILES', 'MISSED', 'SearchConfig', 'GateStatistics', 'gate_statistics
            'BudgetTerms', 'closing_of', 'plain_images', 'shut_under', 'shares_at', 'calibrate_closing', 'halves',
            'make_turns', 'make_space', 'make_table', 'Searched', 'save_supernet', 'save_statistics', 'load_statistics',
            'load_search', 'searched_config', 'search', 'check_budget', 'least_share', 'refuse_budget',
-           'inherited_network', 'derive_within', 'budget_note', 'search_figures', 'reopened', 'load_supernet']
+           'inherited_network', 'recalibrated', 'derive_within', 'budget_note', 'search_figures', 'reopened',
+           'load_supernet']
 
 # %% ../nbs/51_search.ipynb #a368b656
 import dataclasses, functools, json
@@ -418,8 +419,15 @@ def inherited_network(architecture: Architecture, supernet_state: dict,
     "The derived network with the supernet's weights, its batch-norm statistics taken on `images`."
     device = next(iter(supernet_state.values())).device
     network = inherit(StaticNetwork(architecture), {k: v.cpu() for k, v in supernet_state.items()})
-    torch.optim.swa_utils.update_bn([normalise(batch) for batch in images.split(16)],
-                                    network.to(device), device)
+    return recalibrated(network.to(device), images)
+
+def recalibrated(network: torch.nn.Module, # changed in place
+                 images: torch.Tensor # (n,3,H,W) uint8, n of 2 or more: training images, no labels
+                ) -> torch.nn.Module: # in evaluation mode
+    "The network, its running statistics of batch norm taken anew, on `images` alone."
+    batches = images.tensor_split(-(-len(images) // 16))
+    torch.optim.swa_utils.update_bn([normalise(batch) for batch in batches], network,
+                                    next(network.parameters()).device)
     return network.eval()
 
 def derive_within(table: CostTable, statistics: GateStatistics,
@@ -473,7 +481,8 @@ def search_figures(config, data, trained: Trained, table, derived: StaticNetwork
                                            for path in table.space.paths()),
                **reopened(trained.history, table.space), "unreadable_files": data.unreadable,
                **jigsaw_figures(trained, data.val, config)}
-    if config.w_semi: figures.update(consistency_figures(trained.history))
+    if config.w_semi:
+        figures.update(consistency_figures(trained.history, data.train.spec.classes))
     if table.kind == "flops":
         figures.update(full_gflops=table.full / 1e9, budget_gflops=config.budget * table.full / 1e9)
         if counted.flops != units:
