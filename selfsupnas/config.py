@@ -65,6 +65,9 @@ def check_stages(config):
     if config.blur is not None and not 0 < config.blur[0] <= config.blur[1]:
         raise ValueError(f"blur must be (least, greatest) pixels, over 0, or None, not "
                          f"{config.blur}")
+    if config.jitter[3] > .5:
+        raise ValueError(f"jitter: its fourth number, of the hue, must be at most 0.5, not "
+                         f"{config.jitter[3]}")
     if config.adaptive_threshold and config.threshold_kind != "global":
         raise ValueError("adaptive_threshold is for threshold_kind='global', not "
                          f"{config.threshold_kind!r}")

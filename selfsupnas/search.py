@@ -41,7 +41,7 @@ from .processes import from_first, own_device
 from .runlog import consistency_figures
 from .space import RoutingNetwork, gates_by_path, supernet
 from .splits import LabelSplit
-from .training import Trained, load_trained, train
+from .training import Trained, fit_figures, load_trained, train
 
 # %% ../nbs/51_search.ipynb #d43f4756
 @dataclass
@@ -493,6 +493,7 @@ def search_figures(config, data, trained: Trained, table, derived: StaticNetwork
                           ("derived_inherited_val_miou", derived)):
         figures[name] = (known_or_none(evaluate(network, data.val, progress=False).miou)
                          if config.w_sup else None)
+    figures.update(fit_figures(trained, config, data, figures["supernet_val_miou"]))
     return figures
 
 def reopened(history: list, space: SearchSpace) -> dict: # figures

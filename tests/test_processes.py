@@ -20,7 +20,9 @@ SHORT = dict(steps=6, logs=6)
 CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adaptive_threshold=True),
          "unimatch": dict(SHORT, consistency="unimatch", jigsaw_head="position"), "cps": dict(SHORT, consistency="cps", w_jig=0.),
          "cells": dict(SHORT, consistency="mean_teacher", search_operations=True, operations=("sep_conv_3x3", "max_pool_3x3", "identity")),
-         "alternating": dict(SHORT, update="alternating", class_weights="inverse_log"), "stopped": dict(SHORT)}
+         "alternating": dict(SHORT, update="alternating", class_weights="inverse_log"), "stopped": dict(SHORT),
+         "clean": dict(SHORT, consistency="unimatch", statistics="clean", threshold_kind="class", cutout_p=.5, jigsaw_share=.5),
+         "separate": dict(SHORT, statistics="separate", threshold_kind="relative", threshold=.9, w_strong=1., ema_start=.3, ema_buffers="averaged")}
 
 
 def run_case(name, folder):
@@ -79,7 +81,7 @@ def runs(tmp_path_factory):
 
 
 def curves(run):
-    keys = [k for k, v in run["history"][-1].items() if k != "gates"]
+    keys = [k for k, v in run["history"][-1].items() if k not in ("gates", "pseudo_counts")]
     return {k: np.array([row.get(k) for row in run["history"]], float) for k in keys}
 
 

@@ -1,0 +1,304 @@
+"One step by every recipe, against the same computed by hand; batch norm by groups; what a schedule weighs; what a teacher remembers."
+import copy, dataclasses, itertools, json, math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from selfsupnas.augment import cutmix_boxes
+from selfsupnas.batches import load_training_data, make_batches, make_streams
+from selfsupnas.config import STATISTICS, TrainingConfig
+from selfsupnas.grid import SearchSpace
+from selfsupnas.jigsaw import cut_and_shuffle
+from selfsupnas.loaders import to_device
+from selfsupnas.objective import make_trainee, objective, run_passes
+from selfsupnas.permutations import permutation_set
+from selfsupnas.retrain import RetrainConfig, retrain
+from selfsupnas.search import SearchConfig, search
+from selfsupnas.space import supernet
+from selfsupnas.teacher import ClassThreshold, EMATeacher, RelativeThreshold
+from selfsupnas.training import step_weights, train
+
+SMALL = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, ramp=(0., 0.), logs=2, steps=4)
+SPACE = dict(layers=3, channels=8)
+
+
+@pytest.fixture
+def config(tmp_path): return TrainingConfig(folder=str(tmp_path/"run"), **SMALL)
+
+
+def network(config, classes):
+    torch.manual_seed(0)
+    return supernet(SearchSpace(classes, **SPACE))
+
+
+def one_step(config, threshold=None, **weights):
+    "Terms, figures and all that they were made of; in evaluation mode, so that no image sees another."
+    data = load_training_data(config)
+    trainee = make_trainee(network(config, data.train.spec.num_classes), config).eval()
+    with torch.no_grad(): # logits far enough apart that a threshold divides them
+        trainee.model.classifier.weight *= 4000
+    teacher = EMATeacher(trainee)
+    with torch.no_grad():
+        for p in teacher.model.parameters(): p += .001 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
+    with torch.no_grad():
+        terms, figures = objective(trainee, trainee, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
+                                   permutation_set(config.jigsaw_n), torch.Generator().manual_seed(5), threshold=threshold)
+    return terms, figures, trainee, teacher, batches
+
+
+def mixed_by_hand(x, box, hole, blank):
+    "Pixel by pixel: inside the box the image before, in the hole nothing."
+    out = x.clone()
+    for b, i, j in itertools.product(range(len(x)), *map(range, x.shape[-2:])):
+        if box[b, i, j]: out[b, ..., i, j] = x[b - 1, ..., i, j]
+        if hole is not None and hole[b, i, j]: out[b, ..., i, j] = blank
+    return out
+
+
+def drawn(config, images, generator):
+    boxes = cutmix_boxes(len(images), images.shape[-2:], generator, p=config.cutmix_p, area=config.cutmix_area)
+    holes = cutmix_boxes(len(images), images.shape[-2:], generator, p=config.cutout_p, area=config.cutout_area) if config.cutout_p else None
+    return boxes, holes
+
+
+# ---- targets
+
+RECIPES = {"averaged": dict(consistency="mean_teacher"), "summed": dict(consistency="mean_teacher", squares="summed"),
+           "sharpened": dict(consistency="mean_teacher", squares="summed", temperature=.5),
+           "cutmix": dict(consistency="mean_teacher", cutmix_p=1., cutmix_area=(.5, .5)),
+           "cutout": dict(consistency="mean_teacher", cutmix_p=0., cutout_p=1., cutout_area=(.1, .3)),
+           "cutmix and cutout": dict(consistency="fixmatch", threshold=.3, cutmix_p=.5, cutout_p=.7),
+           "hard": dict(consistency="fixmatch", threshold=.4), "relative": dict(consistency="fixmatch", threshold=.9, threshold_kind="relative"),
+           "by class": dict(consistency="fixmatch", threshold=.9, threshold_kind="class")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_consistency_term_is_what_a_hand_computes(config, name):
+    config = dataclasses.replace(config, **RECIPES[name])
+    threshold = {"relative": RelativeThreshold(config.threshold), "class": ClassThreshold(config.threshold, .5)}.get(config.threshold_kind)
+    terms, figures, trainee, teacher, batches = one_step(config, threshold, semi=1)
+    batch, (box, hole) = batches["unlabelled"], drawn(config, batches["unlabelled"]["weak"], torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        view = mixed_by_hand(batch["strong"], box, hole, 0.)
+        student, taught = trainee.model(view).double().softmax(1), teacher.model.model(batch["weak"]).double()
+        own = trainee.model(batches["labelled"]["image"]).double().softmax(1)
+    goal, valid = mixed_by_hand(taught, box, None, 0.), mixed_by_hand(batch["valid"], box, hole, False)
+    tau = [config.threshold] * goal.shape[1]
+    if config.threshold_kind == "relative":
+        sure = [own[b, :, i, j].max().item() for b, i, j in (batches["labelled"]["label"] != 255).nonzero().tolist()]
+        tau = [config.threshold * sum(sure) / len(sure)] * goal.shape[1]
+    if config.threshold_kind == "class":
+        means = []
+        for k in range(goal.shape[1]):
+            of_class = [p.max().item() for b, i, j in batch["valid"].nonzero().tolist() if (p := taught[b, :, i, j].softmax(0)).argmax() == k]
+            means.append((1 + sum(of_class) / len(of_class)) / 2 if of_class else 1.)
+        tau = [config.threshold * m / max(means) for m in means]
+    total, kept = 0., [0, 0]
+    for b, i, j in valid.nonzero().tolist():
+        p, q = student[b, :, i, j], (goal[b, :, i, j] / config.temperature).softmax(0)
+        k = int(goal[b, :, i, j].argmax())
+        over = goal[b, :, i, j].softmax(0)[k].item() >= tau[k]
+        kept[over] += 1
+        if config.consistency == "fixmatch": total -= math.log(p[k]) * over
+        else: total += (p - q).square().sum().item() / (1 if config.squares == "summed" else len(p))
+    assert terms["semi"].item() == pytest.approx(total / valid.sum().item(), rel=1e-3)
+    assert figures["kept"].item() == pytest.approx(kept[1] / sum(kept), abs=2e-4)
+    assert figures["pseudo_counts"].view(4, -1).sum(1).tolist()[0] == valid.sum()
+    if config.consistency == "fixmatch": assert 0 < kept[1] < sum(kept), "the threshold divides the pixels"
+
+
+def test_strong_views_of_labelled_images_have_their_labels_mixed_alike(config):
+    config = dataclasses.replace(config, w_strong=1., w_semi=0., cutmix_p=1., cutout_p=.6)
+    terms, _, trainee, _, batches = one_step(config, strong=1)
+    batch, (box, hole) = batches["labelled"], drawn(config, batches["labelled"]["image"], torch.Generator().manual_seed(5))
+    with torch.no_grad(): logits = trainee.model(mixed_by_hand(batch["strong"], box, hole, 0.))
+    labels = mixed_by_hand(batch["label"], box, hole, 255)
+    assert set(terms) == {"strong"}
+    torch.testing.assert_close(terms["strong"], F.cross_entropy(logits, labels, ignore_index=255), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(batch["strong"], batch["image"]) and "unlabelled" not in batches
+
+
+@pytest.mark.parametrize("share", [0., .5])
+def test_a_share_of_jigsaws_keeps_its_order(config, share):
+    config = dataclasses.replace(config, jigsaw_share=share, w_semi=0., batch_jigsaw=8)
+    terms, _, trainee, _, batches = one_step(config, jig=1)
+    draws, permutations = torch.Generator().manual_seed(5), permutation_set(2)
+    target = torch.randint(24, (8,), generator=draws)
+    target[torch.rand(8, generator=draws) >= share] = 0 # the first is the order itself
+    assert permutations[0].tolist() == [0, 1, 2, 3] and (share or not target.any())
+    shuffled, _ = cut_and_shuffle(batches["jigsaw"]["image"], permutations, draws, target)
+    with torch.no_grad(): logits = trainee.head(trainee.model.encode(shuffled)[1])
+    torch.testing.assert_close(terms["jig"], F.cross_entropy(logits, target), rtol=1e-4, atol=1e-5)
+    if share: assert 0 < (target == 0).sum() < 8
+    with pytest.raises(ValueError, match="share"): cut_and_shuffle(batches["jigsaw"]["image"], permutations[1:], draws, share=.5)
+
+
+# ---- schedules
+
+def test_what_a_step_weighs(config):
+    def at(share, **changes): return step_weights(dataclasses.replace(config, **changes), share, None)
+    assert at(.0) == {"sup": 1., "jig": .5, "semi": 1.} == at(1.), "as ever"
+    stages = dict(sup_start=.2, jigsaw_decay=(.2, .2), ramp=(.5, .5), w_strong=2.)
+    assert [at(share, **stages) for share in (.0, .19, .2, .5)] == [
+        {"sup": 0., "strong": 0., "jig": .5, "semi": 0.}] * 2 + [{"sup": 1., "strong": 2., "jig": 0., "semi": 0.}, {"sup": 1., "strong": 2., "jig": 0., "semi": 1.}]
+    assert at(.3, jigsaw_decay=(.2, .4))["jig"] == pytest.approx(.25)
+    assert at(.1, jigsaw_ramp=(.0, .2))["jig"] == pytest.approx(.5 * math.exp(-5 / 4))
+    assert at(.325, ramp=(.15, .5))["semi"] == pytest.approx(math.exp(-5 / 4)) and at(.1, ramp=(.15, .5))["semi"] == 0
+
+
+def test_a_stage_of_jigsaws_alone_moves_no_classifier(config):
+    config = dataclasses.replace(config, sup_start=.5, jigsaw_decay=(.5, .5), ramp=(.5, .5), optimiser="sgd", lr=.1, weight_decay=0., warmup=0.)
+    data = load_training_data(config)
+    model = network(config, data.train.spec.num_classes)
+    seen, before = [], model.classifier.weight.clone()
+    from selfsupnas import training
+    plain = training.take_step
+    def watched(loss, accelerator, parts, *more):
+        done = plain(loss, accelerator, parts, *more)
+        seen.append((torch.equal(parts["trainee"].model.classifier.weight, before), parts["trainee"].head.classify.weight.clone()))
+        return done
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "take_step", watched)
+        history = train(model, config, data).history
+    assert [same for same, _ in seen] == [True, True, False, False]
+    assert not torch.equal(seen[0][1], seen[1][1]) and torch.equal(seen[1][1], seen[3][1]), "the head learns first, and then no more"
+    assert "sup" not in history[0] and "jig" in history[0] and "jig" not in history[1]
+
+
+# ---- the teacher
+
+def test_a_teacher_starts_again_as_a_copy_of_the_student(config):
+    last = dataclasses.replace(config, ema_start=.75, ema_buffers="averaged")
+    data = load_training_data(last)
+    trained = train(network(last, data.train.spec.num_classes), last, data)
+    for name, value in trained.student.state_dict().items(): assert torch.equal(trained.model.state_dict()[name], value), name
+    first = train(network(config, data.train.spec.num_classes), dataclasses.replace(config, folder=config.folder + "-2"), data)
+    assert not torch.equal(first.student.classifier.weight, first.model.classifier.weight)
+    for a, b in zip(first.student.parameters(), trained.student.parameters()): torch.testing.assert_close(a, b, atol=1e-2, rtol=1)
+
+
+def test_a_horizon_is_a_share_of_the_steps(config):
+    assert TrainingConfig(steps=800, ema_horizon=.02).decay == pytest.approx(1 - 1 / 16) and TrainingConfig().decay == .98
+    assert TrainingConfig(steps=10, ema_horizon=.02).decay == 0, "a horizon within a step: the student itself"
+
+
+def test_averaged_statistics_come_back_after_a_step_that_is_not_finite(config, monkeypatch):
+    from selfsupnas import training
+    config = dataclasses.replace(config, ema_buffers="averaged", bad_loss="skip", statistics="clean", threshold_kind="class")
+    plain, seen = training.take_step, []
+    def poisoned(loss, accelerator, parts, *more):
+        kept = [b.clone() for b in parts["trainee"].buffers()], copy.deepcopy(parts["threshold"].state_dict()) if seen else None
+        bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
+        seen.append((bad, kept, [b.clone() for b in parts["trainee"].buffers()]))
+        return bad
+    monkeypatch.setattr(training, "take_step", poisoned)
+    data = load_training_data(config)
+    train(network(config, data.train.spec.num_classes), config, data)
+    assert [bad for bad, *_ in seen] == [None, None, "the loss", None]
+    for after, before in zip(seen[2][2], seen[1][2]): assert torch.equal(after, before)
+    assert any(not torch.equal(a, b) for a, b in zip(seen[2][1][0], seen[2][2])), "the forward pass had moved them"
+
+
+# ---- groups of statistics
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("again", [False, True])
+def test_perturbed_views_and_cells_that_run_again(statistics, again):
+    "The plain loop of the chapter on objective, with perturbed features, shut gates and cells that run again."
+    torch.manual_seed(0)
+    config = TrainingConfig(w_jig=.5, consistency="unimatch", recompute=again)
+    trainee = make_trainee(supernet(SearchSpace(5, **SPACE)), config)
+    with torch.no_grad():
+        for m in trainee.modules():
+            if hasattr(m, "closing"): m.logits.bias.normal_(.1, .3)
+    views = {name: torch.randn(n, 3, 64, 80) for name, n in (("labelled", 2), ("strong", 2), ("strong2", 2), ("weak", 2), ("jigsaw", 2))}
+    ours, loop = copy.deepcopy(trainee), copy.deepcopy(trainee)
+    loop.model.recompute = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfsupnas.objective.perturb_features", lambda x: x * .5)
+        said = run_passes(ours, ours, views, statistics, perturb=True)
+        (sum(x.square().mean() for x in said.logits.values()) + said.jigsaw.square().mean() + said.perturbed.square().mean()).backward()
+        passes = {"shared": [["labelled", "strong", "strong2", "weak", "jigsaw"]], "clean": [["labelled", "weak"], ["strong", "strong2"], ["jigsaw"]],
+                  "separate": [["labelled"], ["weak"], ["strong", "strong2"], ["jigsaw"]]}[statistics]
+        for number, names in enumerate(passes):
+            before = copy.deepcopy(dict(loop.named_buffers()))
+            images, part = torch.cat([views[n] for n in names]), 0.
+            plain = 2 * len([n for n in names if n != "jigsaw"])
+            out = loop(images, plain, 2 if "weak" in names else 0, statistics != "shared")
+            for n, x in zip([n for n in names if n != "jigsaw"], out["logits"].split(2) if plain else []):
+                torch.testing.assert_close(said.logits[n], x)
+                part = part + x.square().mean()
+            if "jigsaw" in names: part = part + out["jigsaw"].square().mean()
+            if "weak" in names:
+                torch.testing.assert_close(said.perturbed, out["perturbed"])
+                part = part + out["perturbed"].square().mean()
+            part.backward()
+            if number:
+                for name, b in loop.named_buffers(): b.copy_(before[name])
+    for (name, a), b in zip(ours.named_parameters(), loop.parameters()):
+        if a.grad is not None: torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3, msg=name)
+    for (name, a), b in zip(ours.named_buffers(), loop.buffers()): torch.testing.assert_close(a, b, msg=name)
+    assert all(len(g) == 8 for g in said.gates.values()) and any((g == 0).any() for g in said.gates.values())
+    assert all(m.track_running_stats for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_perturbed_features_apart_move_nothing():
+    torch.manual_seed(0)
+    trainee = make_trainee(supernet(SearchSpace(5, **SPACE)), TrainingConfig(w_jig=0., consistency="unimatch"))
+    with_them, without, images = copy.deepcopy(trainee), copy.deepcopy(trainee), torch.randn(4, 3, 64, 80)
+    out = with_them(images, 4, perturb=2, apart=True)
+    torch.testing.assert_close(out["logits"], without(images, 4)["logits"])
+    for a, b in zip(with_them.buffers(), without.buffers()): torch.testing.assert_close(a, b)
+    assert out["perturbed"].shape == (2, 5, 64, 80)
+
+
+# ---- what is drawn, what is refused, what is recorded
+
+def test_the_control_sees_no_unlabelled_image(config):
+    control = dataclasses.replace(config, consistency_images="labelled", jitter=(.1, .2, .3, .05), grey_p=1., blur_p=0.)
+    data = load_training_data(control)
+    stream, _ = make_streams(control, data)["unlabelled"]
+    assert {stream.dataset.ids[stream.source(k)] for k in range(50)} <= set(data.split.labelled)
+    strong = stream[0]["strong"]
+    assert torch.equal(strong[0], strong[1]) and torch.equal(strong[1], strong[2]), "grey, as asked"
+    from selfsupnas.augment import StrongView
+    edge = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    edge[:, :, 16:] = 255
+    def greys(view): return max(len(view(edge).unique()) for _ in range(20))
+    assert greys(StrongView(p_jitter=0, p_grey=0, p_blur=1, sigma=None)) < greys(StrongView(p_jitter=0, p_grey=0, p_blur=1)), "less blur on a small view"
+
+
+@pytest.mark.parametrize("wrong, named", [
+    (dict(sup_start=.2, w_jig=0.), "sup_start"), (dict(sup_start=.5, jigsaw_decay=(.2, .3), ramp=(.5, .6)), "jigsaw_decay"), (dict(sup_start=.2), "ramp"),
+    (dict(jigsaw_ramp=(0., .5), jigsaw_decay=(.2, .4)), "jigsaw_decay"), (dict(ema_horizon=0.), "ema_horizon"), (dict(ema_horizon=1.5), "ema_horizon"),
+    (dict(blur=(0., 1.)), "blur"), (dict(jitter=(.5, .5, .5, .6)), "jitter"), (dict(jitter=(2., 0., 0., 0.)), "jitter"), (dict(statistics="own"), "clean"),
+    (dict(threshold_kind="class", adaptive_threshold=True), "adaptive_threshold"), (dict(cutout_area=(.5, .2)), "cutout_area"),
+    (dict(temperature=0.), "temperature"), (dict(ema_buffers="mean"), "averaged"), (dict(consistency_images="all"), "labelled"),
+    (dict(w_sup=0., w_semi=0., w_strong=1.), "w_strong"), (dict(squares="mean"), "summed"), (dict(jigsaw_share=2.), "jigsaw_share")])
+def test_what_no_run_could_be_made_with_is_refused(wrong, named):
+    with pytest.raises(ValueError, match=named): TrainingConfig(**{**dict(ramp=(.1, .4)), **wrong})
+
+
+def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
+    small = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=1, steps=2, ramp=(0., 0.), threshold=0.)
+    search(SearchConfig(folder=str(tmp_path/"search"), layers=3, channels=8, budget=.8, **small))
+    found = json.loads((tmp_path/"search/search-record.json").read_text())["figures"]
+    done = retrain(RetrainConfig(folder=str(tmp_path/"retrain"), architecture=str(tmp_path/"search"), recalibrate=4, statistics="clean", **small))
+    figures = done.record.figures
+    for name in ("train_miou", "train_val_gap", "student_val_miou"): assert 0 <= abs(figures[name]) <= 1 and name in found, name
+    assert figures["train_val_gap"] == pytest.approx(figures["train_miou"] - figures["val_miou"])
+    assert {"val_miou_before_recalibration", "student_recalibrated_val_miou", "jigsaw_val_accuracy", "jigsaw_chance"} <= figures.keys()
+    by_class = figures["pseudo_label_by_class"]
+    assert set(by_class) == set(done.data.train.spec.classes)
+    known = [entry for entry in by_class.values() if entry["share"] is not None]
+    assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
+    from selfsupnas.search import plain_images
+    from selfsupnas.augment import normalise
+    x = normalise(plain_images(RetrainConfig(folder="x", **small), done.data, 4)) # the stem's first norm, by hand
+    first = done.trained.model.stem
+    features = F.conv2d(x, first[0].weight, None, 2, 1)
+    torch.testing.assert_close(first[1].running_mean, features.mean((0, 2, 3)).detach(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(first[1].running_var, features.var((0, 2, 3)).detach(), atol=1e-3, rtol=1e-3)
