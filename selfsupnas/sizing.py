@@ -27,8 +27,10 @@ def passes(config: TrainingConfig, semi: bool = True) -> dict: # kind of pass ->
     """How many images one step sends through the network, before (`semi` False) and after w_semi
     begins to rise."""
     kind, semi = CONSISTENCY[config.consistency], semi and config.w_semi > 0
-    views = kind.strong_views + (kind.perturbed or kind.teacher != "ema")
-    segmented = config.batch_labelled + semi * views * config.batch_unlabelled
+    views = kind.strong_views + (kind.perturbed or kind.teacher != "ema"
+                                 or config.statistics == "clean")
+    segmented = (config.batch_labelled * (2 if config.w_strong else 1)
+                 + semi * views * config.batch_unlabelled)
     return {"segmented": segmented, # labelled, strong and weak views, with gradient
             "jigsaw": config.batch_jigsaw if config.w_jig else 0, # with gradient, not classified
             # decoded once more, with gradient
