@@ -22,7 +22,7 @@ CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adap
          "cells": dict(SHORT, consistency="mean_teacher", search_operations=True, operations=("sep_conv_3x3", "max_pool_3x3", "identity")),
          "alternating": dict(SHORT, update="alternating", class_weights="inverse_log"), "stopped": dict(SHORT),
          "clean": dict(SHORT, consistency="unimatch", statistics="clean", threshold_kind="class", cutout_p=.5, jigsaw_share=.5),
-         "separate": dict(SHORT, statistics="separate", threshold_kind="relative", threshold=.9, w_strong=1., ema_start=.3, ema_buffers="averaged")}
+         "separate": dict(SHORT, statistics="separate", threshold_kind="relative", threshold=.5, w_strong=1., ema_start=.3, ema_buffers="averaged")}
 
 
 def run_case(name, folder):
