@@ -47,6 +47,7 @@ STATISTICS = {
     "separate": ((("labelled",), True), (("weak",), False), (("strong",), False),
                  (("jigsaw",), False))}
 
+# %% ../nbs/44_config.ipynb #d6824dde
 def check_stages(config):
     "Raise ValueError for terms that begin and end where nothing would be learned."
     if config.sup_start and not (config.w_jig and config.jigsaw_ramp[0] == 0
@@ -72,6 +73,7 @@ def check_stages(config):
         raise ValueError("adaptive_threshold is for threshold_kind='global', not "
                          f"{config.threshold_kind!r}")
 
+# %% ../nbs/44_config.ipynb #fb5cba76
 def check_training(config):
     "Raise TypeError or ValueError, naming the parameter, for what no training stage can run with."
     check_fields(config, least=dict(steps=1, batch_labelled=1, batch_unlabelled=1, batch_jigsaw=1,

@@ -107,7 +107,7 @@ def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the mode
                     grey_p:float=0.3,          # probability that a whole image turns grey
                     eps:float=1e-5,            # see `normalise_tiles`
                     normalise:bool=True,       # False: tiles keep their brightness and contrast
-                    share:float=1.0,           # of images that are shuffled; others keep their order
+                    share:float=1.0,           # of images that are shuffled; others stay
                     world:World=World(),       # processes that share a batch
                     )->tuple:                  # shuffled (B, 3, H, W), target (B,) int64
     "Make jigsaws: position j of the output shows source tile `permutations[target][j]`."

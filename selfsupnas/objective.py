@@ -30,7 +30,7 @@ from .losses import class_weights_from, pixel_cross_entropy
 from .permutations import permutation_set
 from .processes import greatest_of, part_of, rolled, total_of, world
 from .space import RoutingNetwork, running_statistics_kept
-from .teacher import (AdaptiveThreshold, ClassThreshold, EMATeacher, RelativeThreshold,
+from .teacher import (ClassThreshold, EMATeacher, RelativeThreshold,
                                 diagnostics_of, logits_of, pixel_counts)
 
 # %% ../nbs/47_objective.ipynb #c290d7cc
@@ -124,7 +124,7 @@ class Answers:
 
 def run_passes(network: nn.Module, # the trainee, perhaps wrapped for several processes
                trainee: Trainee,
-               views: dict, # name -> images (B,3,H,W); weak after all but the jigsaws, which are last
+               views: dict, # name -> images (B,3,H,W); the jigsaws last, weak views before them
                statistics: str, # of STATISTICS
                perturb: bool # are features of the weak views perturbed, too?
               ) -> Answers:

@@ -226,6 +226,7 @@ class RelativeThreshold:
     def state_dict(self): return {"share": self.share, "value": self.value}
     def load_state_dict(self, state): self.share, self.value = state["share"], state["value"]
 
+# %% ../nbs/38_teacher.ipynb #78cd6bcd
 class ClassThreshold:
     "One for each class, lower where the teacher is less sure: after Wang et al. (ICLR 2023)."
 

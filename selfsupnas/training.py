@@ -67,6 +67,7 @@ def make_parts(model: nn.Module, config: TrainingConfig, accelerator) -> dict: #
     synchronise(trainee) # after the teacher was copied: it looks at each image by itself
     return parts
 
+# %% ../nbs/50_training.ipynb #a479bec6
 def make_threshold(config: TrainingConfig): # None: it stays where it is
     "The confidence threshold of a run, where it moves."
     if not config.w_semi: return None
@@ -91,6 +92,7 @@ def seed_step(seed: int, step: int, process: int = 0) -> torch.Generator: # of b
     torch.manual_seed(number(seed, step, 2, process))
     return torch.Generator().manual_seed(number(seed, step, 3))
 
+# %% ../nbs/50_training.ipynb #e6663d45
 def state_before(parts: dict) -> dict: # name -> state
     "What a forward pass moves: buffers, which a teacher that copies them has, and the threshold."
     teacher, kept = parts["teacher"], {}

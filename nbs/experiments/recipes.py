@@ -1,6 +1,6 @@
 """Trainings of one network on CamVid by many recipes, several at a time: what `recipes.ipynb` reads.
 
-    python nbs/experiments/recipes.py --processes 2
+    python nbs/experiments/recipes.py --processes 2 # SELFSUPNAS_DATA says where CamVid is
 
 A run that has a record is passed over, and one that was stopped goes on. `--only` takes names of
 runs (STEPS/ARM/DRAW) as a shell pattern, `--list` prints them.
@@ -10,10 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NETWORK = HERE/"records/camvid-long/0.125/found/search/architecture.json"
+NETWORK = os.path.relpath(HERE/"records/camvid-long/0.125/found/search/architecture.json")
 # 46 labelled images; which ones, and the weights at the start, are drawn from the seed
 COMMON = dict(data="camvid", size=(192, 256), crop=(128, 160), label_fraction=1/8,
-              architecture=str(NETWORK), w_jig=0., recalibrate=128, checkpoints=1)
+              architecture=NETWORK, w_jig=0., recalibrate=128, checkpoints=1)
 STRONG = dict(cutmix_p=1., cutmix_area=(.5, .5), jitter=(.4, .4, .4, .1), blur=None)
 LABELS = dict(w_semi=0., **STRONG)
 TEACHER = dict(consistency="mean_teacher", squares="summed", **STRONG)
