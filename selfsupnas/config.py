@@ -150,14 +150,14 @@ class TrainingConfig:
     warmup: float = 0.05 # share of the steps in which lr rises; then polynomial decay of power 0.9
     clip: float = 5.0 # largest gradient norm
     w_sup: float = 1.0 # weight of the supervised term; 0, with w_semi 0: no label is used
-    sup_start: float = 0.0 # share of the steps before which no label is used: first the jigsaw alone
-    w_strong: float = 0.0 # of that term on strong views of labelled images, their labels mixed alike
+    sup_start: float = 0.0 # share of the steps before which no label is used: jigsaws first
+    w_strong: float = 0.0 # of that term on strong views of labelled images, labels mixed alike
     class_weights: str | None = None # of its pixels: inverse_log or median_frequency of the labels
     ohem_threshold: float | None = None # it takes pixels whose class has less probability than this
     w_jig: float = 0.5 # weight of the jigsaw term; 0 removes it
     w_semi: float = 1.0 # weight of the consistency term; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps
-    statistics: str = "shared" # of batch norm, by all views; or clean, separate: selfsupnas.objective
+    statistics: str = "shared" # of batch norm, by all views; or clean, separate: see objective
     jigsaw_ramp: tuple[float, float] = (0.0, 0.0) # w_jig rises between these shares of the steps
     jigsaw_decay: tuple[float, float] = (1.0, 1.0) # and falls to 0 between these
     jigsaw_share: float = 1.0 # of jigsaws that are shuffled; the others keep their order
