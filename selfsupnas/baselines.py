@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'SCALABLE', 'MOMENTUM', 'TOLERANCE', 'GRID_RIVALS', 'tor
            'whole_or_nearly', 'thinner', 'fine', 'shallower', 'batch_norm_scales', 'batch_norm_route']
 
 # %% ../nbs/52_baselines.ipynb #3b6bef5f
-import dataclasses, inspect, random
+import contextlib, dataclasses, inspect, random
 from functools import partial
 from typing import Callable
 
@@ -22,7 +22,6 @@ from .budget import CostTable, measure_costs, static_cost
 from .cost import count_cost
 from .derivation import derive
 from .grid import STEP, STRIDES, Path, SearchSpace
-from .network import StaticNetwork
 from .operations import separable
 
 # %% ../nbs/52_baselines.ipynb #cddef63c
@@ -233,12 +232,10 @@ def fit_channels(name:str, # one of `SCALABLE`
         with torch.random.fork_rng(devices=[]): # trials draw no numbers from the run's
             return count_cost(build(num_classes, channels), size).flops
     refuse_cost(name, asked, cost(at(0)))
-    low, high = 0., 1 / 32
-    while cost(at(high)) <= asked: low, high = high, 2 * high
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(at(middle)) <= asked else (low, middle)
-    found, before = at(low), None
+    share = 1 / 4
+    for _ in range(3): share *= (asked / cost(at(share))) ** .5 # it grows about with the square
+    while cost(at(share)) > asked and at(share) != at(0): share *= .99
+    found, before = at(share), None
     while found != before and cost(found) < .99 * asked: # one channel more, level by level
         before = found
         for i in range(len(found)):
@@ -271,15 +268,21 @@ def narrowest(name:str, # of the rival, for the message
         else: low = middle
     return found
 
-def whole_or_nearly(table:CostTable, parts:set, asked:float) -> Architecture: # all weights 1
-    "All `parts`, or of ten draws that leave some out the one that keeps most paths."
+def whole_or_nearly(name:str, table:CostTable, parts:set, asked:float) -> Architecture:
+    """All `parts`, or of ten draws that leave some out the one that keeps most paths; `ValueError`
+    where none costs `asked`. All weights are 1."""
     def cost(kept): return static_cost(table, kept)
-    if cost(parts) > (1 + TOLERANCE) * asked:
-        drawn = [random_architecture(table.space, cost, asked, seed, TOLERANCE, among=parts)
-                 for seed in range(10)]
-        return max(drawn, key=lambda found: len(found.paths))
-    return Architecture(table.space, {p: 1. for p in parts if p.kind in STEP},
-                        operations={p: 1. for p in parts if p.kind not in STEP})
+    if cost(parts) <= (1 + TOLERANCE) * asked:
+        return Architecture(table.space, {p: 1. for p in parts if p.kind in STEP},
+                            operations={p: 1. for p in parts if p.kind not in STEP})
+    drawn = []
+    for seed in range(10):
+        with contextlib.suppress(ValueError):
+            drawn.append(random_architecture(table.space, cost, asked, seed, TOLERANCE, 50, parts))
+    if drawn: return max(drawn, key=lambda found: len(found.paths))
+    raise ValueError(f"{name} has no network of {asked / 1e9:.5f} GFLOPs: its grid is too coarse. "
+                     f"With {table.space.channels} channels the whole costs "
+                     f"{cost(parts) / 1e9:.5f}, and no part of it what is asked")
 
 # %% ../nbs/52_baselines.ipynb #795378ee
 def thinner(space:SearchSpace, size:tuple, # (H,W)
@@ -289,7 +292,7 @@ def thinner(space:SearchSpace, size:tuple, # (H,W)
     parts = open_parts(space, coarsest)
     if name == "thinner": # of the fine scales alone, more channels than the grid's are in order
         refuse_cost(name, asked, 0, static_cost(measure_costs(space, size), parts))
-    return whole_or_nearly(narrowest(name, space, size, parts, asked), parts, asked)
+    return whole_or_nearly(name, narrowest(name, space, size, parts, asked), parts, asked)
 
 def fine(space:SearchSpace, size:tuple, asked:float) -> Architecture:
     "Strides 4 and 8 alone, at the width that costs `asked`."
@@ -297,14 +300,18 @@ def fine(space:SearchSpace, size:tuple, asked:float) -> Architecture:
 
 def shallower(space:SearchSpace, size:tuple, asked:float) -> Architecture:
     """The whole grid with the fewest layers that cost `asked` at its own width, and then with the
-    fewest channels."""
-    table = measure_costs(space, size)
+    fewest channels; with a layer more where that grid is too coarse to meet the cost."""
+    table, name = measure_costs(space, size), "shallower"
     for layers in range(1, space.layers + 1):
         grid = dataclasses.replace(space, layers=layers)
-        table, parts = dataclasses.replace(table, space=grid), open_parts(grid)
-        if (most := static_cost(table, parts)) >= (1 - TOLERANCE) * asked: break
-    refuse_cost("shallower", asked, 0, most)
-    return whole_or_nearly(narrowest("shallower", grid, size, parts, asked), parts, asked)
+        parts = open_parts(grid)
+        most = static_cost(dataclasses.replace(table, space=grid), parts)
+        if most < (1 - TOLERANCE) * asked: continue
+        wide = narrowest(name, grid, size, parts, asked)
+        try: return whole_or_nearly(name, wide, parts, asked)
+        except ValueError:
+            if layers == space.layers: raise
+    refuse_cost(name, asked, 0, most)
 
 # %% ../nbs/52_baselines.ipynb #9e1700b6
 def batch_norm_scales(space:SearchSpace,

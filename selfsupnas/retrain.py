@@ -39,13 +39,14 @@ def check_rival(config):
                          f"cost and grid it takes, and no gflops; given: {given or 'neither'}")
     if name in SCALABLE and len(given) != 1:
         raise ValueError(f"{name} needs equal_cost, the folder or file of the architecture whose "
-                         f"cost it is to meet, or gflops, and not both; given: {given or 'neither'}")
+                         "cost it is to meet, or gflops, and not both; given: "
+                         f"{given or 'neither'}")
     if given and name not in {*GRID_RIVALS, *SCALABLE}:
         raise ValueError(f"{given[0]} is for {', '.join([*GRID_RIVALS, *SCALABLE])}: {name} has a "
                          "cost of its own")
     if config.gflops is not None and not config.gflops > 0:
         raise ValueError(f"gflops must be over 0, not {config.gflops}")
-    if (name in GRID_RIVALS and name != "batch_norm_route" and config.initialise == "inherit"):
+    if name in {*GRID_RIVALS} - {"batch_norm_route"} and config.initialise == "inherit":
         raise ValueError(f"initialise must be scratch: a supernet has no weights for {name}, whose "
                          "grid is another")
 
