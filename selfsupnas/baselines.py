@@ -161,7 +161,8 @@ SCALABLE = {"narrow_unet": NarrowUNet, "fast_scnn": FastSCNN} # name -> (K, chan
 # %% ../nbs/52_baselines.ipynb #9c4ddc3f
 MOMENTUM = .1 # of the running statistics of batch norm, in every rival: torch's default
 
-def hand_crafted(name:str) -> bool: return name in BASELINES or name in SCALABLE
+def hand_crafted(name:str) -> bool: # not a network of the grid
+    return name in BASELINES or name in SCALABLE
 
 def build_baseline(name:str, # one of `BASELINES` or `SCALABLE`
                    num_classes:int, # K
@@ -251,21 +252,21 @@ def open_parts(space:SearchSpace, coarsest:int=len(STRIDES) - 1) -> set:
                            if max(part.scale, part.scale + STEP.get(part.kind, 0)) <= coarsest})
 
 def narrowest(name:str, # of the rival, for the message
-              space:SearchSpace, # the grid, at any width
-              size:tuple, # (H,W)
+              table:CostTable, # of the grid, at any width
               parts:set, # that are open
               asked:float, # multiply-adds
              ) -> CostTable: # of the same grid
     "At the least even number of channels at which `parts` cost `asked`, or 3 % less."
-    def at(pairs): return measure_costs(dataclasses.replace(space, channels=2 * pairs), size)
-    def enough(found): return static_cost(found, parts) >= (1 - TOLERANCE) * asked
-    low, high, found = 0, 1, at(1)
-    refuse_cost(name, asked, static_cost(found, parts))
-    while not enough(found): low, high = high, 2 * high; found = at(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if enough(wide := at(middle)): high, found = middle, wide
-        else: low = middle
+    def at(pairs):
+        return measure_costs(dataclasses.replace(table.space, channels=2 * pairs), table.size)
+    def cost(found): return static_cost(found, parts)
+    def enough(found): return cost(found) >= (1 - TOLERANCE) * asked
+    # from a guess: cost grows about with the square of the channels
+    pairs = max(1, round(table.space.channels / 2 * (asked / cost(table)) ** .5))
+    found = at(pairs)
+    while not enough(found): pairs += 1; found = at(pairs)
+    while pairs > 1 and enough(narrower := at(pairs - 1)): pairs, found = pairs - 1, narrower
+    refuse_cost(name, asked, cost(found) if pairs == 1 else 0)
     return found
 
 def whole_or_nearly(name:str, table:CostTable, parts:set, asked:float) -> Architecture:
@@ -289,10 +290,10 @@ def thinner(space:SearchSpace, size:tuple, # (H,W)
             asked:float, # multiply-adds
             coarsest:int=len(STRIDES) - 1, name:str="thinner") -> Architecture:
     "The whole grid, or the scales of it up to `coarsest`, at the width that costs `asked`."
-    parts = open_parts(space, coarsest)
+    table, parts = measure_costs(space, size), open_parts(space, coarsest)
     if name == "thinner": # of the fine scales alone, more channels than the grid's are in order
-        refuse_cost(name, asked, 0, static_cost(measure_costs(space, size), parts))
-    return whole_or_nearly(name, narrowest(name, space, size, parts, asked), parts, asked)
+        refuse_cost(name, asked, 0, static_cost(table, parts))
+    return whole_or_nearly(name, narrowest(name, table, parts, asked), parts, asked)
 
 def fine(space:SearchSpace, size:tuple, asked:float) -> Architecture:
     "Strides 4 and 8 alone, at the width that costs `asked`."
@@ -304,10 +305,9 @@ def shallower(space:SearchSpace, size:tuple, asked:float) -> Architecture:
     table, name = measure_costs(space, size), "shallower"
     for layers in range(1, space.layers + 1):
         grid = dataclasses.replace(space, layers=layers)
-        parts = open_parts(grid)
-        most = static_cost(dataclasses.replace(table, space=grid), parts)
-        if most < (1 - TOLERANCE) * asked: continue
-        wide = narrowest(name, grid, size, parts, asked)
+        table, parts = dataclasses.replace(table, space=grid), open_parts(grid)
+        if (most := static_cost(table, parts)) < (1 - TOLERANCE) * asked: continue
+        wide = narrowest(name, table, parts, asked)
         try: return whole_or_nearly(name, wide, parts, asked)
         except ValueError:
             if layers == space.layers: raise
