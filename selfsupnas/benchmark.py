@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 
 import torch
 
-from .baselines import BASELINES, build_baseline
+from .baselines import BASELINES, GRID_RIVALS, build_baseline, hand_crafted
 from .batches import image_size
 from .checkpoints import make_room, once
 from .config import TrainingConfig
@@ -204,7 +204,8 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     views = {"window": config.window, "scales": config.scales, "flip": config.flip}
     with timer("evaluation"): metrics = evaluate(network, data, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, data)
-    own = retrained["architecture"] if retrained["architecture"] in BASELINES else "searched"
+    name = retrained["architecture"]
+    own = name if hand_crafted(name) or name in GRID_RIVALS else "searched"
     row, latency = cost_row(own, network, at, config.latency_repeats)
     rows, latencies = ({own: {**row, **metrics_figures(metrics)},
                         "most frequent class": {"name": "most frequent class",

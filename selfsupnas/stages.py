@@ -135,9 +135,8 @@ def check_front(stage: str, config, later: bool):
 def check_training_inputs(stage: str, config, later: bool): # of search and retrain
     check_precision(config.precision, own_device())
     if stage == "retrain" and not later:
-        from selfsupnas.baselines import BASELINES
-        from selfsupnas.retrain import chosen_architecture
-        if config.architecture not in BASELINES: chosen_architecture(config)
+        from selfsupnas.retrain import check_files
+        check_files(config)
     if config.data == "streetscenes": # drawn by the run, with its progress
         size, classes = config.size or STREETSCENES_SIZE, CAMVID_SPEC.num_classes
     else:
