@@ -24,7 +24,7 @@ from .cost import count_cost
 from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
 from .runlog import consistency_figures
-from .search import jigsaw_figures
+from .search import jigsaw_figures, unchosen
 from .training import Trained, load_trained, train
 
 # %% ../nbs/54_retrain.ipynb #ed0ce7e5
@@ -154,19 +154,23 @@ def retrain(config: RetrainConfig,
         chosen_architecture(config) # a missing file is told before data is loaded
     data = load_training_data(config)
     network = initial_network(config, data.train.spec)
+    report = unchosen(data.val, *([] if config.architecture in BASELINES
+                                  else [network.architecture]))
     make_room(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
         cost, metrics = (count_cost(trained.model, image_size(data.train, config.crop)),
-                         evaluate(trained.model, data.val, progress=False))
+                         evaluate(trained.model, report, progress=False))
         figures = {"num_classes": data.train.spec.num_classes,
                    "classes": list(data.train.spec.classes),
                    "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
                    "gflops": cost.gflops,
                    "parameters": cost.parameters, "val_miou": known_or_none(metrics.miou),
-                   "val_pixel_accuracy": metrics.pixel_accuracy,
+                   "val_pixel_accuracy": metrics.pixel_accuracy, "val_images": len(report),
                    "labelled_images": len(data.split.labelled),
                    "unlabelled_images": len(data.split.unlabelled),
+                   "labels_consumed": {"training": len(data.split.labelled), "choice": 0,
+                                       "report": len(report)},
                    "unreadable_files": data.unreadable}
         figures.update(jigsaw_figures(trained, data.val, config))
         if config.w_semi: figures.update(consistency_figures(trained.history))
