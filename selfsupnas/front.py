@@ -128,11 +128,9 @@ def derive_front(config: FrontConfig, searched: SearchConfig, data: TrainingData
     return architectures, dynamic, candidates
 
 # %% ../nbs/56_front.ipynb #60286c22
-def train_member(config: FrontConfig, searched: SearchConfig, name: str,
-                 architecture: Architecture):
-    "The trained network of one member."
+def train_member(config: FrontConfig, searched: SearchConfig, name: str):
+    "The trained network of one member, whose architecture lies in the folder."
     member = member_config(config, searched, name)
-    save_architecture(architecture, member.architecture)
     return retrain_once(member).trained.model # read, where it was trained before
 
 def miou_of(network, dataset: PairDataset) -> float | None: # None: undefined
@@ -200,10 +198,10 @@ def front(config: FrontConfig) -> Front:
     state, plain = model.state_dict(), plain_images(searched, data)
     for name, architecture in (bar := progress_bar(architectures.items(), desc="front")):
         bar.set_postfix_str(name)
+        save_architecture(architecture, f"{config.folder}/{name}.json")
         inherited = inherited_network(architecture, state, plain)
         with timer("training"):
-            network = (train_member(config, searched, name, architecture) if config.steps
-                       else inherited)
+            network = train_member(config, searched, name) if config.steps else inherited
         rows.append({**member_row(name, architecture, network, dataset, table),
                      "budget": float(name.split("-")[1]),
                      "inherited_miou": miou_of(inherited, dataset)})
