@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_of_known', 'Metrics', 'metrics_text', 'known_or_none', 'miou_text', 'metrics_figures',
-           'confusion_figure', 'eval_mode', 'readable_pairs', 'places_of', 'same_size_batches', 'check_logits',
-           'check_views', 'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'evaluate',
+           'confusion_figure', 'eval_mode', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views',
+           'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'evaluate', 'ImageSubset',
            'class_counts', 'trivial_predictor_metrics']
 
 # %% ../nbs/43_evaluation.ipynb #3aa14e2f
@@ -169,27 +169,14 @@ def readable_pairs(dataset, # [i] -> (image, label), with .ids
         if pair := read(i): yield dataset.ids[i], *pair
 
 # %% ../nbs/43_evaluation.ipynb #b4f28f84
-def places_of(dataset, # with .ids
-              only=None, # ids; None: all
-             ) -> list: # indices, in the order of the data set for all, else in that of the ids
-    "Where images are in a data set; raises `ValueError` for ids that it lacks."
-    if only is None: return range(len(dataset))
-    where = {name: i for i, name in enumerate(dataset.ids)}
-    unknown = [name for name in only if name not in where]
-    if unknown:
-        raise ValueError(f"the data set has no image {unknown[:3]}; its {len(where)} ids are like "
-                         f"{list(where)[:3]}")
-    return [where[name] for name in only]
-
 def same_size_batches(dataset, # [i] -> (image (3,H,W), label (H,W)), with .ids
                       batch_size:int=8, # most images in a batch
                      world:World=World(), # processes, each of which takes its share
-                     only=None, # ids of the images wanted; None: all
                      ): # yields (ids, images (B,3,H,W), labels (B,H,W))
     "The data set in order, in batches of images of one size."
     if batch_size < 1: raise ValueError(f"batch_size is at least 1, not {batch_size}")
     ids, images, labels = [], [], []
-    for name, image, label in readable_pairs(dataset, world.share(places_of(dataset, only))):
+    for name, image, label in readable_pairs(dataset, world.share(range(len(dataset)))):
         if images and (len(images) == batch_size or image.shape != images[0].shape):
             yield ids, torch.stack(images), torch.stack(labels)
             ids, images, labels = [], [], []
@@ -307,7 +294,6 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
              device=None, # where to compute; None: where the model is
              progress:bool=True, # show a bar, where somebody watches
              window=None, scales:tuple=(1.,), flip:bool=False, # see predict
-             ids=None, # only these images; None: all
             ) -> Metrics: # from one confusion matrix over the whole set
     """Predicts every image of the set once, at its own size; bad logits raise `ValueError`. Where
     several processes run, all call this, and each predicts a share."""
@@ -316,32 +302,48 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
     model, home = on_device(model, device)
     total = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=home)
     everyone = world()
-    places = places_of(dataset, ids)
-    bar = progress_bar(total=len(everyone.share(places)), desc="evaluate",
+    bar = progress_bar(total=len(everyone.share(range(len(dataset)))), desc="evaluate",
                        unit="image", shown=progress and everyone.first)
     with bar, eval_mode(model), torch.inference_mode():
-        for names, images, labels in same_size_batches(dataset, 1 if window else batch_size,
-                                                      everyone, ids):
+        for ids, images, labels in same_size_batches(dataset, 1 if window else batch_size,
+                                                    everyone):
             images, labels = images.to(home), labels.to(home)
-            def checked(x): return check_logits(model(x), x, spec.num_classes, names)
+            def checked(x): return check_logits(model(x), x, spec.num_classes, ids)
             scores = predict(checked, normalise(images), window, scales, flip, batch_size)
             total += confusion_matrix(scores.max(1).indices, labels, spec.num_classes,
                                       spec.ignore_index)
-            bar.update(len(names))
+            bar.update(len(ids))
     total = total_of(total)
     if hasattr(dataset, "unreadable"): dataset.unreadable.update(union_of(dataset.unreadable))
     if not total.sum():
-        raise ValueError(f"none of the {len(places)} images has a labelled pixel: all labels are "
+        raise ValueError(f"none of the {len(dataset)} images has a labelled pixel: all labels are "
                          f"ignore_index {spec.ignore_index}, so there is nothing to evaluate")
     return Metrics(total.cpu(), tuple(spec.classes))
 
 # %% ../nbs/43_evaluation.ipynb #81fb8e5d
+class ImageSubset:
+    "Some images of a data set, in its order: to evaluate on."
+    def __init__(self, dataset, ids: list):
+        self.dataset, self.spec, named = dataset, dataset.spec, set(ids)
+        self.rows = [i for i, name in enumerate(dataset.ids) if name in named]
+        self.ids = [dataset.ids[i] for i in self.rows]
+        self.unreadable, self.skip_unreadable = dataset.unreadable, dataset.skip_unreadable
+
+    def __len__(self): return len(self.ids)
+    def __getitem__(self, i): return self.dataset[self.rows[i]]
+
 def class_counts(dataset, # [i] -> (image, label), with .ids and .spec
                  ids=None, # only these images, for instance the labelled ones of a split; None: all
                 ) -> torch.Tensor: # int64 (K,), labelled pixels of each class
     "Pixels of each class; an id that the data set lacks raises `ValueError`."
+    where = {name: i for i, name in enumerate(dataset.ids)}
+    unknown = [name for name in ids or () if name not in where]
+    if unknown:
+        raise ValueError(f"the data set has no image {unknown[:3]}; its {len(where)} ids are like "
+                         f"{list(where)[:3]}")
     counts = torch.zeros(dataset.spec.num_classes, dtype=torch.int64)
-    for _, _, label in readable_pairs(dataset, places_of(dataset, ids)):
+    for _, _, label in readable_pairs(dataset, where.values() if ids is None
+                                      else [where[name] for name in ids]):
         counts += confusion_matrix(label, label, len(counts), dataset.spec.ignore_index).diagonal()
     return counts
 

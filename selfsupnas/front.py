@@ -22,12 +22,13 @@ from .core import (SEEDS, RunRecord, Timer, check_fields, digest_of, progress_ba
 from .cost import count_cost
 from .data import data_digest, load_dataset
 from .evaluation import evaluate, known_or_none, miou_text
+from .gate import set_closing
 from .pairs import SPLITS, PairDataset
 from .processes import own_device
 from .retrain import RetrainConfig, retrain_once
-from .search import (SearchConfig, calibrate_closing, check_budget, derive_within,
-                               gate_statistics, inherited_network, load_supernet, make_table,
-                               plain_images, searched_config)
+from .search import (SearchConfig, calibrate_closing, check_budget, choice_images,
+                               choose_route, gate_statistics, inherited_network, load_supernet,
+                               make_table, plain_images, searched_config, unchosen)
 from .splits import save_split
 
 # %% ../nbs/56_front.ipynb #3a88cdb7
@@ -37,6 +38,8 @@ class FrontConfig:
     folder: str = "runs/front" # where everything is written
     search: str = "runs/search" # folder of the search
     budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.7) # a network for each
+    candidates: int = 8 # exact routes that inherited weights choose among; 1: importance alone
+    choice_images: int = 32 # of the validation set, at most half: they choose, and are not reported
     initialise: str = "inherit" # or scratch
     steps: int = 200 # of each training, the brief kind; 0: none, inherited weights as they are
     random: int = 2 # random architectures for each budget, of the derived one's cost, trained alike
@@ -49,7 +52,8 @@ class FrontConfig:
     def __post_init__(self):
         check_fields(self, choices={"initialise": ("inherit", "scratch"), "split": SPLITS,
                                     "baselines": BASELINES}, ranges={"seed": SEEDS},
-                     least={"steps": 0 if self.initialise == "inherit" else 1, "random": 0})
+                     least={"steps": 0 if self.initialise == "inherit" else 1, "random": 0,
+                            "candidates": 1, "choice_images": 1})
         if not self.budgets or not all(0 < b <= 1 for b in self.budgets):
             raise ValueError("budgets must be shares of the full grid's cost, each in (0, 1], not "
                              f"{self.budgets}")
@@ -68,12 +72,13 @@ class FrontConfig:
 
 # %% ../nbs/56_front.ipynb #ee9bc153
 def search_config(config: FrontConfig) -> SearchConfig:
-    """The parameters of the search, its own split in the place of the drawn one; FileNotFoundError
-    for a folder without a search."""
+    """The parameters of the search, its own split in the place of the drawn one, and how the front
+    chooses; FileNotFoundError for a folder without a search."""
     record = RunRecord.load(FilePath(config.search)/"search-record.json")
     found = searched_config(record, config.search)
     return dataclasses.replace(found, folder=config.folder, overwrite=config.overwrite,
-                               root=config.root or found.root)
+                               root=config.root or found.root, candidates=config.candidates,
+                               choice_images=config.choice_images)
 
 def of_one_search(config: FrontConfig):
     """Keep the search's record in the folder; ValueError where the members there are of another
@@ -98,33 +103,34 @@ def member_config(config: FrontConfig, searched: SearchConfig, name: str) -> Ret
 
 # %% ../nbs/56_front.ipynb #17b67596
 def derive_front(config: FrontConfig, searched: SearchConfig, data: TrainingData,
-                 table: CostTable, dataset: PairDataset) -> tuple[dict, list]:
-    # dataset: where mIoU is measured
-    "Architectures by name, and the rows of the dynamic network at each budget; nothing is trained."
-    plain, architectures, dynamic = plain_images(searched, data), {}, []
+                 table: CostTable) -> tuple[dict, list, dict]: # candidates: by budget
+    """Architectures by name, the rows of the dynamic network at each budget, without mIoU, and the
+    candidates; nothing is trained."""
+    plain, architectures, dynamic, candidates = plain_images(searched, data), {}, [], {}
+    images = choice_images(searched, data.val)
     for budget in sorted(set(config.budgets)):
         model = load_supernet(config.search).to(own_device())
         closing = calibrate_closing(model, table, budget, plain)
-        statistics = gate_statistics(model, data.val, table)
+        statistics, state = gate_statistics(model, data.val, table), model.state_dict()
         provenance = {"stage": "front", "search": searched.seed, "data": data.train.spec.name,
                       "size": list(table.size), "budget": budget, "cost": table.kind}
-        found = derive_within(table, statistics, budget, searched.keep_operations, provenance)
+        def inherited(found): return inherited_network(found, state, plain)
+        found, candidates[f"{budget:g}"] = choose_route(searched, table, statistics, budget,
+                                                        provenance, inherited, images)
         architectures[f"derived-{budget:g}"] = found
         dynamic.append({"kind": "dynamic", "name": f"dynamic-{budget:g}", "budget": budget,
                         "closing": closing, "cost_share": statistics.realised.mean().item()
-                        / table.full, "miou": miou_of(model, dataset)})
+                        / table.full})
         target = static_cost(table, found.kept)
         for i in range(config.random):
             architectures[f"random-{budget:g}-{i}"] = random_architecture(
                 table.space, lambda kept: static_cost(table, kept), target, 1000 * config.seed + i)
-    return architectures, dynamic
+    return architectures, dynamic, candidates
 
 # %% ../nbs/56_front.ipynb #60286c22
-def train_member(config: FrontConfig, searched: SearchConfig, name: str,
-                 architecture: Architecture):
-    "The trained network of one member."
+def train_member(config: FrontConfig, searched: SearchConfig, name: str):
+    "The trained network of one member, whose architecture lies in the folder."
     member = member_config(config, searched, name)
-    save_architecture(architecture, member.architecture)
     return retrain_once(member).trained.model # read, where it was trained before
 
 def miou_of(network, dataset: PairDataset) -> float | None: # None: undefined
@@ -182,15 +188,20 @@ def front(config: FrontConfig) -> Front:
     dataset.skip_unreadable = searched.skip_unreadable
     check_labels(dataset, config.split)
     with timer("derivation"):
-        architectures, rows = derive_front(config, searched, data, table, dataset)
-    state = load_supernet(config.search).to(own_device()).state_dict()
-    plain = plain_images(searched, data)
+        architectures, rows, candidates = derive_front(config, searched, data, table)
+    if config.split == "val":
+        dataset = unchosen(dataset, load_architecture(config.search), *architectures.values())
+    model = load_supernet(config.search).to(own_device())
+    for row in rows:
+        set_closing(model, row["closing"])
+        row["miou"] = miou_of(model, dataset)
+    state, plain = model.state_dict(), plain_images(searched, data)
     for name, architecture in (bar := progress_bar(architectures.items(), desc="front")):
         bar.set_postfix_str(name)
+        save_architecture(architecture, f"{config.folder}/{name}.json")
         inherited = inherited_network(architecture, state, plain)
         with timer("training"):
-            network = (train_member(config, searched, name, architecture) if config.steps
-                       else inherited)
+            network = train_member(config, searched, name) if config.steps else inherited
         rows.append({**member_row(name, architecture, network, dataset, table),
                      "budget": float(name.split("-")[1]),
                      "inherited_miou": miou_of(inherited, dataset)})
@@ -198,11 +209,16 @@ def front(config: FrontConfig) -> Front:
               f"{miou_text(rows[-1]['miou'])}, inherited "
               f"{miou_text(rows[-1]['inherited_miou'])}", flush=True)
     rows += baseline_rows(config, searched, dataset, table)
+    chosen = {name for found in architectures.values() for name in
+              found.provenance.get("chosen_on", ())}
     record = RunRecord("front", FilePath(config.folder).name, dataclasses.asdict(config),
                        config.seed,
                        {"cost": table.kind, "full_cost": table.full, "dataset": dataset.spec.name,
-                        "split": config.split, "rows": rows, "ranks": ranks(rows)}, timer.seconds,
-                       inputs=inputs)
+                        "split": config.split, "rows": rows, "ranks": ranks(rows),
+                        "candidates": candidates,
+                        "labels_consumed": {"training": len(data.split.labelled),
+                                            "choice": len(chosen), "report": len(dataset)}},
+                       timer.seconds, inputs=inputs)
     record.save(config.folder)
     return Front(architectures=architectures, rows=rows, record=record, data=data)
 

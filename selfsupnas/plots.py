@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'DASHES', 'HISTORY_PANELS', 'GATE_COLOURS', 'known_points', 'log_axis', 'draw_panel',
            'plot_history', 'frame_grid', 'draw_gates', 'draw_route', 'gate_bar', 'plot_route', 'draw_kinds',
-           'plot_gate_history']
+           'plot_gate_history', 'plot_candidates']
 
 # %% ../nbs/60_plots.ipynb #cell-02
 import math, textwrap
@@ -262,4 +262,31 @@ def plot_gate_history(space:SearchSpace,
     grid = axes[0, 0].get_gridspec()
     for ax in axes[-1]: ax.remove()
     draw_kinds(fig.add_subplot(grid[-1, :]), snapshots)
+    return fig
+
+# %% ../nbs/60_plots.ipynb #60c40002
+def plot_candidates(candidates:list, # dicts: importance, choice_miou in 0..1, chosen
+                    rivals:dict={}, # name -> dict alike, of a route that was no candidate
+                   ): # matplotlib Figure
+    "The candidates of a derivation: importance against mIoU on the choice images, in per cent."
+    if not candidates or any(row["choice_miou"] is None for row in candidates):
+        raise ValueError("nothing chose among these candidates: choice_miou is None where there "
+                         "was one candidate, or no label")
+    fig, axes = new_figure(figsize=(11.5, 4))
+    ax = axes[0, 0]
+    def points(rows, name, **style):
+        ax.plot([row["importance"] for row in rows], [100 * row["choice_miou"] for row in rows],
+                ls="", label=name, **style)
+    points([row for row in candidates if not row["chosen"]], "candidates", marker="o", ms=8,
+           color=COLOURS[0])
+    points([row for row in candidates if row["chosen"]], "chosen", marker="D", ms=11,
+           color=COLOURS[1])
+    for i, (name, row) in enumerate(rivals.items()):
+        points([row], name, marker=MARKERS[4 + i % 3], ms=10, mfc="none", mew=2,
+               color=COLOURS[2 + i % 5])
+    ax.set_xlabel("importance: sum of the mean gates that are kept", fontsize=10)
+    ax.set_ylabel("mIoU on the choice images (%)", fontsize=10)
+    ax.grid(color="0.92")
+    ax.tick_params(labelsize=9)
+    ax.legend(fontsize=9, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
     return fig

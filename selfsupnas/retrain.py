@@ -26,7 +26,7 @@ from .cost import count_cost
 from .evaluation import class_counts, evaluate, known_or_none
 from .network import StaticNetwork, inherit
 from .runlog import consistency_figures
-from .search import jigsaw_figures, plain_images, recalibrated
+from .search import jigsaw_figures, plain_images, recalibrated, unchosen
 from .training import Trained, fit_figures, load_trained, train
 
 # %% ../nbs/54_retrain.ipynb #83b7f9a8
@@ -220,32 +220,37 @@ def retrain(config: RetrainConfig,
     data = load_training_data(config)
     size = image_size(data.train, config.crop)
     network = initial_network(config, data.train.spec, size)
+    report = unchosen(data.val, *([] if hand_crafted(config.architecture)
+                                  else [network.architecture]))
     make_room(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
         as_trained = {}
         if config.recalibrate:
-            miou = evaluate(trained.model, data.val, progress=False).miou
+            miou = evaluate(trained.model, report, progress=False).miou
             plain = plain_images(config, data, config.recalibrate)
             recalibrated(trained.model, plain)
             student = recalibrated(copy.deepcopy(trained.student), plain)
             as_trained = {"val_miou_before_recalibration": known_or_none(miou),
                           "student_recalibrated_val_miou": known_or_none(
-                              evaluate(student, data.val, progress=False).miou)}
+                              evaluate(student, report, progress=False).miou)}
         cost, metrics = (count_cost(trained.model, size),
-                         evaluate(trained.model, data.val, progress=False))
+                         evaluate(trained.model, report, progress=False))
         figures = {"num_classes": data.train.spec.num_classes,
                    "classes": list(data.train.spec.classes),
                    "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
                    "gflops": cost.gflops,
                    "parameters": cost.parameters, "val_miou": known_or_none(metrics.miou),
-                   "val_pixel_accuracy": metrics.pixel_accuracy,
+                   "val_pixel_accuracy": metrics.pixel_accuracy, "val_images": len(report),
                    "labelled_images": len(data.split.labelled),
                    "unlabelled_images": len(data.split.unlabelled),
+                   "labels_consumed": {"training": len(data.split.labelled), "choice": 0,
+                                       "report": len(report)},
                    "unreadable_files": data.unreadable}
         figures.update(rival_figures(config, trained.model, size))
         figures.update(jigsaw_figures(trained, data.val, config))
-        figures.update(fit_figures(trained, config, data, figures["val_miou"]), **as_trained)
+        figures.update(fit_figures(trained, config, data, figures["val_miou"], report),
+                       **as_trained)
         if config.w_semi:
             figures.update(consistency_figures(trained.history, data.train.spec.classes))
     if not hand_crafted(config.architecture):

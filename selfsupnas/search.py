@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['FILES', 'MISSED', 'SearchConfig', 'GateStatistics', 'gate_statistics', 'solve_jigsaws', 'jigsaw_figures',
            'BudgetTerms', 'closing_of', 'plain_images', 'shut_under', 'shares_at', 'calibrate_closing', 'halves',
-           'make_turns', 'make_space', 'make_table', 'Searched', 'save_supernet', 'save_statistics', 'load_statistics',
-           'load_search', 'searched_config', 'search', 'check_budget', 'least_share', 'refuse_budget',
-           'inherited_network', 'recalibrated', 'derive_within', 'budget_note', 'search_figures', 'reopened',
-           'load_supernet']
+           'make_turns', 'make_space', 'make_table', 'choice_images', 'unchosen', 'derive_within', 'choose',
+           'choose_route', 'Searched', 'save_supernet', 'save_statistics', 'load_statistics', 'load_search',
+           'searched_config', 'search', 'check_budget', 'least_share', 'refuse_budget', 'inherited_network',
+           'recalibrated', 'budget_note', 'search_figures', 'reopened', 'load_supernet']
 
 # %% ../nbs/51_search.ipynb #a368b656
-import dataclasses, functools, json
+import dataclasses, functools, json, math
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 
-from .architecture import (Architecture, derive_greedily, load_architecture,
-                                     save_architecture)
+from .architecture import Architecture, load_architecture, save_architecture
 from .augment import WeakView, normalise
 from .batches import TrainingData, image_size, load_training_data
 from .budget import (CostTable, budget_loss, costs_of, expected_cost, follow_budget,
@@ -29,7 +28,8 @@ from .checkpoints import load_weights, make_room, once, save_weights
 from .config import TrainingConfig, ramp_up
 from .core import RunRecord, Timer, check_fields, read_json, write_json
 from .cost import COSTS, count_cost
-from .evaluation import eval_mode, evaluate, known_or_none, same_size_batches
+from .derivation import derive
+from .evaluation import ImageSubset, eval_mode, evaluate, known_or_none, same_size_batches
 from .gate import CLOSED, GATES, gates_of, set_closing, watch_gates
 from .grid import STRIDES, Path, SearchSpace
 from .jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
@@ -40,7 +40,7 @@ from .permutations import permutation_set
 from .processes import from_first, own_device
 from .runlog import consistency_figures
 from .space import RoutingNetwork, gates_by_path, supernet
-from .splits import LabelSplit
+from .splits import LabelSplit, classes_present
 from .training import Trained, fit_figures, load_trained, train
 
 # %% ../nbs/51_search.ipynb #d43f4756
@@ -53,6 +53,8 @@ class SearchConfig(TrainingConfig):
     operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # of a cell: selfsupnas.operations
     search_operations: bool = False # candidates carry gates, too: what a cell computes is searched
     keep_operations: int | None = None # of a derived cell, at most; None: what the budget allows
+    candidates: int = 8 # exact routes that inherited weights choose among; 1: importance alone
+    choice_images: int = 32 # of the validation set, at most half: they choose, and are not reported
     gate: str = "conditional" # or static: one value for all images
     leak: float = 0.1 # slope of a shut gate, see selfsupnas.gate; 0 = published
     update: str = "joint" # or alternating: gates learn on a held-out half (first-order DARTS)
@@ -71,7 +73,8 @@ class SearchConfig(TrainingConfig):
             raise ValueError("budget must be in (0, 1], a share of the full grid's cost, not "
                              f"{self.budget}")
         make_space(self, 2) # raises ValueError for a grid that cannot be
-        check_fields(self, finite=("w_cost", "w_harden", "budget_gain", "leak"),
+        check_fields(self, least=dict(candidates=1, choice_images=1),
+                     finite=("w_cost", "w_harden", "budget_gain", "leak"),
                      rising=dict(cost_ramp=(0, 1), harden_ramp=(0, 1)),
                      choices=dict(operations=OPERATIONS, gate=GATES, cost=COSTS,
                                   budget_of=("expected", "realised"),
@@ -290,6 +293,66 @@ def make_table(config: SearchConfig, data: TrainingData,
         write_json(path, kept)
     return with_costs(table, from_first(kept["costs"]))
 
+# %% ../nbs/51_search.ipynb #c40ce002
+def choice_images(config: SearchConfig, val) -> ImageSubset | None: # None: importance alone
+    """The validation images that choose, drawn by the seed from those with a label; with a larger
+    `choice_images`, the same and more."""
+    if config.candidates == 1 or not config.w_sup: return None
+    rows = np.flatnonzero(classes_present(val).any(1))
+    count = min(config.choice_images, len(rows) // 2)
+    drawn = np.random.default_rng(config.seed).permutation(rows)[:count]
+    return ImageSubset(val, [val.ids[i] for i in drawn]) if count else None
+
+def unchosen(val, *architectures: Architecture): # a data set
+    """The validation images that chose none of these architectures; raises ValueError where all of
+    them did."""
+    used = {name for found in architectures if found.provenance.get("data") == val.spec.name
+            for name in found.provenance.get("chosen_on") or ()}
+    left = [name for name in val.ids if name not in used]
+    if not left:
+        raise ValueError(f"all {len(val)} validation images of {val.spec.name} chose the "
+                         "architecture (chosen_on in its provenance): none is left to report on")
+    return val if len(left) == len(val) else ImageSubset(val, left)
+
+# %% ../nbs/51_search.ipynb #c40ce003
+def derive_within(table: CostTable, statistics: GateStatistics,
+                  budget: float, # share of the full grid's cost
+                  keep_operations: int | None, provenance: dict,
+                  k: int = 1) -> list[Architecture]: # the one of greatest importance first
+    "The k strongest architectures within the budget, each part with its weight."
+    # gates summed on several GPUs may differ in their last digits, and routes with them
+    values = from_first(list(statistics.importance.values()))
+    found = derive(table.space, dict(zip(statistics.importance, values)), table,
+                   budget * table.full, k, keep_operations=keep_operations)
+    def weighed(kept): return {path: statistics.weights[path] for path in kept}
+    return [Architecture(route.space, weighed(route.paths), dict(provenance),
+                         weighed(route.operations)) for route in found]
+
+def choose(pool: list, # architectures, the one of greatest importance first
+           score: Callable, # Architecture -> mIoU on the choice images
+          ) -> tuple[int, list]: # the index of the best; of each its mIoU, None: not measured
+    "The first of those of greatest mIoU; of a single candidate nothing is measured."
+    scores = [score(found) for found in pool] if len(pool) > 1 else [None]
+    return scores.index(max(scores)), scores
+
+def choose_route(config: SearchConfig, table: CostTable, statistics: GateStatistics,
+                 budget: float, # share of the full grid's cost
+                 provenance: dict,
+                 inherited: Callable, # Architecture -> network with the supernet's weights
+                 images: ImageSubset | None, # see `choice_images`
+                ) -> tuple[Architecture, list]: # the candidates, for a record
+    "The best of the strongest routes by inherited mIoU on the choice images."
+    pool = derive_within(table, statistics, budget, config.keep_operations, provenance,
+                         config.candidates if images else 1)
+    best, scores = choose(pool, lambda found: evaluate(inherited(found), images,
+                                                       progress=False).miou)
+    rows = [{"importance": math.fsum(statistics.importance[part] for part in found.kept),
+             "cost_share": static_cost(table, found.kept) / table.full, "choice_miou": score,
+             "paths": len(found.paths), "chosen": i == best}
+            for i, (found, score) in enumerate(zip(pool, scores))]
+    if len(pool) > 1: pool[best].provenance["chosen_on"] = images.ids
+    return pool[best], rows
+
 # %% ../nbs/51_search.ipynb #b7088cd5
 @dataclass(repr=False)
 class Searched:
@@ -376,18 +439,22 @@ def search(config: SearchConfig,
         if config.controlled: calibrate_closing(trained.model, table, config.budget, plain)
         save_supernet(trained.model, folder)
         statistics = gate_statistics(trained.model, data.val, table)
-        architecture = derive_within(table, statistics, config.budget, config.keep_operations,
-                                     {"stage": "search", "data": data.train.spec.name,
-                                      "classes": list(data.train.spec.classes),
-                                      "size": list(table.size), "seed": config.seed,
-                                      "budget": config.budget, "cost": config.cost,
-                                      "steps": config.steps})
-        derived = inherited_network(architecture, trained.model.state_dict(), plain)
+        provenance = {"stage": "search", "data": data.train.spec.name,
+                      "classes": list(data.train.spec.classes), "size": list(table.size),
+                      "seed": config.seed, "budget": config.budget, "cost": config.cost,
+                      "steps": config.steps}
+        state = trained.model.state_dict()
+        def inherited(found): return inherited_network(found, state, plain)
+        architecture, candidates = choose_route(config, table, statistics, config.budget,
+                                                provenance, inherited,
+                                                choice_images(config, data.val))
+        derived = inherited(architecture)
     save_statistics(statistics, folder)
     save_weights(derived, folder/"derived.safetensors")
     save_architecture(architecture, folder/"architecture.json")
     with timer("validation"):
-        figures = search_figures(config, data, trained, table, derived, statistics)
+        figures = {**search_figures(config, data, trained, table, derived, statistics),
+                   "candidates": candidates}
     record = RunRecord("search", folder.name, dataclasses.asdict(config), config.seed, figures,
                        {**timer.seconds, "step_ms": trained.step_ms}, inputs=inputs)
     record.save(folder)
@@ -430,16 +497,6 @@ def recalibrated(network: torch.nn.Module, # changed in place
                                     next(network.parameters()).device)
     return network.eval()
 
-def derive_within(table: CostTable, statistics: GateStatistics,
-                  budget: float, # share of the full grid's cost
-                  keep_operations: int | None, provenance: dict) -> Architecture:
-    "The architecture that the gates say, within the budget, each part with its weight."
-    found = derive_greedily(table.space, statistics.importance,
-                            lambda paths: static_cost(table, paths), budget * table.full,
-                            keep_operations)
-    def weighed(kept): return {path: statistics.weights[path] for path in kept}
-    return Architecture(found.space, weighed(found.paths), provenance, weighed(found.operations))
-
 # %% ../nbs/51_search.ipynb #c0fe5101
 MISSED = 1.05 # times the budget: held-out images may cost a little more than those it was set on
 
@@ -467,7 +524,7 @@ def budget_note(record: RunRecord) -> str | None: # None: the gates cost what wa
 # %% ../nbs/51_search.ipynb #d1e51013
 def search_figures(config, data, trained: Trained, table, derived: StaticNetwork,
                    statistics: GateStatistics) -> dict:
-    "What the record says of a search; validation images only."
+    "What the record says of a search; validation images only, mIoU without those that chose."
     counted, units = count_cost(derived, table.size), static_cost(table, derived.architecture.kept)
     realised = statistics.realised.mean().item() / table.full
     figures = {"cost": table.kind, "full_cost": table.full,
@@ -489,11 +546,15 @@ def search_figures(config, data, trained: Trained, table, derived: StaticNetwork
             raise RuntimeError(f"derived network: {counted.flops:,} multiply-adds by fvcore, "
                                f"{units:,} by the table")
     if config.search_operations: figures["candidates_kept"] = len(derived.architecture.operations)
+    report = unchosen(data.val, derived.architecture)
     for name, network in (("supernet_val_miou", trained.model),
                           ("derived_inherited_val_miou", derived)):
-        figures[name] = (known_or_none(evaluate(network, data.val, progress=False).miou)
+        figures[name] = (known_or_none(evaluate(network, report, progress=False).miou)
                          if config.w_sup else None)
-    figures.update(fit_figures(trained, config, data, figures["supernet_val_miou"]))
+    figures.update(fit_figures(trained, config, data, figures["supernet_val_miou"], report))
+    used = (len(data.split.labelled), len(data.val) - len(report), len(report))
+    figures["labels_consumed"] = dict(zip(("training", "choice", "report"),
+                                          used if config.w_sup else (0, 0, 0)))
     return figures
 
 def reopened(history: list, space: SearchSpace) -> dict: # figures

@@ -152,7 +152,7 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
     import ipywidgets as widgets
     least, most = budget_range(table)
     def draw(values):
-        found = derive_within(table, statistics, values["budget"] / 100, None, {})
+        found, = derive_within(table, statistics, values["budget"] / 100, None, {})
         fig, axes = new_figure(2, 1, figsize=(9, 5))
         draw_gates(axes[0, 0], table.space,
                    {p: statistics.importance[p] for p in table.space.paths()})

@@ -367,10 +367,10 @@ def test_a_retraining_does_not_write_over_what_it_reads(place):
 def test_an_overwritten_front_goes_on_where_it_was_stopped(place, monkeypatch):
     import selfsupnas.front as module
     plain, done = module.train_member, []
-    def stops(config, searched, name, architecture):
+    def stops(config, searched, name):
         if len(done) == 1: raise KeyboardInterrupt
         done.append(name)
-        return plain(config, searched, name, architecture)
+        return plain(config, searched, name)
     monkeypatch.setattr(module, "train_member", stops)
     again = dataclasses.replace(FRONT, steps=2, overwrite=True)
     with pytest.raises(KeyboardInterrupt): front(again)

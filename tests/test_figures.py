@@ -28,7 +28,7 @@ from selfsupnas.evaluation import Metrics, confusion_figure
 from selfsupnas.grid import Path, SearchSpace
 from selfsupnas.pairs import PairDataset, SegmentationSpec
 from selfsupnas.pictures import plot_class_iou, plot_cost_accuracy, plot_jigsaw, plot_predictions, plot_views
-from selfsupnas.plots import plot_gate_history, plot_history, plot_route
+from selfsupnas.plots import plot_candidates, plot_gate_history, plot_history, plot_route
 from selfsupnas.report import Summary, summary_figure
 from selfsupnas.routes import plot_closed, plot_cost_distribution, plot_front, plot_image_routes, plot_operations
 from selfsupnas.scenes import draw_scene
@@ -547,6 +547,22 @@ def test_plot_gate_history():
 
 
 @figure_test
+def test_plot_candidates():
+    rows = [{"importance": 12 - i / 4, "choice_miou": miou, "chosen": miou == .33} for i, miou in enumerate((.3, .27, .33, .28))]
+    figure = plot_candidates(rows, {"greedy": {"importance": 10., "choice_miou": .25}})
+    ax, = figure.axes
+    check_points(line(ax, "candidates"), [12, 11.75, 11.25], [30, 27, 28])
+    check_points(line(ax, "chosen"), [11.5], [33])
+    check_points(line(ax, "greedy"), [10], [25])
+    check_distinct(ax.lines)
+    for name in ("candidates", "chosen", "greedy"):
+        assert same_colour(entry(ax, name).get_color(), line(ax, name).get_color())
+    assert "importance" in ax.get_xlabel() and "mIoU" in ax.get_ylabel() and "%" in ax.get_ylabel()
+    assert figure.get_figwidth() * figure.dpi >= 900
+    return figure
+
+
+@figure_test
 def test_plot_jigsaw():
     images, _ = images_and_labels(3)
     whole = (images - images.mean((2, 3), keepdims=True)) / 60
@@ -1028,6 +1044,8 @@ CHANGES = {
     "the last snapshot missing": (test_plot_gate_history, plot_gate_history, lambda draw, space, snapshots:
                                   draw(space, snapshots[1:])),
     "keep and up exchanged": (test_plot_gate_history, plot_gate_history, afterwards(exchanged_labels)),
+    "the first by importance marked as chosen": (test_plot_candidates, plot_candidates, lambda draw, rows, rivals: draw(
+        [{**row, "chosen": i == 0} for i, row in enumerate(rows)], rivals)),
     "a wrong guess called right": (test_plot_jigsaw, plot_jigsaw, lambda draw, *args, truth, guess, n:
                                    draw(*args, truth=truth, guess=truth, n=n)),
     "tiles without borders": (test_plot_jigsaw, plot_jigsaw, lambda draw, *args, truth, guess, n:
