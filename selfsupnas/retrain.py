@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_rival', 'RetrainConfig', 'needed_weights', 'check_files', 'asked_cost', 'grid_rival', 'rival_figures',
-           'static_network', 'chosen_architecture', 'initial_network', 'Retrained', 'load_retrain', 'retrain',
-           'retrain_once', 'load_network']
+           'static_network', 'chosen_architecture', 'initial_network', 'Retrained', 'load_retrain', 'recalibrate',
+           'retrain', 'retrain_once', 'load_network']
 
 # %% ../nbs/54_retrain.ipynb #4fc969c7
 import copy, dataclasses
@@ -203,6 +203,19 @@ def load_retrain(folder, watch=None, # watch: as `retrain` has it, called once
     return Retrained(trained=trained, record=record, data=load_training_data(config))
 
 # %% ../nbs/54_retrain.ipynb #d1e54011
+def recalibrate(trained: Trained, config: RetrainConfig, data: TrainingData,
+                report) -> dict: # report: validation images; -> figures
+    """Take the kept network's running statistics anew on plain training images; what it was before,
+    and the student after the same."""
+    plain = plain_images(config, data, config.recalibrate)
+    before = evaluate(trained.model, report, progress=False).miou
+    recalibrated(trained.model, plain)
+    student = recalibrated(copy.deepcopy(trained.student), plain)
+    return {"val_miou_before_recalibration": known_or_none(before),
+            "student_recalibrated_val_miou": known_or_none(evaluate(student, report,
+                                                                    progress=False).miou)}
+
+# %% ../nbs/54_retrain.ipynb #c5043e0f
 @once("retrain", load_retrain)
 def retrain(config: RetrainConfig,
             watch=None, # called with the log rows after each new one: selfsupnas.widgets.live_plot
@@ -225,15 +238,7 @@ def retrain(config: RetrainConfig,
     make_room(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
-        as_trained = {}
-        if config.recalibrate:
-            miou = evaluate(trained.model, report, progress=False).miou
-            plain = plain_images(config, data, config.recalibrate)
-            recalibrated(trained.model, plain)
-            student = recalibrated(copy.deepcopy(trained.student), plain)
-            as_trained = {"val_miou_before_recalibration": known_or_none(miou),
-                          "student_recalibrated_val_miou": known_or_none(
-                              evaluate(student, report, progress=False).miou)}
+        as_trained = recalibrate(trained, config, data, report) if config.recalibrate else {}
         cost, metrics = (count_cost(trained.model, size),
                          evaluate(trained.model, report, progress=False))
         figures = {"num_classes": data.train.spec.num_classes,
