@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'cost_row', 'train_baseline', 'check_labels', 'class_order', 'Reordered', 'recorded_root',
-           'training_counts', 'Evaluated', 'load_evaluation', 'open_evaluation', 'benchmark', 'benchmark_table']
+           'training_counts', 'Evaluated', 'load_evaluation', 'open_evaluation', 'images_to_report', 'benchmark',
+           'benchmark_table']
 
 # %% ../nbs/55_benchmark.ipynb #987b2240
 import contextlib, dataclasses, shutil
@@ -13,6 +14,7 @@ from pathlib import Path as FilePath
 
 import torch
 
+from .architecture import load_architecture
 from .baselines import BASELINES, GRID_RIVALS, build_baseline, hand_crafted
 from .batches import image_size
 from .checkpoints import make_room, once
@@ -26,6 +28,7 @@ from .evaluation import (Metrics, check_views, class_counts, evaluate, metrics_f
 from .pairs import SPLITS, PairDataset
 from .processes import own_device
 from .retrain import RetrainConfig, load_network, retrain_once
+from .search import unchosen
 from .splits import load_split
 from .survey import check_classes
 
@@ -186,6 +189,12 @@ def open_evaluation(config: EvaluateConfig) -> tuple: # network, dataset, record
     return network, data, made
 
 # %% ../nbs/55_benchmark.ipynb #d1e55011
+def images_to_report(config: EvaluateConfig, data):
+    "Of the validation set those that did not choose the architecture; of any other, all."
+    file = FilePath(config.network)/"architecture.json"
+    if config.split != "val" or not file.is_file(): return data
+    return unchosen(data, load_architecture(file))
+
 @once("evaluate", load_evaluation)
 def benchmark(config: EvaluateConfig) -> Evaluated:
     """Evaluate a retrained network; leaves evaluate-record.json and confusion.json in
@@ -202,8 +211,9 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     make_room(config, "evaluate")
     at = image_size(data, retrained.get("crop"))
     views = {"window": config.window, "scales": config.scales, "flip": config.flip}
-    with timer("evaluation"): metrics = evaluate(network, data, config.batch_size, **views)
-    trivial = trivial_predictor_metrics(counts, data)
+    report = images_to_report(config, data)
+    with timer("evaluation"): metrics = evaluate(network, report, config.batch_size, **views)
+    trivial = trivial_predictor_metrics(counts, report)
     name = retrained["architecture"]
     own = name if hand_crafted(name) or name in GRID_RIVALS else "searched"
     row, latency = cost_row(own, network, at, config.latency_repeats)
@@ -217,11 +227,11 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
                      else build_baseline(baseline, data.spec.num_classes)).to(device)
             row, latencies[baseline] = cost_row(baseline, model, at, config.latency_repeats)
             if isinstance(network, Reordered): model = Reordered(model, network.order)
-            scores = (metrics_figures(evaluate(model, data, config.batch_size, **views))
+            scores = (metrics_figures(evaluate(model, report, config.batch_size, **views))
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
     figures = {"dataset": data.spec.name, "split": config.split,
-               "images": len(data) - len(data.unreadable), "unreadable_files": len(data.unreadable),
+               "images": len(report) - len(data.unreadable), "unreadable_files": len(data.unreadable),
                "size": list(at), "device": device.type, "rows": rows}
     record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
                        {**timer.seconds, "latency": latencies}, inputs=inputs)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import selfsupnas.search
 from selfsupnas.architecture import Architecture, load_architecture, save_architecture
+from selfsupnas.benchmark import EvaluateConfig, benchmark
 from selfsupnas.budget import measure_costs, static_cost
 from selfsupnas.core import RunRecord
 from selfsupnas.derivation import derive
@@ -321,6 +322,10 @@ def test_a_retraining_leaves_out_what_chose(made, copied, tmp_path):
     assert done.record.figures["val_pixel_accuracy"] == pytest.approx(measured.pixel_accuracy, abs=1e-6)
     assert done.record.figures["labels_consumed"] == {"training": 3, "choice": 0, "report": 5}
     assert load_architecture(tmp_path/"with"/"architecture.json").provenance["chosen_on"], "later stages know it, too"
+    images = {split: benchmark(EvaluateConfig(folder=str(tmp_path/split), network=str(tmp_path/"with"), split=split, latency_repeats=1)).record.figures
+              for split in ("val", "test")}
+    assert (images["val"]["images"], images["test"]["images"]) == (5, 2)
+    assert images["val"]["rows"]["searched"]["miou"] == pytest.approx(measured.miou, abs=1e-6)
     found = load_architecture(copied.folder)
     save_architecture(dataclasses.replace(found, provenance={}), tmp_path/"plain.json")
     assert trained("plain", tmp_path/"plain.json").record.figures["val_images"] == 9
