@@ -15,6 +15,7 @@ from scipy.sparse import coo_array
 
 from .architecture import Architecture
 from .budget import CostTable, static_cost
+from .core import progress_bar
 from .grid import STEP, STRIDES, Path, SearchSpace
 
 # %% ../nbs/32_derivation.ipynb #d2e32007
@@ -101,7 +102,7 @@ def derive(space: SearchSpace,
     """The k connected sub-graphs of greatest importance whose cost is within `budget`, exactly.
     Raises ValueError for a budget out of reach, for importances that are missing or not finite,
     and for a table of another space."""
-    check_derivation(space, importance, table, budget, k, keep_operations)
+    check_derivation(space, importance, table, budget, k, differ, keep_operations)
     rules, found = route_rules(space, keep_operations), []
     costs = np.zeros(len(rules.column))
     for name, cost in variable_costs(table, rules).items(): costs[rules.column[name]] = cost
@@ -114,22 +115,25 @@ def derive(space: SearchSpace,
     decided[[rules.column[part] for part in space.gated()]] = True
     never = decided & ~(worth > 0)
     paths = space.paths()
-    while len(found) < k:
-        chosen = best_route(rules, worth, costs, decided, never)
-        if chosen is None: break
-        kept = {part for part in space.gated() if rules.column[part] in chosen}
-        if static_cost(table, kept) > budget: # by less than the solver's tolerance: not this one
-            rules.add({part: -1 if part in kept else 1 for part in space.gated()},
-                      low=1 - len(kept))
-            continue
-        found.append(Architecture(space, {p: importance[p] for p in kept if p.kind in STEP},
-                                  operations={p: importance[p] for p in kept
-                                              if p.kind not in STEP}))
-        rules.add({path: -1 if path in kept else 1 for path in paths},
-                  low=math.ceil(differ * len(paths)) - sum(path in kept for path in paths))
+    with progress_bar(total=k, desc="derive", shown=k > 1) as bar:
+        while len(found) < k:
+            chosen = best_route(rules, worth, costs, decided, never)
+            if chosen is None: break
+            kept = {part for part in space.gated() if rules.column[part] in chosen}
+            if static_cost(table, kept) > budget: # by less than the solver's tolerance: not this
+                rules.add({part: -1 if part in kept else 1 for part in space.gated()},
+                          low=1 - len(kept))
+                continue
+            found.append(Architecture(space, {p: importance[p] for p in kept if p.kind in STEP},
+                                      operations={p: importance[p] for p in kept
+                                                  if p.kind not in STEP}))
+            apart = max(1, math.ceil(differ * len(paths)))
+            rules.add({path: -1 if path in kept else 1 for path in paths},
+                      low=apart - sum(path in kept for path in paths))
+            bar.update()
     return found
 
-def check_derivation(space, importance, table, budget, k, keep_operations):
+def check_derivation(space, importance, table, budget, k, differ, keep_operations):
     "Raise ValueError for what `derive` cannot work with."
     if table.space != space: raise ValueError(f"the costs are of {table.space}, not of {space}")
     missing = space.known - importance.keys()
@@ -142,5 +146,6 @@ def check_derivation(space, importance, table, budget, k, keep_operations):
         raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and "
                          f"classifier alone: {least / table.full:.3f} of the full grid")
     if k < 1: raise ValueError(f"k must be 1 or more, not {k}")
+    if not 0 <= differ <= 1: raise ValueError(f"differ must be from 0 to 1, not {differ}")
     if keep_operations is not None and space.search_operations and keep_operations < 1:
         raise ValueError(f"a cell keeps 1 operation or more, not {keep_operations}")
