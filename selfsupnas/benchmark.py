@@ -86,8 +86,8 @@ def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"):
         fields[key] = fields[key] and tuple(fields[key])
     fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split",
-                  w_sup=1., w_jig=0., w_semi=0., drop_path=0., recompute=False, seed=config.seed,
-                  resume=True, overwrite=config.overwrite)
+                  w_sup=1., sup_start=0., w_jig=0., w_semi=0., drop_path=0., recompute=False,
+                  seed=config.seed, resume=True, overwrite=config.overwrite)
     return retrain_once(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../nbs/55_benchmark.ipynb #1a9cf1c1
@@ -231,8 +231,9 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
     figures = {"dataset": data.spec.name, "split": config.split,
-               "images": len(report) - len(data.unreadable), "unreadable_files": len(data.unreadable),
-               "size": list(at), "device": device.type, "rows": rows}
+               "images": len(report) - len(data.unreadable),
+               "unreadable_files": len(data.unreadable), "size": list(at),
+               "device": device.type, "rows": rows}
     record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
                        {**timer.seconds, "latency": latencies}, inputs=inputs)
     write_json(folder/"confusion.json", {"classes": list(metrics.classes),

@@ -19,6 +19,7 @@ from .data import data_digest
 from .grid import STRIDES
 from .jigsaw import JIGSAW_HEADS
 from .losses import class_weights_from
+from .permutations import permutation_set
 from .splits import label_count
 from .teacher import BUFFERS
 
@@ -54,6 +55,10 @@ def check_stages(config):
                                  and config.jigsaw_decay[0] >= config.sup_start):
         raise ValueError(f"sup_start={config.sup_start} needs something to learn before: w_jig "
                          "over 0, jigsaw_ramp from 0 and jigsaw_decay not before sup_start")
+    if not config.w_sup and (config.jigsaw_ramp[0] > 0 or config.jigsaw_decay[1] < 1):
+        raise ValueError("w_sup=0 leaves jigsaws alone to learn from: jigsaw_ramp must begin at 0 "
+                         f"and jigsaw_decay end at 1, not {config.jigsaw_ramp} and "
+                         f"{config.jigsaw_decay}")
     if config.w_semi and config.ramp[0] < config.sup_start:
         raise ValueError(f"ramp must not begin before sup_start={config.sup_start}: a teacher "
                          f"without labels has none to give, not {config.ramp}")
@@ -107,6 +112,12 @@ def check_training(config):
     if config.jigsaw_permutations is not None and not 2 <= config.jigsaw_permutations <= most:
         raise ValueError(f"jigsaw_permutations must be from 2 to {most} with jigsaw_n="
                          f"{config.jigsaw_n}, not {config.jigsaw_permutations}")
+    if config.w_jig and config.jigsaw_share < 1:
+        permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
+        if not (permutations == torch.arange(config.jigsaw_n**2)).all(1).any():
+            raise ValueError(f"jigsaw_share={config.jigsaw_share} leaves images as they are, which "
+                             f"is not among the {len(permutations)} permutations of jigsaw_n="
+                             f"{config.jigsaw_n}: take 1, or fewer jigsaw_permutations")
     if not config.w_sup and not config.w_jig: raise ValueError("w_sup and w_jig are both 0")
     if not config.w_sup and (config.w_semi or config.w_strong):
         raise ValueError("w_sup=0 needs w_semi=0: a teacher without labels has none to give; and "

@@ -93,7 +93,7 @@ def of_one_search(config: FrontConfig):
 
 def member_config(config: FrontConfig, searched: SearchConfig, name: str) -> RetrainConfig:
     "The training of one member of the front, in FOLDER/name."
-    own = ("folder", "steps", "w_jig", "w_sup", "w_semi", "seed")
+    own = ("folder", "steps", "w_jig", "w_sup", "w_semi", "sup_start", "seed")
     shared = {f.name: getattr(searched, f.name) for f in dataclasses.fields(RetrainConfig)
               if hasattr(searched, f.name) and f.name not in own}
     return RetrainConfig(**shared, folder=f"{config.folder}/{name}", steps=config.steps,
@@ -113,7 +113,8 @@ def derive_front(config: FrontConfig, searched: SearchConfig, data: TrainingData
         closing = calibrate_closing(model, table, budget, plain)
         statistics, state = gate_statistics(model, data.val, table), model.state_dict()
         provenance = {"stage": "front", "search": searched.seed, "data": data.train.spec.name,
-                      "size": list(table.size), "budget": budget, "cost": table.kind}
+                      "classes": list(data.train.spec.classes), "size": list(table.size),
+                      "budget": budget, "cost": table.kind}
         def inherited(found): return inherited_network(found, state, plain)
         found, candidates[f"{budget:g}"] = choose_route(searched, table, statistics, budget,
                                                         provenance, inherited, images)

@@ -120,10 +120,11 @@ def grid_rival(config: RetrainConfig, found: Architecture, size) -> Architecture
     name, asked = config.architecture, asked_cost(config, size)
     state = [read_weights(config.weights)] if name == "batch_norm_route" else []
     rival = GRID_RIVALS[name](found.space, size, asked, *state)
-    classes = {"classes": names} if (names := found.provenance.get("classes")) else {}
+    # measured on the same images as `found`
+    same = {name: found.provenance[name] for name in ("data", "classes", "chosen_on")
+            if name in found.provenance}
     return dataclasses.replace(rival, provenance={
-        "stage": "retrain", "rival": name, "asked_gflops": asked / 1e9, "size": list(size)}
-        | classes)
+        "stage": "retrain", "rival": name, "asked_gflops": asked / 1e9, "size": list(size)} | same)
 
 def rival_figures(config: RetrainConfig, network, size) -> dict: # of those built to a cost
     "The cost that was asked for, and the channels that it takes to build the network again."
@@ -210,7 +211,9 @@ def recalibrate(trained: Trained, config: RetrainConfig, data: TrainingData,
     plain = plain_images(config, data, config.recalibrate)
     before = evaluate(trained.model, report, progress=False).miou
     recalibrated(trained.model, plain)
-    student = recalibrated(copy.deepcopy(trained.student), plain)
+    student = copy.deepcopy(trained.model) # of one process, and it drops nothing
+    student.load_state_dict(trained.student.state_dict())
+    recalibrated(student, plain)
     return {"val_miou_before_recalibration": known_or_none(before),
             "student_recalibrated_val_miou": known_or_none(evaluate(student, report,
                                                                     progress=False).miou)}
@@ -233,8 +236,8 @@ def retrain(config: RetrainConfig,
     data = load_training_data(config)
     size = image_size(data.train, config.crop)
     network = initial_network(config, data.train.spec, size)
-    report = unchosen(data.val, *([] if hand_crafted(config.architecture)
-                                  else [network.architecture]))
+    alone = hand_crafted(config.architecture) and not config.equal_cost
+    report = unchosen(data.val, *([] if alone else [chosen_architecture(config)]))
     make_room(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):

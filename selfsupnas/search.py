@@ -306,7 +306,10 @@ def choice_images(config: SearchConfig, val) -> ImageSubset | None: # None: impo
 def unchosen(val, *architectures: Architecture): # a data set
     """The validation images that chose none of these architectures; raises ValueError where all of
     them did."""
-    used = {name for found in architectures if found.provenance.get("data") == val.spec.name
+    def here(provenance): # the name of a folder may have changed since
+        return (provenance.get("data") == val.spec.name
+                or provenance.get("classes") == list(val.spec.classes))
+    used = {name for found in architectures if here(found.provenance)
             for name in found.provenance.get("chosen_on") or ()}
     left = [name for name in val.ids if name not in used]
     if not left:
@@ -493,8 +496,12 @@ def recalibrated(network: torch.nn.Module, # changed in place
                 ) -> torch.nn.Module: # in evaluation mode
     "The network, its running statistics of batch norm taken anew, on `images` alone."
     batches = images.tensor_split(-(-len(images) // 16))
+    dropping = {module: module.p for module in network.modules()
+                if isinstance(module, (torch.nn.Dropout, torch.nn.Dropout2d))}
+    for module in dropping: module.p = 0. # as in use
     torch.optim.swa_utils.update_bn([normalise(batch) for batch in batches], network,
                                     next(network.parameters()).device)
+    for module, p in dropping.items(): module.p = p
     return network.eval()
 
 # %% ../nbs/51_search.ipynb #c0fe5101

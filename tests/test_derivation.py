@@ -287,6 +287,8 @@ def test_the_draw_of_choice_images(made):
     one.ids = one.ids[:1]
     assert choice_images(config, one) is None, "the only image is reported"
     elsewhere = dataclasses.replace(found.architecture, provenance={**found.architecture.provenance, "data": "another"})
+    assert len(unchosen(found.data.val, elsewhere)) == len(unchosen(found.data.val, found.architecture)), "a folder that was renamed"
+    elsewhere.provenance["classes"] = ["cat", "dog", "bird"]
     assert unchosen(found.data.val, elsewhere) is found.data.val
     everything = dataclasses.replace(found.architecture, provenance={**found.architecture.provenance,
                                                                      "chosen_on": found.data.val.ids})

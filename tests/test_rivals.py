@@ -326,3 +326,26 @@ def test_other_classes_and_costs_out_of_reach_are_told_before_training(place, tm
 def test_the_architecture_whose_cost_is_met_is_not_written_over(place, tmp_path):
     save_architecture(load_architecture(place/"search"), tmp_path/"architecture.json")
     with pytest.raises(ValueError, match="write over"): retrain(config(place, "fine", equal_cost=str(tmp_path), folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["thinner", "narrow_unet"])
+def test_a_rival_is_measured_on_the_images_of_what_it_is_compared_with(place, tmp_path, name):
+    found = load_architecture(place/"search")
+    save_architecture(dataclasses.replace(found, provenance={**found.provenance, "data": "data", "chosen_on": ["val/1"]}), tmp_path/"architecture.json")
+    made = retrain(config(place, name, folder=str(tmp_path/name), equal_cost=str(tmp_path)))
+    assert made.record.figures["val_images"] == 1 and len(made.data.val) == 2
+    if name == "thinner": # a stage later, too
+        images = benchmark(EvaluateConfig(folder=str(tmp_path/"evaluate"), network=str(tmp_path/name), split="val", baselines=(), latency_repeats=1)).record.figures["images"]
+        assert images == 1
+
+
+def test_rivals_of_a_run_that_began_with_jigsaws_begin_with_labels(place, tmp_path):
+    from selfsupnas.benchmark import train_baseline
+    from selfsupnas.front import FrontConfig, member_config
+    from selfsupnas.search import SearchConfig
+    searched = SearchConfig(data="folder", root=str(place/"data"), sup_start=.5, w_semi=0.)
+    assert member_config(FrontConfig(folder=str(tmp_path)), searched, "derived-0.5").sup_start == 0
+    first = config(place, str(place/"search"), equal_cost=None, folder=str(tmp_path/"run"), sup_start=.5, w_semi=0.)
+    retrain(first)
+    asked = EvaluateConfig(folder=str(tmp_path/"evaluate"), network=first.folder)
+    assert train_baseline("lraspp_mobilenet_v3_large", dataclasses.asdict(first), asked)(torch.zeros(1, 3, 64, 80)).shape[1] == 3

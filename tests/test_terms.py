@@ -275,6 +275,8 @@ def test_the_control_sees_no_unlabelled_image(config):
     (dict(sup_start=.2, w_jig=0.), "sup_start"), (dict(sup_start=.5, jigsaw_decay=(.2, .3), ramp=(.5, .6)), "jigsaw_decay"), (dict(sup_start=.2), "ramp"),
     (dict(jigsaw_ramp=(0., .5), jigsaw_decay=(.2, .4)), "jigsaw_decay"), (dict(ema_horizon=0.), "ema_horizon"), (dict(ema_horizon=1.5), "ema_horizon"),
     (dict(blur=(0., 1.)), "blur"), (dict(jitter=(.5, .5, .5, .6)), "jitter"), (dict(jitter=(2., 0., 0., 0.)), "jitter"), (dict(statistics="own"), "clean"),
+    (dict(w_sup=0., w_semi=0., jigsaw_ramp=(.3, .5)), "jigsaw_ramp"), (dict(w_sup=0., w_semi=0., jigsaw_decay=(.2, .4)), "jigsaw_decay"),
+    (dict(jigsaw_share=.5, jigsaw_n=5), "jigsaw_share"), (dict(jigsaw_share=.5, jigsaw_n=3, jigsaw_permutations=505), "jigsaw_share"),
     (dict(threshold_kind="class", adaptive_threshold=True), "adaptive_threshold"), (dict(cutout_area=(.5, .2)), "cutout_area"),
     (dict(temperature=0.), "temperature"), (dict(ema_buffers="mean"), "averaged"), (dict(consistency_images="all"), "labelled"),
     (dict(w_sup=0., w_semi=0., w_strong=1.), "w_strong"), (dict(squares="mean"), "summed"), (dict(jigsaw_share=2.), "jigsaw_share")])
@@ -302,3 +304,27 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     features = F.conv2d(x, first[0].weight, None, 2, 1)
     torch.testing.assert_close(first[1].running_mean, features.mean((0, 2, 3)).detach(), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(first[1].running_var, features.var((0, 2, 3)).detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
+    "A student whose paths drop and whose batch norm is that of several processes, and a rival with dropout."
+    from selfsupnas.baselines import build_baseline
+    from selfsupnas.processes import SynchronisedNorm
+    from selfsupnas.retrain import recalibrate
+    from selfsupnas.search import plain_images, recalibrated
+    from selfsupnas.training import Trained
+    config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
+    data = load_training_data(config)
+    first, second = (supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
+    plain = recalibrated(copy.deepcopy(second), images := plain_images(config, data, 6))
+    second.drop_path(.9)
+    for module in second.modules():
+        if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
+    from selfsupnas.evaluation import ImageSubset, evaluate
+    report = ImageSubset(data.val, data.val.ids[:8])
+    figures = recalibrate(Trained(first, None, second, [], 0., None), config, data, report)
+    assert figures["student_recalibrated_val_miou"] == pytest.approx(evaluate(plain, report, progress=False).miou, abs=1e-9)
+    rival = build_baseline("deeplabv3_mobilenet_v3_large", 5)
+    once, again = (recalibrated(copy.deepcopy(rival), images) for _ in range(2))
+    for (name, a), b in zip(once.named_buffers(), again.buffers()): assert torch.equal(a, b), name
+    assert [m.p for m in once.modules() if isinstance(m, torch.nn.Dropout)] == [.5]
