@@ -231,7 +231,8 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
     figures = {"dataset": data.spec.name, "split": config.split,
-               "images": len(report) - len(data.unreadable), "unreadable_files": len(data.unreadable),
+               "images": len(report) - len(data.unreadable),
+               "unreadable_files": len(data.unreadable),
                "size": list(at), "device": device.type, "rows": rows}
     record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
                        {**timer.seconds, "latency": latencies}, inputs=inputs)
