@@ -232,8 +232,8 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
             rows[baseline] = {**row, **scores}
     figures = {"dataset": data.spec.name, "split": config.split,
                "images": len(report) - len(data.unreadable),
-               "unreadable_files": len(data.unreadable), "size": list(at),
-               "device": device.type, "rows": rows}
+               "unreadable_files": len(data.unreadable),
+               "size": list(at), "device": device.type, "rows": rows}
     record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
                        {**timer.seconds, "latency": latencies}, inputs=inputs)
     write_json(folder/"confusion.json", {"classes": list(metrics.classes),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_of_known', 'Metrics', 'metrics_text', 'known_or_none', 'miou_text', 'metrics_figures',
            'confusion_figure', 'eval_mode', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views',
-           'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'evaluate', 'ImageSubset',
-           'class_counts', 'trivial_predictor_metrics']
+           'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'NothingLabelled', 'evaluate',
+           'metrics_or_none', 'miou_of', 'ImageSubset', 'class_counts', 'trivial_predictor_metrics']
 
 # %% ../nbs/43_evaluation.ipynb #3aa14e2f
 import copy
@@ -288,6 +288,9 @@ def on_device(model:nn.Module,
     return copy.deepcopy(model).to(home), home
 
 # %% ../nbs/43_evaluation.ipynb #cell-39
+class NothingLabelled(ValueError):
+    "There is no labelled pixel to evaluate on."
+
 def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
              dataset, # [i] -> (uint8 (3,H,W), int64 (H,W)), with .ids and .spec
              batch_size:int=8, # most images at once; changes time and memory, not the result
@@ -316,11 +319,23 @@ def evaluate(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
     total = total_of(total)
     if hasattr(dataset, "unreadable"): dataset.unreadable.update(union_of(dataset.unreadable))
     if not total.sum():
-        raise ValueError(f"none of the {len(dataset)} images has a labelled pixel: all labels are "
-                         f"ignore_index {spec.ignore_index}, so there is nothing to evaluate")
+        raise NothingLabelled(f"none of the {len(dataset)} images has a labelled pixel: all labels "
+                              f"are ignore_index {spec.ignore_index}, so there is nothing to "
+                              "evaluate")
     return Metrics(total.cpu(), tuple(spec.classes))
 
 # %% ../nbs/43_evaluation.ipynb #81fb8e5d
+def metrics_or_none(model:nn.Module, dataset, # as evaluate has them
+                   ) -> Metrics|None: # None: no labelled pixel of the images could be read
+    "Evaluate without a bar where a missing figure must not end a run."
+    try: return evaluate(model, dataset, progress=False)
+    except NothingLabelled: return None
+
+def miou_of(model:nn.Module, dataset) -> float|None: # None: undefined
+    "The mIoU as a figure for a record."
+    metrics = metrics_or_none(model, dataset)
+    return metrics and known_or_none(metrics.miou)
+
 class ImageSubset:
     "Some images of a data set, in its order: to evaluate on."
     def __init__(self, dataset, ids: list):

@@ -23,7 +23,7 @@ from .checkpoints import (earlier_run, load_weights, make_room, once, read_weigh
 from .config import TrainingConfig
 from .core import RunRecord, Timer, check_fields, digest_of, write_json
 from .cost import count_cost
-from .evaluation import class_counts, evaluate, known_or_none
+from .evaluation import class_counts, known_or_none, metrics_or_none, miou_of
 from .network import StaticNetwork, inherit
 from .runlog import consistency_figures
 from .search import jigsaw_figures, plain_images, recalibrated, unchosen
@@ -209,14 +209,13 @@ def recalibrate(trained: Trained, config: RetrainConfig, data: TrainingData,
     """Take the kept network's running statistics anew on plain training images; what it was before,
     and the student after the same."""
     plain = plain_images(config, data, config.recalibrate)
-    before = evaluate(trained.model, report, progress=False).miou
+    before = miou_of(trained.model, report)
     recalibrated(trained.model, plain)
     student = copy.deepcopy(trained.model) # of one process, and it drops nothing
     student.load_state_dict(trained.student.state_dict())
     recalibrated(student, plain)
-    return {"val_miou_before_recalibration": known_or_none(before),
-            "student_recalibrated_val_miou": known_or_none(evaluate(student, report,
-                                                                    progress=False).miou)}
+    return {"val_miou_before_recalibration": before,
+            "student_recalibrated_val_miou": miou_of(student, report)}
 
 # %% ../nbs/54_retrain.ipynb #c5043e0f
 @once("retrain", load_retrain)
@@ -243,13 +242,15 @@ def retrain(config: RetrainConfig,
     with timer("validation"):
         as_trained = recalibrate(trained, config, data, report) if config.recalibrate else {}
         cost, metrics = (count_cost(trained.model, size),
-                         evaluate(trained.model, report, progress=False))
+                         metrics_or_none(trained.model, report))
         figures = {"num_classes": data.train.spec.num_classes,
                    "classes": list(data.train.spec.classes),
                    "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
                    "gflops": cost.gflops,
-                   "parameters": cost.parameters, "val_miou": known_or_none(metrics.miou),
-                   "val_pixel_accuracy": metrics.pixel_accuracy, "val_images": len(report),
+                   "parameters": cost.parameters,
+                   "val_miou": metrics and known_or_none(metrics.miou),
+                   "val_pixel_accuracy": metrics and metrics.pixel_accuracy,
+                   "val_images": len(report),
                    "labelled_images": len(data.split.labelled),
                    "unlabelled_images": len(data.split.unlabelled),
                    "labels_consumed": {"training": len(data.split.labelled), "choice": 0,

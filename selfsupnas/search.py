@@ -29,7 +29,7 @@ from .config import TrainingConfig, ramp_up
 from .core import RunRecord, Timer, check_fields, read_json, write_json
 from .cost import COSTS, count_cost
 from .derivation import derive
-from .evaluation import ImageSubset, eval_mode, evaluate, known_or_none, same_size_batches
+from .evaluation import ImageSubset, eval_mode, miou_of, same_size_batches
 from .gate import CLOSED, GATES, gates_of, set_closing, watch_gates
 from .grid import STRIDES, Path, SearchSpace
 from .jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
@@ -332,11 +332,11 @@ def derive_within(table: CostTable, statistics: GateStatistics,
                          weighed(route.operations)) for route in found]
 
 def choose(pool: list, # architectures, the one of greatest importance first
-           score: Callable, # Architecture -> mIoU on the choice images
+           score: Callable, # Architecture -> mIoU on the choice images, None: undefined
           ) -> tuple[int, list]: # the index of the best; of each its mIoU, None: not measured
     "The first of those of greatest mIoU; of a single candidate nothing is measured."
     scores = [score(found) for found in pool] if len(pool) > 1 else [None]
-    return scores.index(max(scores)), scores
+    return (0 if None in scores else scores.index(max(scores))), scores
 
 def choose_route(config: SearchConfig, table: CostTable, statistics: GateStatistics,
                  budget: float, # share of the full grid's cost
@@ -347,13 +347,12 @@ def choose_route(config: SearchConfig, table: CostTable, statistics: GateStatist
     "The best of the strongest routes by inherited mIoU on the choice images."
     pool = derive_within(table, statistics, budget, config.keep_operations, provenance,
                          config.candidates if images else 1)
-    best, scores = choose(pool, lambda found: evaluate(inherited(found), images,
-                                                       progress=False).miou)
+    best, scores = choose(pool, lambda found: miou_of(inherited(found), images))
     rows = [{"importance": math.fsum(statistics.importance[part] for part in found.kept),
              "cost_share": static_cost(table, found.kept) / table.full, "choice_miou": score,
              "paths": len(found.paths), "chosen": i == best}
             for i, (found, score) in enumerate(zip(pool, scores))]
-    if len(pool) > 1: pool[best].provenance["chosen_on"] = images.ids
+    if None not in scores: pool[best].provenance["chosen_on"] = images.ids
     return pool[best], rows
 
 # %% ../nbs/51_search.ipynb #b7088cd5
@@ -556,8 +555,7 @@ def search_figures(config, data, trained: Trained, table, derived: StaticNetwork
     report = unchosen(data.val, derived.architecture)
     for name, network in (("supernet_val_miou", trained.model),
                           ("derived_inherited_val_miou", derived)):
-        figures[name] = (known_or_none(evaluate(network, report, progress=False).miou)
-                         if config.w_sup else None)
+        figures[name] = miou_of(network, report) if config.w_sup else None
     figures.update(fit_figures(trained, config, data, figures["supernet_val_miou"], report))
     used = (len(data.split.labelled), len(data.val) - len(report), len(report))
     figures["labels_consumed"] = dict(zip(("training", "choice", "report"),

@@ -23,7 +23,7 @@ from .checkpoints import (delayed_interrupt, identity, load_checkpoint, load_wei
                                     newest_whole, save_checkpoint, stop_line, stopped)
 from .config import TrainingConfig, check_precision, learning_rate, ramp_up
 from .core import in_own_process, keep_freed_memory, progress_bar, seed_everything
-from .evaluation import ImageSubset, evaluate, known_or_none
+from .evaluation import ImageSubset, miou_of
 from .loaders import to_device
 from .objective import (UnlabelledViews, make_trainee, objective, weights_of_classes)
 from .permutations import permutation_set
@@ -278,12 +278,10 @@ def fit_figures(trained: Trained, config: TrainingConfig, data: TrainingData,
     """For a record: mIoU of the student that was averaged, and of the averaged network on the
     labelled training images as they are, which shows what it learned by heart."""
     if not config.w_sup: return {}
-    labelled = ImageSubset(data.train, data.split.labelled[:most])
-    seen = known_or_none(evaluate(trained.model, labelled, progress=False).miou)
+    seen = miou_of(trained.model, ImageSubset(data.train, data.split.labelled[:most]))
     return {"train_miou": seen,
             "train_val_gap": None if None in (seen, val_miou) else seen - val_miou,
-            "student_val_miou": known_or_none(evaluate(trained.student, report,
-                                                       progress=False).miou)}
+            "student_val_miou": miou_of(trained.student, report)}
 
 def read_history(path: Path) -> list: # log rows
     "What a run logged; raises ValueError that names the file."

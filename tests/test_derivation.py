@@ -16,7 +16,7 @@ from selfsupnas.benchmark import EvaluateConfig, benchmark
 from selfsupnas.budget import measure_costs, static_cost
 from selfsupnas.core import RunRecord
 from selfsupnas.derivation import derive
-from selfsupnas.evaluation import evaluate
+from selfsupnas.evaluation import evaluate, miou_of
 from selfsupnas.front import FrontConfig, front, load_front
 from selfsupnas.gate import set_closing
 from selfsupnas.grid import STEP, SearchSpace
@@ -215,8 +215,7 @@ def made(tmp_path_factory):
         Image.fromarray(mask).save(place/"data"/"masks"/"val"/f"{i}.png")
     config = tiny(place)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selfsupnas.search, "evaluate", lambda network, dataset, **more:
-                      (measured.append(dataset), evaluate(network, dataset, **more))[1])
+        patch.setattr(selfsupnas.search, "miou_of", lambda network, dataset: (measured.append(dataset), miou_of(network, dataset))[1])
         return config, search(config), measured
 
 @pytest.fixture
@@ -232,6 +231,7 @@ def test_the_second_by_importance_is_chosen_if_it_is_better():
     assert choose(pool, known.get) == (1, [.3, .5, .4])
     assert choose(pool, dict(zip(pool, (.3, .5, .5))).get)[0] == 1, "of equals the one of greater importance"
     assert choose(pool[:1], lambda _: 1 / 0) == (0, [None]), "of one candidate nothing is measured"
+    assert choose(pool, dict(zip(pool, (.3, .5, None))).get)[0] == 0, "where one cannot be measured, importance decides"
 
 def test_the_best_of_a_pool_by_its_inherited_weights(made, monkeypatch):
     config, found, _ = made

@@ -274,7 +274,8 @@ def test_a_fraction_is_rounded_up_and_never_to_nothing(fraction, total):
 
 VALUES = {int: st.integers(-10**6, 10**6), float: st.floats(allow_nan=False, allow_infinity=False), bool: st.booleans(), str: st.text(string.ascii_letters + "_/.-", min_size=1, max_size=9).filter(
     lambda s: s not in ("true", "false", "null", "None", "True", "False")), type(None): st.none(), tuple[int, int]: st.tuples(*[st.integers(1, 999)] * 2),
-    tuple[float, float]: st.tuples(*[st.floats(-9, 9)] * 2), tuple[float, ...]: st.lists(st.floats(-9, 9), max_size=4).map(tuple), tuple[str, ...]: st.lists(st.text(string.ascii_letters, min_size=1), max_size=4).map(tuple)}
+    tuple[float, float]: st.tuples(*[st.floats(-9, 9)] * 2), tuple[float, float, float, float]: st.tuples(*[st.floats(-9, 9)] * 4),
+    tuple[float, ...]: st.lists(st.floats(-9, 9), max_size=4).map(tuple), tuple[str, ...]: st.lists(st.text(string.ascii_letters, min_size=1), max_size=4).map(tuple)}
 KINDS = list({f"{kind}": kind for cls in (SearchConfig, RetrainConfig, EvaluateConfig, FrontConfig) for kind in typing.get_type_hints(cls).values()}.values())
 
 
