@@ -124,10 +124,10 @@ def take_step(loss: torch.Tensor, accelerator, parts: dict, optimiser, learns: C
     if bad or overflow: # batch norm has counted the batch already
         for buffer, kept in zip(trainee.buffers(), before["buffers"]): buffer.copy_(kept)
         if "threshold" in parts: parts["threshold"].load_state_dict(before["threshold"])
-    else:
-        optimiser.step()
-        start = round(config.ema_start * config.steps)
-        teacher.update(trainee, step - start if step >= start else step)
+    else: optimiser.step()
+    start = round(config.ema_start * config.steps)
+    averaged = step - start if step >= start else step # students in the teacher so far
+    if averaged == 0 or not (bad or overflow): teacher.update(trainee, averaged)
     optimiser.zero_grad(set_to_none=True)
     return bad
 

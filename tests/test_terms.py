@@ -180,6 +180,19 @@ def test_a_teacher_starts_again_as_a_copy_of_the_student(config):
     for a, b in zip(first.student.parameters(), trained.student.parameters()): torch.testing.assert_close(a, b, atol=1e-2, rtol=1)
 
 
+def test_a_teacher_starts_again_where_that_step_is_refused(config, monkeypatch):
+    from selfsupnas import training
+    config, plain, seen = dataclasses.replace(config, ema_start=.5, bad_loss="skip"), training.take_step, []
+    def poisoned(loss, accelerator, parts, *more):
+        bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
+        seen.append((bad, all(torch.equal(a, b) for a, b in zip(parts["teacher"].model.parameters(), parts["trainee"].parameters()))))
+        return bad
+    monkeypatch.setattr(training, "take_step", poisoned)
+    data = load_training_data(config)
+    train(network(config, data.train.spec.num_classes), config, data)
+    assert seen == [(None, True), (None, False), ("the loss", True), (None, False)]
+
+
 def test_a_horizon_is_a_share_of_the_steps(config):
     assert TrainingConfig(steps=800, ema_horizon=.02).decay == pytest.approx(1 - 1 / 16) and TrainingConfig().decay == .98
     assert TrainingConfig(steps=10, ema_horizon=.02).decay == 0, "a horizon within a step: the student itself"
