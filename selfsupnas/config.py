@@ -51,6 +51,14 @@ STATISTICS = {
 # %% ../nbs/44_config.ipynb #d6824dde
 def check_stages(config):
     "Raise ValueError for terms that begin and end where nothing would be learned."
+    for weight, ramp in (("w_semi", "ramp"), ("w_jig", "jigsaw_ramp")):
+        if getattr(config, weight) and getattr(config, ramp)[0] == 1:
+            raise ValueError(f"{ramp} must begin before 1, or its term never does: for none of it "
+                             f"set {weight}=0")
+    for name in ("sup_start", "ema_start"):
+        if getattr(config, name) == 1: raise ValueError(f"{name} must be under 1, not 1")
+    if config.w_jig and config.jigsaw_decay[1] == 0:
+        raise ValueError("jigsaw_decay must end after 0: for no jigsaws set w_jig=0")
     if config.sup_start and not (config.w_jig and config.jigsaw_ramp[0] == 0
                                  and config.jigsaw_decay[0] >= config.sup_start):
         raise ValueError(f"sup_start={config.sup_start} needs something to learn before: w_jig "

@@ -73,7 +73,7 @@ class SearchConfig(TrainingConfig):
             raise ValueError("budget must be in (0, 1], a share of the full grid's cost, not "
                              f"{self.budget}")
         make_space(self, 2) # raises ValueError for a grid that cannot be
-        check_fields(self, least=dict(candidates=1, choice_images=1),
+        check_fields(self, least=dict(choice_images=1), ranges=dict(candidates=(1, 100)),
                      finite=("w_cost", "w_harden", "budget_gain", "leak"),
                      rising=dict(cost_ramp=(0, 1), harden_ramp=(0, 1)),
                      choices=dict(operations=OPERATIONS, gate=GATES, cost=COSTS,

@@ -278,7 +278,8 @@ def fit_figures(trained: Trained, config: TrainingConfig, data: TrainingData,
     """For a record: mIoU of the student that was averaged, and of the averaged network on the
     labelled training images as they are, which shows what it learned by heart."""
     if not config.w_sup: return {}
-    seen = miou_of(trained.model, ImageSubset(data.train, data.split.labelled[:most]))
+    drawn = np.random.default_rng(config.seed).permutation(data.split.labelled)[:most]
+    seen = miou_of(trained.model, ImageSubset(data.train, drawn.tolist()))
     return {"train_miou": seen,
             "train_val_gap": None if None in (seen, val_miou) else seen - val_miou,
             "student_val_miou": miou_of(trained.student, report)}

@@ -292,7 +292,8 @@ def test_the_control_sees_no_unlabelled_image(config):
     (dict(jigsaw_share=.5, jigsaw_n=5), "jigsaw_share"), (dict(jigsaw_share=.5, jigsaw_n=3, jigsaw_permutations=505), "jigsaw_share"),
     (dict(threshold_kind="class", adaptive_threshold=True), "adaptive_threshold"), (dict(cutout_area=(.5, .2)), "cutout_area"),
     (dict(temperature=0.), "temperature"), (dict(ema_buffers="mean"), "averaged"), (dict(consistency_images="all"), "labelled"),
-    (dict(w_sup=0., w_semi=0., w_strong=1.), "w_strong"), (dict(squares="mean"), "summed"), (dict(jigsaw_share=2.), "jigsaw_share")])
+    (dict(ramp=(1., 1.)), "ramp"), (dict(jigsaw_ramp=(1., 1.)), "jigsaw_ramp"), (dict(ema_start=1.), "ema_start"), (dict(sup_start=1.), "sup_start"),
+    (dict(jigsaw_decay=(0., 0.)), "jigsaw_decay"), (dict(w_sup=0., w_semi=0., w_strong=1.), "w_strong"), (dict(squares="mean"), "summed"), (dict(jigsaw_share=2.), "jigsaw_share")])
 def test_what_no_run_could_be_made_with_is_refused(wrong, named):
     with pytest.raises(ValueError, match=named): TrainingConfig(**{**dict(ramp=(.1, .4)), **wrong})
 
