@@ -41,7 +41,7 @@ class EvaluateConfig:
     data: str | None = None # another dataset of the same classes; None: that of the retraining
     root: str | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
     classes: tuple[str, ...] | None = None # of the data, one for each class of the network
-    split: str = "test" # or val
+    split: str = "test" # or val, without the images that chose the route
     baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
     train_baselines: bool = False # train them as well: minutes to hours
     latency_repeats: int = 15 # timed calls; their median counts
