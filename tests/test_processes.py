@@ -157,7 +157,11 @@ def torchrun(stage, folder, parameters):
 def assert_alike(one, two):
     assert one.keys() == two.keys()
     for name, value in one.items():
-        assert two[name] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), name
+        if isinstance(value, dict): assert_alike(value, two[name])
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            assert len(value) == len(two[name]), name
+            for ours, theirs in zip(value, two[name]): assert_alike(ours, theirs)
+        else: assert two[name] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), name
 
 
 def files_of(folder): return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
