@@ -3,7 +3,7 @@
 Each run is stopped once and made again by the same words; what it leaves is compared with a run that nobody disturbed.
 A fourth of the cases are made here, every way, moment and stop among them; `make stops` makes all and writes the table to runs/stops.md.
 """
-import contextlib, os, resource, signal, sys, time
+import contextlib, os, re, resource, signal, sys, time
 from pathlib import Path
 
 import nbformat
@@ -115,7 +115,9 @@ def test_a_stopped_run_goes_on(way, moment, stop, whole, start, table, tmp_path)
         assert ended != 0, said[-2000:]
         if "click" in stop: assert ended == 130
         if stop == "SIGTERM": assert ended in (143, -signal.SIGTERM)
-    if stop != "full disk": assert "Traceback" not in said, said[-3000:]
+    # a second signal may meet a bar's destructor, where Python can only note it and goes on
+    noted = re.sub(r"Exception ignored in: <function tqdm\.__del__.*?\nKeyboardInterrupt: ?\n", "", said, flags=re.S)
+    if stop != "full disk": assert "Traceback" not in noted, said[-3000:]
     process = start(WAYS[way], log, str(folder))
     process.join()
     again = log.read_text()[len(said):]
