@@ -111,11 +111,11 @@ bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step cl
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
-	python -c "from selfsupnas.search import SearchConfig; from selfsupnas.timing import time_terms; print(time_terms(SearchConfig(folder='runs/terms', steps=10)).timings)"
+	python -c "from selfsupnas.stages.searching import SearchConfig; from selfsupnas.timing import time_terms; print(time_terms(SearchConfig(folder='runs/terms', steps=10)).timings)"
 
 loader: env ## time of a search step beside that of the loader alone, two workers; with CamVid, where SELFSUPNAS_DATA has it
 	@echo "== loader: into runs/loader"
-	rate() { python -c "from selfsupnas.search import SearchConfig; from selfsupnas.timing import time_loader; print('$$1', time_loader(SearchConfig(folder='runs/loader/$$1', workers=2, steps=20, $$2)).timings)"; }
+	rate() { python -c "from selfsupnas.stages.searching import SearchConfig; from selfsupnas.timing import time_loader; print('$$1', time_loader(SearchConfig(folder='runs/loader/$$1', workers=2, steps=20, $$2)).timings)"; }
 	rate streetscenes ""
 	if [ -d "$${SELFSUPNAS_DATA:-}/camvid" ]; then
 	  rate camvid "data='camvid', size=(120, 160), label_fraction=1/8"
@@ -208,8 +208,8 @@ test-browser: env ## the tour in a real JupyterLab in a real browser; needs chro
 	python -m pip install -q --editable '.[browser]'
 	python -m pytest -q -rs -m long tests/test_browser.py
 
-notebooks: env ## execute all notebooks in place and say how long each took; NB='nbs/21_gate.ipynb' for one
-	@for nb in $(or $(NB),nbs/*.ipynb nbs/experiments/*.ipynb); do
+notebooks: env ## execute all notebooks in place and say how long each took; NB='nbs/space/03_gate.ipynb' for one
+	@for nb in $(or $(NB),$$(git ls-files 'nbs/*.ipynb' | grep -v nbs/runs/)); do
 	  test -e "$$nb" || continue
 	  echo "== notebooks: executing $$nb"
 	  begun=$$SECONDS
@@ -222,11 +222,11 @@ notebooks: env ## execute all notebooks in place and say how long each took; NB=
 # Links between notebooks become links between pages; what a page shows lies in it.
 docs: env ## the notebooks as web pages: _docs/index.html
 	@echo "== docs: into _docs/"
-	for folder in . experiments runs; do
+	for folder in . data data/toy space tasks train stages viz experiments runs; do
 	  jupyter nbconvert --to html --embed-images --log-level=ERROR --output-dir _docs/$$folder nbs/$$folder/*.ipynb
 	done
-	sed -i.bak -E 's/(href="[^":]*)\.ipynb/\1.html/g' _docs/*.html _docs/*/*.html
-	rm -f _docs/*.bak _docs/*/*.bak
+	sed -i.bak -E 's/(href="[^":]*)\.ipynb/\1.html/g' $$(find _docs -name '*.html')
+	find _docs -name '*.bak' -delete
 
 hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 	@echo "== hooks: including .gitconfig into this checkout's git configuration"

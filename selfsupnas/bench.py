@@ -11,26 +11,26 @@ from pathlib import Path as FilePath
 
 import torch
 
-from .baselines import build_baseline, random_architecture
-from .batches import load_training_data, make_batches
-from .budget import measure_costs, static_cost
+from .rivals import build_baseline, random_architecture
+from .train.batches import load_training_data, make_batches
+from .space.budget import measure_costs, static_cost
 from .core import RunRecord, keep_freed_memory
-from .cost import count_cost
-from .evaluation import check_logits, confusion_matrix
+from .space.cost import count_cost
+from .metrics import check_logits, confusion_matrix
 from .export import export_onnx, fold_batch_norm, largest_gap, onnx_network
 from .footprint import memory_part
-from .gate import watch_gates
-from .loaders import to_device
-from .network import StaticNetwork
-from .objective import objective
-from .permutations import permutation_set
-from .presets import load
-from .search import BudgetTerms, SearchConfig
+from .space.gate import watch_gates
+from .data.loaders import to_device
+from .space.network import StaticNetwork
+from .train.step import objective
+from .tasks.permutations import permutation_set
+from .zoo import load
+from .stages.searching import BudgetTerms, SearchConfig
 from .sizing import step_flops, view_table
-from .space import supernet
+from .space.supernet import build_supernet
 from .speed import (SpeedConfig, closed_part, in_turns, median, ratio, scaling_part,
                               step_part)
-from .training import make_parts, seed_step, state_before, step_weights, take_step
+from .train.loop import make_parts, seed_step, state_before, step_weights, take_step
 
 # %% ../nbs/72_bench.ipynb #afa047c5
 class SearchStep:
@@ -45,7 +45,7 @@ class SearchStep:
         self.accelerator = Accelerator(mixed_precision=c.precision, cpu=config.device == "cpu")
         space = dataclasses.replace(config.space, num_classes=data.train.spec.num_classes)
         self.table = view_table(space, config.size, c.gate)
-        network = supernet(space, gate=c.gate)
+        network = build_supernet(space, gate=c.gate)
         self.cost = BudgetTerms(network, self.table, c) if c.w_cost else None
         self.parts = make_parts(network, c, self.accelerator)
         self.parts["trainee"].train()

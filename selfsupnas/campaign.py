@@ -14,12 +14,12 @@ from fnmatch import fnmatch
 from pathlib import Path as FilePath
 from typing import NamedTuple
 
-from .architecture import load_architecture, save_architecture
-from .baselines import BASELINES, all_open, random_architecture
-from .budget import measure_costs, static_cost
+from .space.architecture import load_architecture, save_architecture
+from .rivals import BASELINES, all_open, random_architecture
+from .space.budget import measure_costs, static_cost
 from .core import SEEDS, RunRecord, check_fields
-from .data import load_dataset
-from .splits import make_split, save_split
+from .data.datasets import load_dataset
+from .data.splits import make_split, save_split
 
 # %% ../nbs/58_campaign.ipynb #83c60096
 @dataclass
@@ -27,7 +27,7 @@ class CampaignConfig:
     "Parameters of a campaign; all else are the defaults of the stages."
     folder: str = "runs/campaign" # where everything is written
     records: str | None = None # a folder for a copy of every record; what has one is done
-    data: str = "camvid" # see selfsupnas.data
+    data: str = "camvid" # see selfsupnas.data.datasets
     root: str | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
     size: tuple[int, int] = (192, 256) # (height, width) of images, and where costs are counted
     crop: tuple[int, int] | None = (128, 160) # (height, width) of a training view; None: the image
@@ -265,7 +265,7 @@ def make_routes(config: CampaignConfig):
                               place/f"random-{i}.json")
 
 # %% ../nbs/58_campaign.ipynb #f440b5b5
-def compared(folder, more=None) -> list: # of dicts, as selfsupnas.report.read_records gives them
+def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.read_records
     """One entry for each run that was evaluated, from the records in `folder`, and in `more` for
     runs that it lacks; [] where there is none."""
     found, paths = [], {}

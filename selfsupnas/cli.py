@@ -11,14 +11,14 @@ import argparse, dataclasses, functools, os, signal, sys, typing
 from pathlib import Path
 
 import selfsupnas
-from .checkpoints import FolderInUse, Stopped, earlier_run
+from .train.checkpoint import FolderInUse, Stopped, earlier_run
 from .core import RunRecord, from_parameters
-from .data import DATASETS, load_dataset
+from .data.datasets import DATASETS, load_dataset
 from .execution import run_launched, run_stage
-from .pairs import NO_IMAGE, SPLITS
-from .splits import check_no_leak
-from .stages import (STAGES, check_inputs, describe, parse_parameters, parse_value,
-                               stage_config)
+from .data.files import NO_IMAGE, SPLITS
+from .data.splits import check_no_leak
+from .parameters import (STAGES, check_inputs, describe, parse_parameters, parse_value,
+                                   stage_config)
 
 # %% ../nbs/90_cli.ipynb #5c092638
 # -p has its way
@@ -72,7 +72,7 @@ def align_table(table:str) -> str: # columns apart by two blanks
 # %% ../nbs/90_cli.ipynb #ea46457c
 def demo(data:str, folder, pairs) -> int: # exit status
     "Search, retrain and evaluate in FOLDER/search, FOLDER/retrain and FOLDER/evaluate."
-    from selfsupnas.benchmark import benchmark_table
+    from selfsupnas.stages.evaluation import benchmark_table
     plan, folder = plan_demo(data, folder, pairs), Path(folder)
     for number, (stage, parameters) in enumerate(plan.items(), 1):
         print(f"\n[{number}/{len(plan)}] {stage} on {data}", flush=True)
@@ -110,7 +110,7 @@ def look_at_data(name:str, root, splits, folder, # where the sheets go
                 ) -> int: # exit status: 1 when a file is faulty or missing, else 0
     "Print the survey of each split and save its sheet; raises ValueError or FileNotFoundError."
     from selfsupnas.show import save_figure
-    from selfsupnas.survey import sample_sheet, survey, survey_text
+    from selfsupnas.data.inspection import sample_sheet, survey, survey_text
     if samples < 1: raise ValueError(f"samples must be 1 or more, not {samples}")
     datasets, faults = open_splits(name, root, splits)
     faulty = set()
@@ -212,8 +212,7 @@ def interrupt(number: int, frame):
 
 def sweep(words) -> int: # exit status
     "Make the runs of a grid and print their table."
-    from selfsupnas.sweep import (SweepConfig, cancel, make_executor, run_sweep, submit,
-                                  sweep_table)
+    from selfsupnas.sweep import SweepConfig, cancel, make_executor, run_sweep, submit, sweep_table
     (grid, runs), pool = plan_sweep(words), {}
     config = SweepConfig(words.folder, words.workers, words.threads)
     if words.slurm is not None:
@@ -238,7 +237,7 @@ def run_command(words) -> int: # exit status
                             words.folder or f"runs/data-{words.name}", words.samples)
     if words.stage == "sweep": return sweep(words)
     if words.stage == "report":
-        from selfsupnas.page import write_page
+        from selfsupnas.viz.page import write_page
         print(f"selfsupnas report: {write_page(words.runs, words.to)}")
         return 0
     if words.stage == "export":
@@ -260,7 +259,7 @@ def run_command(words) -> int: # exit status
     if words.stage == "campaign":
         from selfsupnas.campaign import compared
         from selfsupnas.driver import run_campaign
-        from selfsupnas.report import comparison_table
+        from selfsupnas.viz.report import comparison_table
         signal.signal(signal.SIGTERM, interrupt) # its runs end with it
         failed, results = run_campaign(config), compared(config.folder, config.records)
         if results: print(align_table(comparison_table(results)))

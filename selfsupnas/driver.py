@@ -15,9 +15,9 @@ import torch
 
 from .campaign import (CampaignConfig, Run, make_routes, make_splits, missing_stages,
                                  plan, record_of)
-from .checkpoints import checkpoint_paths, delayed_interrupt
+from .train.checkpoint import checkpoint_paths, delayed_interrupt
 from .core import RunRecord, progress_bar, write_json
-from .evaluation import miou_text
+from .metrics import miou_text
 
 # %% ../nbs/59_driver.ipynb #72a68118
 def command_words(folder: FilePath, stage: str, parameters: dict) -> list:

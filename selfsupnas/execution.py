@@ -11,10 +11,10 @@ import importlib, logging, os, signal, sys, threading, time
 from pathlib import Path
 from typing import Callable
 
-from .checkpoints import (delayed_interrupt, earlier_run, finished_line, own_folder,
-                                    stop_line)
+from .train.checkpoint import (delayed_interrupt, earlier_run, finished_line, own_folder,
+                                         stop_line)
 from .core import OWN_PROCESS, from_parameters, keep_freed_memory
-from .stages import stage_config, stage_notebook
+from .parameters import stage_config, stage_notebook
 
 # %% ../nbs/89_execution.ipynb #cell-31
 def own_kernel(started: Callable = len) -> type: # a kernel manager class
@@ -123,7 +123,7 @@ CALLS = {"search": "search.search", "retrain": "retrain.retrain",
 def run_launched(stage:str, config, # in each of the processes that a launcher started
                 ) -> int: # exit status
     "Run a stage without its notebook; the first process says what came out."
-    from selfsupnas.processes import world
+    from selfsupnas.distributed import world
     module, call = CALLS[stage].split(".")
     keep_freed_memory()
     record = getattr(importlib.import_module(f"selfsupnas.{module}"), call)(config).record

@@ -12,9 +12,9 @@ from pathlib import Path as FilePath
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .search import SearchConfig
+from .stages.searching import SearchConfig
 from .sizing import step_memory
-from .space import supernet
+from .space.supernet import build_supernet
 from .speed import SpeedConfig, in_turns, make_step, plain_supernet, ratio
 
 # %% ../nbs/71_footprint.ipynb #7beae635
@@ -32,7 +32,8 @@ class Results(TorchFunctionMode):
 
 def way(name: str, config: SpeedConfig): # a function that takes a step
     "The step in one of `WAYS`."
-    network = (plain_supernet if "plain" in name else supernet)(config.space)
+    network = (plain_supernet if "plain" in name
+               else build_supernet)(config.space)
     network.recompute = name == "recompute"
     step = make_step(network, config, last="plain" not in name)
     if name != "plain, keeping all": return step

@@ -14,20 +14,20 @@ from pathlib import Path as FilePath
 
 import torch
 
-from .baselines import random_architecture
-from .batches import load_training_data
-from .budget import static_cost
-from .config import TrainingConfig
+from .rivals import random_architecture
+from .train.batches import load_training_data
+from .space.budget import static_cost
+from .train.config import TrainingConfig
 from .core import RunRecord, from_parameters
-from .data import CITYSCAPES_SPEC
-from .grid import SearchSpace
-from .network import StaticNetwork
-from .retrain import RetrainConfig
-from .search import BudgetTerms, SearchConfig, make_space, make_table
+from .data.datasets import CITYSCAPES_SPEC
+from .space.grid import SearchSpace
+from .space.network import StaticNetwork
+from .stages.retraining import RetrainConfig
+from .stages.searching import BudgetTerms, SearchConfig, make_space, make_table
 from .sizing import run_flops, step_flops, step_memory, view_table
-from .space import supernet
-from .training import train
-from .voc import VOC_SPEC
+from .space.supernet import build_supernet
+from .train.loop import train
+from .data.voc import VOC_SPEC
 
 # %% ../nbs/66_recipes.ipynb #63422614
 def measure_rate(
@@ -48,7 +48,7 @@ def measure_rate(
     with tempfile.TemporaryDirectory() as config.folder:
         data = load_training_data(config)
         table = make_table(config, data)
-        model, cost = supernet(table.space, gate=config.gate), None
+        model, cost = build_supernet(table.space, gate=config.gate), None
         if share < 1:
             def route_cost(kept): return static_cost(table, kept)
             route = random_architecture(table.space, route_cost, share * table.full, seed=0)

@@ -14,13 +14,13 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .budget import CostTable, measure_costs
-from .cell import Signal
-from .config import TrainingConfig, ramp_up
-from .consistency import CONSISTENCY
-from .grid import SearchSpace
-from .losses import pixel_cross_entropy
-from .space import RoutingNetwork, feature_sizes, supernet
+from .space.budget import CostTable, measure_costs
+from .space.cell import Signal
+from .train.config import TrainingConfig, ramp_up
+from .tasks.consistency import CONSISTENCY
+from .space.grid import SearchSpace
+from .tasks.losses import pixel_cross_entropy
+from .space.supernet import RoutingNetwork, feature_sizes, build_supernet
 
 # %% ../nbs/45_sizing.ipynb #27050313
 def passes(config: TrainingConfig, semi: bool = True, # is the term weighed at this step?
@@ -152,7 +152,7 @@ def saved_lines(space: SearchSpace, gate: str, precision: str, recompute: bool =
     def line(measure, model): # through the two
         low, high = (measure(model, precision, side) for side in (96, 128))
         return (slope := (high - low) / (128**2 - 96**2)), max(0., low - slope * 96**2)
-    model, brief = (supernet(part, gate=gate).train()
+    model, brief = (build_supernet(part, gate=gate).train()
                     for part in (space, dataclasses.replace(space, layers=3)))
     slopes = {part: line(lambda *a: answer_bytes(*a)[part], brief)[0]
               for part in ("answer", "again")}

@@ -16,16 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .budget import measure_costs, realised_cost
-from .cell import GatedCell, Signal, weigh
+from .space.budget import measure_costs, realised_cost
+from .space.cell import GatedCell, Signal, weigh
 from .core import check_fields
-from .cost import count_cost
-from .gate import hold_gates, watch_gates
-from .grid import SearchSpace
-from .losses import pixel_cross_entropy
-from .search import SearchConfig
-from .space import RoutingNetwork, gate_name, gates_by_path, supernet
-from .training import make_optimiser
+from .space.cost import count_cost
+from .space.gate import hold_gates, watch_gates
+from .space.grid import SearchSpace
+from .tasks.losses import pixel_cross_entropy
+from .stages.searching import SearchConfig
+from .space.supernet import RoutingNetwork, gate_name, gates_by_path, build_supernet
+from .train.loop import make_optimiser
 
 # %% ../nbs/69_speed.ipynb #44f53c94
 @dataclass
@@ -41,7 +41,7 @@ class SpeedConfig:
     size: tuple[int, int] = (256, 256) # (height, width) of a view
     rounds: int = 7 # turns that each call gets, after one that does not count
     turn: float = 0.2 # seconds that a call shorter than that is repeated for in its turn
-    network: str = "camvid-eighth" # the discovered network, see selfsupnas.presets
+    network: str = "camvid-eighth" # the discovered network, see selfsupnas.zoo
     rival: str = "deeplabv3_resnet50" # what it is compared with
     network_size: tuple[int, int] = (360, 480) # (height, width) of an image for both
 
@@ -160,7 +160,7 @@ def replay(network: nn.Module, config: SpeedConfig): # -> a function without arg
 def step_part(config: SpeedConfig) -> tuple[dict, dict]: # figures, seconds
     """Shares of the yardstick: of the search step, all gates open, of the plain implementation, and
     of the convolutions alone."""
-    ours, (product, product_flops) = supernet(config.space), matrix_product(config)
+    ours, (product, product_flops) = build_supernet(config.space), matrix_product(config)
     macs = config.images * count_cost(ours, config.size).flops
     def adamw(network): return torch.optim.AdamW(network.parameters(), lr=1e-3)
     plain, plain_last = (make_step(plain_supernet(config.space), config, last=last, optimiser=adamw)
@@ -186,7 +186,7 @@ def closed_gates(config: SpeedConfig, p: float) -> dict: # p: share that is shut
 
 def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, dict]:
     "How much faster a step is with a share of the paths shut at random, image by image."
-    network = supernet(config.space)
+    network = build_supernet(config.space)
     step, table = make_step(network, config), measure_costs(config.space, config.size)
     x, calls, figures = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
     def held(values):
@@ -218,7 +218,7 @@ def scaling_part(config: SpeedConfig, images: tuple = (1, 2, 4, 8), layers: tupl
                  sides: tuple = (192, 384, 576, 768)) -> tuple[dict, dict]:
     "Lines of a step's seconds over images, pixels and layers."
     def step(n=2, side=config.size[0], depth=config.layers):
-        network = supernet(dataclasses.replace(config.space, layers=depth))
+        network = build_supernet(dataclasses.replace(config.space, layers=depth))
         return make_step(network, config, n, (side, side))
     calls = {"images": {n: step(n) for n in images},
              "pixels": {side**2: step(1, side) for side in sides},

@@ -9,11 +9,11 @@ __all__ = ['train_aside', 'time_terms', 'time_loader']
 import dataclasses, tempfile, time
 from pathlib import Path as FilePath
 
-from .batches import load_training_data, make_batches
+from .train.batches import load_training_data, make_batches
 from .core import RunRecord
-from .search import BudgetTerms, SearchConfig, make_table
-from .space import supernet
-from .training import train
+from .stages.searching import BudgetTerms, SearchConfig, make_table
+from .space.supernet import build_supernet
+from .train.loop import train
 
 # %% ../nbs/57_timing.ipynb #019103be
 def train_aside(model, config: SearchConfig, data, cost) -> float: # ms of a step, median
@@ -34,7 +34,7 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
     for _ in range(rounds):
         for name, weights in removed.items():
             variant = dataclasses.replace(config, **dict.fromkeys(weights, 0.))
-            model = supernet(table.space, gate=config.gate)
+            model = build_supernet(table.space, gate=config.gate)
             cost = BudgetTerms(model, table, variant) if variant.w_cost else None
             times[name].append(train_aside(model, variant, data, cost))
     record = RunRecord("terms", FilePath(config.folder).name, dataclasses.asdict(config),
@@ -51,7 +51,7 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
     table = make_table(config, data)
     alone = dataclasses.replace(config, workers=0) # no worker competes with the step that is timed
     def step():
-        model = supernet(table.space, gate=config.gate)
+        model = build_supernet(table.space, gate=config.gate)
         return train_aside(model, alone, data, BudgetTerms(model, table, config))
     def batches():
         # the first fill the workers' queues

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no browser: needs chr
               pytest.mark.long]
 PATIENCE = 600_000 # ms until a page that does not answer ends a test
 
-LIVE = """from selfsupnas.search import SearchConfig, search
-from selfsupnas.widgets import live_plot
+LIVE = """from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.viz.widgets import live_plot
 
 config = SearchConfig(folder=FOLDER, size=(64, 80), layers=3, channels=8, steps=120, budget=.75,
                       batch_labelled=4, batch_unlabelled=4, batch_jigsaw=4, logs=12)
@@ -46,7 +46,7 @@ def write_notebook(path, source):
 def lab(tmp_path_factory):
     "Address, folder and process of a JupyterLab that serves a copy of the notebooks."
     place = tmp_path_factory.mktemp("lab")
-    for name in ("00_tour.ipynb", "70_widgets.ipynb"): shutil.copy(ROOT/"nbs"/name, place)
+    for name in ("00_tour.ipynb", "viz/06_widgets.ipynb"): shutil.copy(ROOT/"nbs"/name, place)
     for name in ("live", *map(live_name, STOPS)): write_notebook(place/f"{name}.ipynb", LIVE.replace("FOLDER", repr(name)))
     write_notebook(place/"bars.ipynb", BARS)
     settings = {"notebook-extension/tracker": '{"windowingMode": "none"}', # cells out of sight are in the page, too
@@ -213,8 +213,8 @@ def test_a_click_on_a_path_changes_cost_and_prediction(page):
     picture_changes(page, page.locator(".widget-image").nth(1), lambda: opened.first.click(), "editor")
 
 def test_the_pictures_of_the_tour_have_their_own_size_and_the_colours_of_classes(page):
-    from selfsupnas.data import load_dataset
-    from selfsupnas.plots import GATE_COLOURS
+    from selfsupnas.data.datasets import load_dataset
+    from selfsupnas.viz.plots import GATE_COLOURS
     from matplotlib import colormaps
     budget, editor = (page.locator(IMAGES).nth(k) for k in range(2))
     for picture in (budget, editor): assert assert_own_size(picture)["own"] >= 800
@@ -238,13 +238,13 @@ def test_every_explorer_shows_its_picture_at_its_own_size(explorers):
     assert explorers.locator(".widget-html b").count() == 0, "no explorer says that something went wrong"
 
 def test_the_split_is_drawn_in_the_colours_of_its_classes(explorers):
-    from selfsupnas.data import load_dataset
+    from selfsupnas.data.datasets import load_dataset
     drawn, spec = colours(explorers.locator(IMAGES).last), load_dataset("streetscenes", "train", size=(64, 80)).spec
     assert (128, 128, 0) in spec.palette, "trees, which a palette of 256 colours draws as something else"
     for name, colour in zip(spec.classes, spec.palette): assert drawn.get(colour, 0) > 1000, f"the bar of {name} is not {colour}"
 
 def test_a_picture_that_was_redrawn_has_its_own_size(explorers):
-    from selfsupnas.widgets import DPI
+    from selfsupnas.viz.widgets import DPI
     first = explorers.locator(".jp-OutputArea-output", has=explorers.locator(".widget-image")).first
     picture, width = first.locator(".widget-image"), first.locator("[role=slider]").nth(1)
     before = assert_own_size(picture)["width"]

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from selfsupnas.data import load_dataset
+from selfsupnas.data.datasets import load_dataset
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SELFSUPNAS_DATA"), reason="SELFSUPNAS_DATA is not set: no CamVid here")
 

@@ -8,11 +8,11 @@ from PIL import Image
 from torch import nn
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from selfsupnas.augment import normalise
-from selfsupnas.cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_LABELS, CITYSCAPES_PALETTE, CITYSCAPES_TABLE,
+from selfsupnas.data.augment import normalise
+from selfsupnas.data.cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_LABELS, CITYSCAPES_PALETTE, CITYSCAPES_TABLE,
                                    draw_cityscapes, find_cityscapes)
-from selfsupnas.data import Cityscapes, load_dataset
-from selfsupnas.evaluation import evaluate
+from selfsupnas.data.datasets import Cityscapes, load_dataset
+from selfsupnas.metrics import evaluate
 
 PUBLISHED = [label for label in labels if label.id >= 0] # without the licence plate, which is never drawn into a mask
 

@@ -5,12 +5,12 @@ import nbformat
 import pytest
 from conftest import ROOT, draw_folder
 
-from selfsupnas.architecture import Architecture, save_architecture
-from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.space.architecture import Architecture, save_architecture
+from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.cli import main, plan_demo
 from selfsupnas.execution import run_notebook, run_stage
-from selfsupnas.grid import SearchSpace
-from selfsupnas.stages import STAGES, parse_parameters, stage_config
+from selfsupnas.space.grid import SearchSpace
+from selfsupnas.parameters import STAGES, parse_parameters, stage_config
 
 
 @pytest.fixture

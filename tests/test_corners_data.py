@@ -8,21 +8,21 @@ import torch
 from conftest import draw_folder
 from PIL import Image
 
-from selfsupnas.batches import load_training_data
-from selfsupnas.benchmark import EvaluateConfig
-from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.train.batches import load_training_data
+from selfsupnas.stages.evaluation import EvaluateConfig
+from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.cli import main
-from selfsupnas.config import TrainingConfig
+from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import progress_bar, read_json, read_text
-from selfsupnas.data import FolderDataset, load_dataset, read_classes
-from selfsupnas.evaluation import Metrics, confusion_figure, metrics_figures, metrics_text
-from selfsupnas.pairs import image_file_size, read_image, read_mask
-from selfsupnas.runlog import RunLog
-from selfsupnas.search import SearchConfig
+from selfsupnas.data.datasets import FolderDataset, load_dataset, read_classes
+from selfsupnas.metrics import Metrics, confusion_figure, metrics_figures, metrics_text
+from selfsupnas.data.files import image_file_size, read_image, read_mask
+from selfsupnas.train.log import RunLog
+from selfsupnas.stages.searching import SearchConfig
 from selfsupnas.show import save_figure, show_samples
-from selfsupnas.splits import load_split
-from selfsupnas.stages import check_inputs
-from selfsupnas.voc import draw_voc, read_names
+from selfsupnas.data.splits import load_split
+from selfsupnas.parameters import check_inputs
+from selfsupnas.data.voc import draw_voc, read_names
 
 H, W = 64, 80
 
@@ -51,7 +51,7 @@ def config(root, **more): return TrainingConfig(folder=str(Path(root)/"run"), da
 
 @pytest.fixture(autouse=True)
 def no_sheets(monkeypatch): # they take most of the time, and tests/test_data_faults.py looks at them
-    monkeypatch.setattr("selfsupnas.survey.sample_sheet", lambda *_: None), monkeypatch.setattr("selfsupnas.show.save_figure", lambda *_: "none")
+    monkeypatch.setattr("selfsupnas.data.inspection.sample_sheet", lambda *_: None), monkeypatch.setattr("selfsupnas.show.save_figure", lambda *_: "none")
 
 def look(root, capsys, *words): # status and text of `selfsupnas data`
     status = main(["data", "folder", str(root), "--folder", str(root/"look"), *words])

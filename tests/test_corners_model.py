@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from selfsupnas import cost
-from selfsupnas.budget import measure_costs
-from selfsupnas.cost import COSTS, COUNTERS, count_cost, count_flops
-from selfsupnas.grid import Path, SearchSpace
-from selfsupnas.operations import OPERATIONS, make_operation
-from selfsupnas.space import supernet
+from selfsupnas.space import cost
+from selfsupnas.space.budget import measure_costs
+from selfsupnas.space.cost import COSTS, COUNTERS, count_cost, count_flops
+from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.operations import OPERATIONS, make_operation
+from selfsupnas.space.supernet import build_supernet
 
 C, H, W = 8, 12, 16
 
@@ -149,7 +149,7 @@ def test_fvcore_and_torch_agree_on_every_operation(name):
 
 @pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "deeplabv3plus_resnet18", "unet_resnet18"])
 def test_fvcore_and_torch_agree_on_rivals(name):
-    from selfsupnas.baselines import build_baseline
+    from selfsupnas.rivals import build_baseline
     try: rival = build_baseline(name, 3).eval()
     except ImportError as e: pytest.skip(str(e))
     ours, theirs = both_counts(rival, torch.zeros(1, 3, 64, 64))
@@ -157,7 +157,7 @@ def test_fvcore_and_torch_agree_on_rivals(name):
 
 
 def test_fvcore_and_torch_agree_on_the_supernet():
-    ours, theirs = both_counts(supernet(SearchSpace(3, 2, C, tuple(OPERATIONS))).eval(), torch.zeros(1, 3, 64, 64))
+    ours, theirs = both_counts(build_supernet(SearchSpace(3, 2, C, tuple(OPERATIONS))).eval(), torch.zeros(1, 3, 64, 64))
     assert ours == theirs > 0
 
 
@@ -210,14 +210,14 @@ def test_operations_that_would_not_fit_the_sum_are_named(make, error, told, kind
 def test_an_operation_that_breaks_later_is_named_in_the_network(search_operations, operation):
     "At even sizes it keeps the size, at odd ones it does not; in a network that had no cost table, too."
     operation(lambda c: nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2)))
-    net = supernet(SearchSpace(3, 1, C, ("mine", "identity"), search_operations))
+    net = build_supernet(SearchSpace(3, 1, C, ("mine", "identity"), search_operations))
     net(torch.rand(2, 3, 64, 64))
     with pytest.raises(ValueError, match="mine"): net(torch.rand(2, 3, 36, 36))
 
 
 def test_operations_in_half_precision_fit(operation):
     operation(lambda c: nn.Conv2d(c, c, 1))
-    with torch.autocast("cpu", torch.bfloat16): supernet(SearchSpace(3, 1, C, ("mine", "identity")))(torch.rand(2, 3, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16): build_supernet(SearchSpace(3, 1, C, ("mine", "identity")))(torch.rand(2, 3, 64, 64))
 
 
 # ---- models that return a dict
@@ -233,9 +233,9 @@ class Dict(nn.Module):
 
 def dict_terms(out, valid, labels, permutations=None):
     "Name -> what takes an answer of a model, as a function of the answer (B,3,16,16)."
-    from selfsupnas import consistency, jigsaw, teacher
-    from selfsupnas.losses import pixel_cross_entropy
-    from selfsupnas.permutations import permutation_set
+    from selfsupnas.tasks import consistency; from selfsupnas.tasks import jigsaw; from selfsupnas.tasks import teacher
+    from selfsupnas.tasks.losses import pixel_cross_entropy
+    from selfsupnas.tasks.permutations import permutation_set
     goal = torch.rand(out)
     def loss_of(kind): return lambda answer: consistency.consistency_loss(
         consistency.CONSISTENCY[kind], *({view: what for view in consistency.CONSISTENCY[kind].weights} for what in (answer, answer, valid)), .3)
@@ -249,7 +249,7 @@ def dict_terms(out, valid, labels, permutations=None):
     yield "pixel_cross_entropy", lambda answer: pixel_cross_entropy(answer, labels)
     yield "perturb_features", lambda answer: consistency.perturb_features(answer, 0.)
     yield "JigsawHead", lambda answer: torch.manual_seed(0) and jigsaw.JigsawHead(3, 2, 24)(answer)
-    yield "predict", lambda answer: __import__("selfsupnas.evaluation", fromlist=["predict"]).predict(lambda x: answer, torch.rand(out))
+    yield "predict", lambda answer: __import__("selfsupnas.metrics", fromlist=["predict"]).predict(lambda x: answer, torch.rand(out))
 
 
 OUT = (2, 3, 16, 16)
@@ -268,8 +268,8 @@ def test_answers_in_a_dict_are_taken_by_every_term(name):
 
 @pytest.mark.parametrize("of", ["jigsaw_loss", "jigsaw_guess", "jigsaw_accuracy", "solve_positions"])
 def test_answers_in_a_dict_are_taken_by_the_jigsaw(of):
-    from selfsupnas import jigsaw
-    from selfsupnas.permutations import permutation_set
+    from selfsupnas.tasks import jigsaw
+    from selfsupnas.tasks.permutations import permutation_set
     permutations, logits = permutation_set(2), torch.randn(2, 4, 4)
     more = {"jigsaw_loss": (torch.tensor([0, 1]), permutations), "jigsaw_guess": (permutations,), "jigsaw_accuracy": (torch.tensor([0, 1]), permutations)}.get(of, ())
     assert repr(getattr(jigsaw, of)({"out": logits}, *more)) == repr(getattr(jigsaw, of)(logits, *more))
@@ -283,14 +283,14 @@ def folder(tmp_path):
 
 
 def config(place, **changes):
-    from selfsupnas.config import TrainingConfig
+    from selfsupnas.train.config import TrainingConfig
     return TrainingConfig(**{**dict(folder=str(place/"run"), data="folder", root=str(place/"data"), label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2,
                                     batch_jigsaw=2, threshold=.3, ramp=(0., 0.), w_jig=0.), **changes})
 
 
 def test_a_dict_is_taken_alike_where_networks_are_judged_and_counted(folder):
-    from selfsupnas.data import load_dataset
-    from selfsupnas.evaluation import evaluate, segment
+    from selfsupnas.data.datasets import load_dataset
+    from selfsupnas.metrics import evaluate, segment
     net, val = nn.Conv2d(3, 3, 3, padding=1), load_dataset("folder", "val", folder/"data")
     images = torch.stack([val[i][0] for i in range(2)])
     for views in ({}, dict(window=(40, 50)), dict(flip=True, scales=(1., .5))):
@@ -310,8 +310,8 @@ def test_a_dict_is_exported_as_its_logits(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mean_teacher", "fixmatch", "cps"])
 def test_a_model_that_returns_a_dict_trains_as_its_logits(kind, folder):
-    from selfsupnas.batches import load_training_data
-    from selfsupnas.training import train
+    from selfsupnas.train.batches import load_training_data
+    from selfsupnas.train.loop import train
     def run(wrap):
         torch.manual_seed(0)
         settings = config(folder, consistency=kind, folder=str(folder/wrap.__name__))
@@ -321,7 +321,7 @@ def test_a_model_that_returns_a_dict_trains_as_its_logits(kind, folder):
 
 
 def test_what_only_the_grid_can_do_is_said(folder):
-    from selfsupnas.objective import make_trainee
+    from selfsupnas.train.step import make_trainee
     for wrong in (dict(w_jig=1.), dict(consistency="unimatch"), dict(recompute=True), dict(drop_path=.1)):
         with pytest.raises(ValueError, match=next(iter(wrong))) as e: make_trainee(nn.Conv2d(3, 3, 1), config(folder, **wrong))
         assert "Conv2d" in str(e.value)
@@ -330,7 +330,7 @@ def test_what_only_the_grid_can_do_is_said(folder):
 # ---- the teacher pairs once
 
 def test_the_teacher_pairs_once_and_again_when_it_must():
-    from selfsupnas import teacher as room
+    from selfsupnas.tasks import teacher as room
     from unittest.mock import patch
     def student():
         torch.manual_seed(0)
@@ -386,8 +386,8 @@ def traits(net): return [(name, t.device, t.dtype, t.requires_grad, t.stride(), 
 
 
 def test_evaluate_leaves_the_model_where_it_is(folder):
-    from selfsupnas.data import load_dataset
-    from selfsupnas.evaluation import evaluate
+    from selfsupnas.data.datasets import load_dataset
+    from selfsupnas.metrics import evaluate
     net, val = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)), load_dataset("folder", "val", folder/"data")
     net[1].eval()
     before = traits(net)
@@ -401,7 +401,7 @@ def test_evaluate_leaves_the_model_where_it_is(folder):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_counting_timing_and_exporting_leave_the_model_as_it_is(fails, tmp_path):
-    from selfsupnas.cost import measure_latency
+    from selfsupnas.space.cost import measure_latency
     from selfsupnas.export import export_program, fold_batch_norm
     def end(s, x):
         if fails: raise RuntimeError("here")
@@ -417,12 +417,12 @@ def test_counting_timing_and_exporting_leave_the_model_as_it_is(fails, tmp_path)
 
 
 def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(folder):
-    from selfsupnas.baselines import all_open
-    from selfsupnas.data import load_dataset
-    from selfsupnas.dynamic import run_dynamic
-    from selfsupnas.search import calibrate_closing, gate_statistics, inherited_network
+    from selfsupnas.rivals import all_open
+    from selfsupnas.data.datasets import load_dataset
+    from selfsupnas.stages.dynamic import run_dynamic
+    from selfsupnas.stages.searching import calibrate_closing, gate_statistics, inherited_network
     space = SearchSpace(3, 1, 4)
-    net, table, val = supernet(space), measure_costs(space, (64, 80)), load_dataset("folder", "val", folder/"data")
+    net, table, val = build_supernet(space), measure_costs(space, (64, 80)), load_dataset("folder", "val", folder/"data")
     net.stem.eval()
     before = traits(net)
     images = torch.stack([val[i][0] for i in range(3)])
@@ -437,12 +437,12 @@ def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(fold
 def static_supernet(values):
     "A supernet whose gates are the same for every image, its table and share of the full cost at a threshold, by the rules of the grid alone."
     import dataclasses
-    from selfsupnas.budget import static_cost
-    from selfsupnas.gate import gates_of
-    from selfsupnas.grid import trace_route
-    from selfsupnas.space import gates_from_paths
+    from selfsupnas.space.budget import static_cost
+    from selfsupnas.space.gate import gates_of
+    from selfsupnas.space.grid import trace_route
+    from selfsupnas.space.supernet import gates_from_paths
     space = SearchSpace(3, 2, 4)
-    net, table = supernet(space, gate="static"), measure_costs(space, (64, 80), gate="static")
+    net, table = build_supernet(space, gate="static"), measure_costs(space, (64, 80), gate="static")
     table = dataclasses.replace(table, raise_from=(0, *(20 * cost for cost in table.raise_from[1:]))) # a decoder that is dear at coarse scales
     held = gates_from_paths(space, {path: values.get(path, .02) for path in space.gated()})
     for name, gate in gates_of(net).items(): gate.logits.data = torch.atanh(held[name])
@@ -454,8 +454,8 @@ def static_supernet(values):
 
 
 def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
-    from selfsupnas.gate import CLOSED, gates_of
-    from selfsupnas.search import calibrate_closing
+    from selfsupnas.space.gate import CLOSED, gates_of
+    from selfsupnas.stages.searching import calibrate_closing
     # above .3 the cell (1, 1) passes its input on, and the decoder has to raise it
     net, table, share = static_supernet({Path(0, 0, "down"): .9, Path(0, 0, "keep"): .1, Path(1, 1, "up"): .3, Path(1, 0, "keep"): .6, Path(2, 0, "keep"): .95})
     images = torch.zeros(2, 3, 64, 80, dtype=torch.uint8)
@@ -469,14 +469,14 @@ def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
 
 
 def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
-    from selfsupnas.augment import normalise
-    from selfsupnas.budget import realised_cost
-    from selfsupnas.gate import CLOSED, gates_of, set_closing, watch_gates
-    from selfsupnas.search import calibrate_closing, shares_at
-    from selfsupnas.space import gates_by_path
+    from selfsupnas.data.augment import normalise
+    from selfsupnas.space.budget import realised_cost
+    from selfsupnas.space.gate import CLOSED, gates_of, set_closing, watch_gates
+    from selfsupnas.stages.searching import calibrate_closing, shares_at
+    from selfsupnas.space.supernet import gates_by_path
     torch.manual_seed(0)
     space = SearchSpace(3, 3, 4, search_operations=True)
-    net, table, images = supernet(space).eval(), measure_costs(space, (64, 80)), torch.randint(0, 256, (20, 3, 64, 80), dtype=torch.uint8)
+    net, table, images = build_supernet(space).eval(), measure_costs(space, (64, 80)), torch.randint(0, 256, (20, 3, 64, 80), dtype=torch.uint8)
     for gate in gates_of(net).values(): nn.init.normal_(gate.logits.weight, 0, 5.), nn.init.normal_(gate.logits.bias, .5, .7)
     levels = torch.linspace(.05, .95, 19)
     got, by_hand = shares_at(net, table, images, levels), []
@@ -494,25 +494,25 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
 # ---- two networks that teach each other: both have the budget, both drop paths
 
 def cps_search(place, **changes):
-    from selfsupnas.batches import load_training_data
-    from selfsupnas.search import BudgetTerms, SearchConfig, make_table
-    from selfsupnas.training import train
+    from selfsupnas.train.batches import load_training_data
+    from selfsupnas.stages.searching import BudgetTerms, SearchConfig, make_table
+    from selfsupnas.train.loop import train
     settings = SearchConfig(**{**vars(config(place, consistency="cps", steps=4, logs=4)), "layers": 2, "channels": 4, "budget": .8, "cost_ramp": (0., 0.), "budget_gain": .2, **changes})
     data = load_training_data(settings)
     table = make_table(settings, data)
     torch.manual_seed(0)
-    net = supernet(table.space)
+    net = build_supernet(table.space)
     return settings, data, table, net, lambda: train(net, settings, data, BudgetTerms(net, table, settings))
 
 
 def test_the_budget_counts_both_networks_that_teach_each_other(folder):
-    from selfsupnas.batches import make_batches
-    from selfsupnas.budget import expected_cost, undecided
-    from selfsupnas.gate import gates_of, watch_gates
-    from selfsupnas.loaders import to_device
-    from selfsupnas.objective import make_trainee, objective
-    from selfsupnas.search import BudgetTerms, closing_of
-    from selfsupnas.space import gates_by_path
+    from selfsupnas.train.batches import make_batches
+    from selfsupnas.space.budget import expected_cost, undecided
+    from selfsupnas.space.gate import gates_of, watch_gates
+    from selfsupnas.data.loaders import to_device
+    from selfsupnas.train.step import make_trainee, objective
+    from selfsupnas.stages.searching import BudgetTerms, closing_of
+    from selfsupnas.space.supernet import gates_by_path
     settings, data, table, net, _ = cps_search(folder, budget_of="expected")
     trainee = make_trainee(net, settings)
     for network, bias in ((net, 1.), (trainee.peer, .3)):
@@ -534,13 +534,13 @@ def test_the_budget_counts_both_networks_that_teach_each_other(folder):
 
 
 def test_each_of_two_networks_closes_by_its_own_cost(folder):
-    from selfsupnas.gate import CLOSED
-    from selfsupnas.search import BudgetTerms, closing_of
+    from selfsupnas.space.gate import CLOSED
+    from selfsupnas.stages.searching import BudgetTerms, closing_of
     _, _, table, net, _ = cps_search(folder)
     settings = cps_search(folder)[0]
     peer, terms_of = copy.deepcopy(net), BudgetTerms(net, table, settings)
-    from selfsupnas.gate import hold_gates, watch_gates
-    from selfsupnas.space import gates_from_paths
+    from selfsupnas.space.gate import hold_gates, watch_gates
+    from selfsupnas.space.supernet import gates_from_paths
     x = torch.rand(2, 3, 64, 80)
     for network, value in ((net, 0.), (peer, .9)): # shut, and all open
         with hold_gates(network, gates_from_paths(table.space, dict.fromkeys(table.space.gated(), value))), watch_gates(network) as gates: network(x)
@@ -551,7 +551,7 @@ def test_each_of_two_networks_closes_by_its_own_cost(folder):
 
 
 def test_two_networks_drop_paths_alike(folder):
-    from selfsupnas.objective import make_trainee
+    from selfsupnas.train.step import make_trainee
     settings, _, _, net, run = cps_search(folder, drop_path=.5)
     trained = run()
     assert [row["peer_realised"] for row in trained.history] and trained.history[-1]["realised"] > 0
@@ -564,9 +564,9 @@ def test_two_networks_drop_paths_alike(folder):
 # ---- precision, and steps that overflow
 
 def test_a_processor_refuses_half_precision_it_does_not_have(folder):
-    from selfsupnas.batches import load_training_data
-    from selfsupnas.config import check_precision
-    from selfsupnas.training import train
+    from selfsupnas.train.batches import load_training_data
+    from selfsupnas.train.config import check_precision
+    from selfsupnas.train.loop import train
     settings = config(folder, precision="fp16") # a config of another machine can be read
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="precision fp16.*bf16"): train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings))
@@ -596,10 +596,10 @@ class Scaled:
 
 
 def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
-    from selfsupnas.objective import Trainee
-    from selfsupnas.runlog import RunLog
-    from selfsupnas.teacher import AdaptiveThreshold, EMATeacher
-    from selfsupnas.training import state_before, take_step
+    from selfsupnas.train.step import Trainee
+    from selfsupnas.train.log import RunLog
+    from selfsupnas.tasks.teacher import AdaptiveThreshold, EMATeacher
+    from selfsupnas.train.loop import state_before, take_step
     torch.manual_seed(0)
     trainee = Trainee(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     accelerator = Scaled(trainee)
@@ -632,7 +632,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
 
 
 def test_a_run_without_a_scale_logs_no_overflows(folder):
-    from selfsupnas.runlog import RunLog
+    from selfsupnas.train.log import RunLog
     assert "overflows" not in RunLog(config(folder, steps=1)).add(0, {}, {}, {}, .1)
 
 
@@ -640,9 +640,9 @@ def test_a_run_without_a_scale_logs_no_overflows(folder):
 
 def test_how_pseudo_labels_were_can_be_recorded(folder):
     import json
-    from selfsupnas.batches import load_training_data
-    from selfsupnas.runlog import consistency_figures
-    from selfsupnas.training import train
+    from selfsupnas.train.batches import load_training_data
+    from selfsupnas.train.log import consistency_figures
+    from selfsupnas.train.loop import train
     names = {"pseudo_label_share", "pseudo_label_accuracy", "pseudo_label_share_mean", "pseudo_label_accuracy_mean"}
     settings = config(folder, steps=4, logs=4, ramp=(.5, .5), threshold=0.)
     history = train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings)).history
@@ -672,8 +672,8 @@ def test_an_undefined_iou_is_no_zero_in_the_figure():
 # ---- what surrounds a run is left as it is
 
 def test_a_users_process_keeps_its_memory_options(folder, monkeypatch):
-    from selfsupnas import training
-    from selfsupnas.batches import load_training_data
+    from selfsupnas.train import loop as training
+    from selfsupnas.train.batches import load_training_data
     from selfsupnas.core import OWN_PROCESS
     asked = []
     monkeypatch.setattr(training, "keep_freed_memory", lambda: asked.append(1))
@@ -738,11 +738,11 @@ def test_the_commit_where_git_looks_elsewhere_or_is_missing(checkout, tmp_path_f
 
 def frozen_kinds():
     "Name -> a function that makes two equal objects, apart, and one that differs."
-    from selfsupnas.architecture import Architecture
-    from selfsupnas.consistency import CONSISTENCY, Consistency
-    from selfsupnas.cost import Cost
+    from selfsupnas.space.architecture import Architecture
+    from selfsupnas.tasks.consistency import CONSISTENCY, Consistency
+    from selfsupnas.space.cost import Cost
     from selfsupnas.export import Usage
-    from selfsupnas.pairs import SegmentationSpec
+    from selfsupnas.data.files import SegmentationSpec
     import dataclasses
     def space(layers=2, **more): return SearchSpace(3, layers, 4, ["sep_conv_3x3", "identity"], **more)
     def spec(*classes): return SegmentationSpec("s", list(classes), [[0, 0, 0], [1, 2, 3]])
@@ -772,7 +772,7 @@ def test_what_is_equal_is_one_key(name):
 
 
 def test_what_an_architecture_keeps_cannot_change_under_its_hash(tmp_path):
-    from selfsupnas.architecture import Architecture, architecture_to_json, load_architecture, save_architecture
+    from selfsupnas.space.architecture import Architecture, architecture_to_json, load_architecture, save_architecture
     given = {Path(0, 0, "keep"): .5}
     found = Architecture(SearchSpace(3, 2, 4), given)
     before = hash(found)

@@ -11,14 +11,14 @@ import torch
 from conftest import ROOT, draw_folder, same_run
 
 from selfsupnas import execution
-from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.checkpoints import FREE, FolderInUse, checkpoint_paths, step_of
+from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.train.checkpoint import FREE, FolderInUse, checkpoint_paths, step_of
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
 from selfsupnas.export import export_run
-from selfsupnas.front import FrontConfig, front
-from selfsupnas.retrain import RetrainConfig, retrain
-from selfsupnas.search import SearchConfig, budget_note, load_search, search
+from selfsupnas.stages.pareto import FrontConfig, front
+from selfsupnas.stages.retraining import RetrainConfig, retrain
+from selfsupnas.stages.searching import SearchConfig, budget_note, load_search, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 SEARCH = SearchConfig(folder="search", layers=2, channels=4, budget=1., **SMALL)
@@ -64,7 +64,7 @@ def words(config):
 def test_the_same_run_is_read(place, capsys, stage, monkeypatch):
     run, config = STAGES[stage]
     before = contents()
-    monkeypatch.setattr(torch.Tensor, "backward", None), monkeypatch.setattr("selfsupnas.training.train", None)
+    monkeypatch.setattr(torch.Tensor, "backward", None), monkeypatch.setattr("selfsupnas.train.loop.train", None)
     done = run(config)
     assert "nothing is computed" in capsys.readouterr().out
     assert {k: v for k, v in contents().items() if not k.endswith(".lock")} == {k: v for k, v in before.items() if not k.endswith(".lock")}
@@ -102,7 +102,7 @@ def test_overwriting_is_said(place, stage):
 
 
 def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, monkeypatch, capsys):
-    import selfsupnas.training as training
+    import selfsupnas.train.loop as training
     config, plain, calls = dataclasses.replace(SEARCH, steps=8, logs=4, overwrite=True), training.to_device, []
     def stop_in_step(number):
         def moved(*args):
@@ -177,7 +177,7 @@ def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
 def test_the_same_command_at_once_is_refused(tmp_path, capsys):
     "The second is told so, and the notebook of the first stays its own."
     folder, seconds = tmp_path/"run", fails_or_not(tmp_path/"second.ipynb", "1 + 1")
-    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.checkpoints import own_folder\nwith own_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
+    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.train.checkpoint import own_folder\nwith own_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "holds\n"
@@ -226,7 +226,7 @@ def shuffled(place):
 
 
 def test_classes_in_another_order_are_refused_or_mapped(place, shuffled):
-    from selfsupnas.evaluation import segment
+    from selfsupnas.metrics import segment
     plain = benchmark(EVALUATE)
     other = dataclasses.replace(EVALUATE, folder="new", data="folder", root=shuffled)
     with pytest.raises(ValueError, match="same classes in another order.*tree, road, house.*road, house, tree.*classes="): benchmark(other)
@@ -276,7 +276,7 @@ def test_the_command_explains_a_relative_root_too(place, monkeypatch, capsys):
 
 def test_a_script_that_is_stopped_ends_in_one_line():
     "Status 130 and no traceback; what the script has to do last is done."
-    code = "from selfsupnas.checkpoints import stop_in_one_line\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nclass Config: folder = 'run'\ntry:\n    with stop_in_one_line(Config()): signal.raise_signal(signal.SIGINT)\nfinally: print('last')"
+    code = "from selfsupnas.train.checkpoint import stop_in_one_line\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nclass Config: folder = 'run'\ntry:\n    with stop_in_one_line(Config()): signal.raise_signal(signal.SIGINT)\nfinally: print('last')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 130 and done.stderr == "" and done.stdout.splitlines()[-1] == "last" and len(done.stdout.splitlines()) == 2
 
@@ -308,7 +308,7 @@ def test_a_finished_run_on_other_data_is_another_run(place, stage, change):
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
-    import selfsupnas.search as module
+    import selfsupnas.stages.searching as module
     config = dataclasses.replace(SEARCH, folder="new")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(module, "save_statistics", lambda *_: 1 / 0)
@@ -365,7 +365,7 @@ def test_a_retraining_does_not_write_over_what_it_reads(place):
 
 
 def test_an_overwritten_front_goes_on_where_it_was_stopped(place, monkeypatch):
-    import selfsupnas.front as module
+    import selfsupnas.stages.pareto as module
     plain, done = module.train_member, []
     def stops(config, searched, name):
         if len(done) == 1: raise KeyboardInterrupt

@@ -7,16 +7,16 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from selfsupnas.batches import load_training_data, make_batches
-from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.cli import main
-from selfsupnas.config import TrainingConfig
+from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
-from selfsupnas.data import load_dataset
-from selfsupnas.pairs import UnreadableFile
-from selfsupnas.search import SearchConfig, search
-from selfsupnas.splits import load_split
-from selfsupnas.voc import draw_voc
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.data.files import UnreadableFile
+from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.data.splits import load_split
+from selfsupnas.data.voc import draw_voc
 
 PLACE = "Straßen und Wege" # a blank and a letter beyond ASCII in every path of this file
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-import selfsupnas.search
-from selfsupnas.architecture import Architecture, load_architecture, save_architecture
-from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.budget import measure_costs, static_cost
+import selfsupnas.stages.searching
+from selfsupnas.space.architecture import Architecture, load_architecture, save_architecture
+from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.space.budget import measure_costs, static_cost
 from selfsupnas.core import RunRecord
-from selfsupnas.derivation import derive
-from selfsupnas.evaluation import evaluate, miou_of
-from selfsupnas.front import FrontConfig, front, load_front
-from selfsupnas.gate import set_closing
-from selfsupnas.grid import STEP, SearchSpace
-from selfsupnas.retrain import RetrainConfig, retrain
-from selfsupnas.search import (GateStatistics, ImageSubset, SearchConfig, choice_images, choose, choose_route, inherited_network,
+from selfsupnas.space.derivation import derive
+from selfsupnas.metrics import evaluate, miou_of
+from selfsupnas.stages.pareto import FrontConfig, front, load_front
+from selfsupnas.space.gate import set_closing
+from selfsupnas.space.grid import STEP, SearchSpace
+from selfsupnas.stages.retraining import RetrainConfig, retrain
+from selfsupnas.stages.searching import (GateStatistics, ImageSubset, SearchConfig, choice_images, choose, choose_route, inherited_network,
                                load_search, load_supernet, plain_images, search, unchosen)
 from conftest import draw_folder
 
@@ -215,7 +215,7 @@ def made(tmp_path_factory):
         Image.fromarray(mask).save(place/"data"/"masks"/"val"/f"{i}.png")
     config = tiny(place)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selfsupnas.search, "miou_of", lambda network, dataset: (measured.append(dataset), miou_of(network, dataset))[1])
+        patch.setattr(selfsupnas.stages.searching, "miou_of", lambda network, dataset: (measured.append(dataset), miou_of(network, dataset))[1])
         return config, search(config), measured
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_the_best_of_a_pool_by_its_inherited_weights(made, monkeypatch):
     scores = [inherited_miou(config, found, route, images) for route in pool]
     order = sorted(range(3), key=lambda i: scores[i])
     pool = [pool[order[1]], pool[order[2]], pool[order[0]]] # hand-made: the best is the second
-    monkeypatch.setattr(selfsupnas.search, "derive", lambda *args, **more: pool)
+    monkeypatch.setattr(selfsupnas.stages.searching, "derive", lambda *args, **more: pool)
     state, plain = found.trained.model.state_dict(), plain_images(config, found.data)
     best, rows = choose_route(config, found.table, found.statistics, 1., {"data": found.data.val.spec.name},
                               lambda route: inherited_network(route, state, plain), images)
@@ -296,7 +296,7 @@ def test_the_draw_of_choice_images(made):
 
 @pytest.mark.parametrize("more, training, report", [(dict(candidates=1), 3, 9), (dict(w_sup=0., w_jig=1.), 0, 0)])
 def test_nothing_chooses_without_candidates_or_labels(made, tmp_path, monkeypatch, more, training, report):
-    monkeypatch.setattr(selfsupnas.search, "classes_present", lambda *_: 1 / 0) # no label is looked at
+    monkeypatch.setattr(selfsupnas.stages.searching, "classes_present", lambda *_: 1 / 0) # no label is looked at
     (tmp_path/"data").symlink_to(made[0].root)
     found = search(tiny(tmp_path, **more))
     row, = found.record.figures["candidates"]

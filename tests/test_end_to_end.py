@@ -4,12 +4,12 @@ import json, re
 import nbformat
 import pytest
 
-from selfsupnas.architecture import load_architecture
-from selfsupnas.cost import count_cost
-from selfsupnas.data import load_dataset
-from selfsupnas.evaluation import evaluate
-from selfsupnas.report import read_records
-from selfsupnas.retrain import load_network
+from selfsupnas.space.architecture import load_architecture
+from selfsupnas.space.cost import count_cost
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.metrics import evaluate
+from selfsupnas.viz.report import read_records
+from selfsupnas.stages.retraining import load_network
 
 SMALL = {"steps": 4, "logs": 2, "size": (64, 80), "layers": 3, "channels": 8, "budget": 0.8, "batch_labelled": 2, "batch_unlabelled": 2,
          "batch_jigsaw": 2, "baselines": ("lraspp_mobilenet_v3_large",), "latency_repeats": 2, "seed": 3}

@@ -8,17 +8,17 @@ import torch
 from conftest import ROOT
 
 import selfsupnas
-from selfsupnas.architecture import Architecture, save_architecture
-from selfsupnas.baselines import all_open
-from selfsupnas.benchmark import EvaluateConfig, benchmark
+from selfsupnas.space.architecture import Architecture, save_architecture
+from selfsupnas.rivals import all_open
+from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
-from selfsupnas.data import CAMVID_SPEC
+from selfsupnas.data.datasets import CAMVID_SPEC
 from selfsupnas.export import TOLERANCE, Usage, export_onnx, export_program, fold_batch_norm, from_pretrained, model_card, save_pretrained
-from selfsupnas.grid import Path, SearchSpace
-from selfsupnas.network import StaticNetwork
-from selfsupnas.operations import OPERATIONS
-from selfsupnas.retrain import RetrainConfig, load_network, retrain
+from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.network import StaticNetwork
+from selfsupnas.space.operations import OPERATIONS
+from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
 
 LACKING = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
 onnx_too = pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}: pip install 'selfsupnas[export]'")

@@ -14,19 +14,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import selfsupnas
-from selfsupnas.architecture import load_architecture, save_architecture
-from selfsupnas.batches import load_training_data
-from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.checkpoints import FolderInUse, checkpoint_paths, own_folder, read_checkpoint
+from selfsupnas.space.architecture import load_architecture, save_architecture
+from selfsupnas.train.batches import load_training_data
+from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, own_folder, read_checkpoint
 from selfsupnas.cli import main
-from selfsupnas.config import TrainingConfig
+from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
-from selfsupnas.front import FrontConfig, front
-from selfsupnas.page import write_page
-from selfsupnas.pairs import SegmentationSpec, UnreadableFile
-from selfsupnas.retrain import RetrainConfig, load_network, retrain
-from selfsupnas.search import SearchConfig, load_supernet, search
+from selfsupnas.stages.pareto import FrontConfig, front
+from selfsupnas.viz.page import write_page
+from selfsupnas.data.files import SegmentationSpec, UnreadableFile
+from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
+from selfsupnas.stages.searching import SearchConfig, load_supernet, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 GRID = dict(layers=2, channels=4, budget=1.)
@@ -496,7 +496,7 @@ def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, wh
 
 def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
     "With bad_loss='skip': what JSON cannot hold is not in the history, and the search is finished."
-    import selfsupnas.training as training
+    import selfsupnas.train.loop as training
     plain, calls = training.to_device, []
     def poisoned(batch, device):
         calls.append(1)

@@ -20,23 +20,23 @@ from matplotlib.text import Text
 from PIL import Image
 
 import selfsupnas
-from selfsupnas import widgets
-from selfsupnas.architecture import Architecture, draw_architecture
-from selfsupnas.budget import CostTable
-from selfsupnas.data import CAMVID_SPEC
-from selfsupnas.evaluation import Metrics, confusion_figure
-from selfsupnas.grid import Path, SearchSpace
-from selfsupnas.pairs import PairDataset, SegmentationSpec
-from selfsupnas.pictures import plot_class_iou, plot_cost_accuracy, plot_jigsaw, plot_predictions, plot_views
-from selfsupnas.plots import plot_candidates, plot_gate_history, plot_history, plot_route
-from selfsupnas.report import Summary, summary_figure
-from selfsupnas.routes import plot_closed, plot_cost_distribution, plot_front, plot_image_routes, plot_operations
-from selfsupnas.scenes import draw_scene
-from selfsupnas.search import GateStatistics, SearchConfig
+from selfsupnas.viz import widgets
+from selfsupnas.space.architecture import Architecture, draw_architecture
+from selfsupnas.space.budget import CostTable
+from selfsupnas.data.datasets import CAMVID_SPEC
+from selfsupnas.metrics import Metrics, confusion_figure
+from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.data.files import PairDataset, SegmentationSpec
+from selfsupnas.viz.pictures import plot_class_iou, plot_cost_accuracy, plot_jigsaw, plot_predictions, plot_views
+from selfsupnas.viz.plots import plot_candidates, plot_gate_history, plot_history, plot_route
+from selfsupnas.viz.report import Summary, summary_figure
+from selfsupnas.viz.routes import plot_closed, plot_cost_distribution, plot_front, plot_image_routes, plot_operations
+from selfsupnas.data.toy.scenes import draw_scene
+from selfsupnas.stages.searching import GateStatistics, SearchConfig
 from selfsupnas.show import ERROR_COLOURS, colourise, error_map, legend, overlay, show_images, show_samples
-from selfsupnas.splits import make_split
-from selfsupnas.survey import sample_sheet, survey
-from selfsupnas.widgets import draw_progress, edit_architecture, explore_budget, explore_split
+from selfsupnas.data.splits import make_split
+from selfsupnas.data.inspection import sample_sheet, survey
+from selfsupnas.viz.widgets import draw_progress, edit_architecture, explore_budget, explore_split
 
 matplotlib.use("Agg")
 TESTS = [] # one for each figure

@@ -5,21 +5,21 @@ import pytest
 import torch
 from accelerate import Accelerator, state
 
-from selfsupnas.batches import load_training_data, make_batches
-from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.budget import measure_costs
-from selfsupnas.evaluation import evaluate
-from selfsupnas.gate import hold_gates
-from selfsupnas.loaders import to_device
-from selfsupnas.losses import pixel_cross_entropy
-from selfsupnas.objective import objective
-from selfsupnas.permutations import permutation_set
-from selfsupnas.processes import own_device
-from selfsupnas.retrain import RetrainConfig, load_network, retrain
-from selfsupnas.search import SearchConfig, load_supernet, make_space, search
-from selfsupnas.space import supernet
+from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.space.budget import measure_costs
+from selfsupnas.metrics import evaluate
+from selfsupnas.space.gate import hold_gates
+from selfsupnas.data.loaders import to_device
+from selfsupnas.tasks.losses import pixel_cross_entropy
+from selfsupnas.train.step import objective
+from selfsupnas.tasks.permutations import permutation_set
+from selfsupnas.distributed import own_device
+from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
+from selfsupnas.stages.searching import SearchConfig, load_supernet, make_space, search
+from selfsupnas.space.supernet import build_supernet
 from selfsupnas.speed import SpeedConfig, closed_gates
-from selfsupnas.training import make_parts, seed_step, step_weights, train
+from selfsupnas.train.loop import make_parts, seed_step, step_weights, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")
 
@@ -48,7 +48,7 @@ def one_pass(config, data, device):
     state.AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=device == "cpu")
     torch.manual_seed(0)
-    parts = make_parts(supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
+    parts = make_parts(build_supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
     parts["trainee"].train()
     batches = {name: to_device(b, accelerator.device) for name, b in next(make_batches(config, data)).items()}
     weights = step_weights(config, 1., None)
@@ -75,7 +75,7 @@ def test_the_objective_and_its_gradients_are_the_processors(config, exact, kind)
 def test_paths_shut_image_by_image_give_the_processors_answer(exact, p):
     told = SpeedConfig(layers=4, channels=8, num_classes=5, images=3)
     torch.manual_seed(0)
-    network, x, gates = supernet(told.space).train(), torch.randn(3, 3, 64, 80), closed_gates(told, p)
+    network, x, gates = build_supernet(told.space).train(), torch.randn(3, 3, 64, 80), closed_gates(told, p)
     label, found = torch.randint(5, (3, 64, 80)), {}
     for device in ("cpu", "cuda"):
         network.to(device).zero_grad()
@@ -107,7 +107,7 @@ def test_what_was_stopped_goes_on(config, precision):
         told = dataclasses.replace(config, folder=config.folder + folder)
         def model():
             torch.manual_seed(0)
-            return supernet(make_space(told, data.train.spec.num_classes), gate=told.gate)
+            return build_supernet(make_space(told, data.train.spec.num_classes), gate=told.gate)
         def watch(rows):
             if rows[-1]["step"] == stop: raise KeyboardInterrupt
         try: return train(model(), told, data, watch=watch).history
@@ -150,6 +150,6 @@ def test_memory_that_gives_out_is_explained(config):
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         with pytest.raises(MemoryError, match="lower one of these"):
-            train(supernet(make_space(config, data.train.spec.num_classes), gate="conditional"),
+            train(build_supernet(make_space(config, data.train.spec.num_classes), gate="conditional"),
                   dataclasses.replace(config, size=(768, 768), batch_labelled=32), load_training_data(dataclasses.replace(config, size=(768, 768))))
     finally: torch.cuda.set_per_process_memory_fraction(1.)

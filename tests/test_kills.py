@@ -7,7 +7,7 @@ import os, random, signal, time
 import pytest
 from conftest import same_run, wait_until
 
-from selfsupnas.checkpoints import checkpoint_paths, step_of
+from selfsupnas.train.checkpoint import checkpoint_paths, step_of
 
 pytestmark = pytest.mark.long
 KILLS = int(os.environ.get("SELFSUPNAS_KILLS", 3))
@@ -17,12 +17,12 @@ SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=STEPS, logs=
 
 
 def run_search(folder, architecture=None):
-    from selfsupnas.search import SearchConfig, search
+    from selfsupnas.stages.searching import SearchConfig, search
     search(SearchConfig(folder=folder, **SMALL))
 
 
 def run_retrain(folder, architecture):
-    from selfsupnas.retrain import RetrainConfig, retrain
+    from selfsupnas.stages.retraining import RetrainConfig, retrain
     fields = {name: value for name, value in SMALL.items() if name in RetrainConfig.__dataclass_fields__}
     retrain(RetrainConfig(folder=folder, architecture=architecture, **fields))
 

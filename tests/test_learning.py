@@ -4,15 +4,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from selfsupnas.architecture import Architecture
-from selfsupnas.baselines import build_baseline
-from selfsupnas.batches import load_training_data
-from selfsupnas.config import TrainingConfig
-from selfsupnas.evaluation import evaluate
-from selfsupnas.grid import SearchSpace
-from selfsupnas.network import StaticNetwork
-from selfsupnas.search import SearchConfig, search
-from selfsupnas.training import train
+from selfsupnas.space.architecture import Architecture
+from selfsupnas.rivals import build_baseline
+from selfsupnas.train.batches import load_training_data
+from selfsupnas.train.config import TrainingConfig
+from selfsupnas.metrics import evaluate
+from selfsupnas.space.grid import SearchSpace
+from selfsupnas.space.network import StaticNetwork
+from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.train.loop import train
 
 SIZE = 64, 96 # height, width
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from selfsupnas.batches import load_training_data, make_batches
-from selfsupnas.cityscapes import draw_cityscapes
-from selfsupnas.config import TrainingConfig
+from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.data.cityscapes import draw_cityscapes
+from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
-from selfsupnas.data import load_dataset
-from selfsupnas.evaluation import evaluate
-from selfsupnas.retrain import load_network
-from selfsupnas.search import unchosen
-from selfsupnas.splits import save_split
-from selfsupnas.voc import draw_voc
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.metrics import evaluate
+from selfsupnas.stages.retraining import load_network
+from selfsupnas.stages.searching import unchosen
+from selfsupnas.data.splits import save_split
+from selfsupnas.data.voc import draw_voc
 
 pytestmark = pytest.mark.filterwarnings("ignore:not one mask of") # drawn trees lack most classes
 
@@ -109,8 +109,8 @@ def test_a_process_that_leaves_a_loader_unfinished_ends():
     "Workers that did not listen to their own process once held up its end for ever, where it was one of several."
     code = """
 import multiprocessing, sys
-from selfsupnas.data import load_dataset
-from selfsupnas.loaders import Stream, draw_batches
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.data.loaders import Stream, draw_batches
 def begin():
     data = load_dataset("streetscenes", "train")
     sys.kept = draw_batches({"some": (Stream(data, data.ids[:4]), 2)}, range(1000), workers=1)

@@ -4,17 +4,17 @@ import dataclasses, subprocess, sys
 import pytest
 import torch
 
-from selfsupnas.batches import load_training_data, make_batches
-from selfsupnas.consistency import CONSISTENCY
-from selfsupnas.evaluation import evaluate
-from selfsupnas.front import FrontConfig, front
-from selfsupnas.loaders import to_device
-from selfsupnas.objective import make_trainee, objective
-from selfsupnas.permutations import permutation_set
-from selfsupnas.search import SearchConfig, halves, load_supernet, make_space, make_turns, search
-from selfsupnas.space import supernet
-from selfsupnas.teacher import EMATeacher
-from selfsupnas.training import train
+from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.tasks.consistency import CONSISTENCY
+from selfsupnas.metrics import evaluate
+from selfsupnas.stages.pareto import FrontConfig, front
+from selfsupnas.data.loaders import to_device
+from selfsupnas.train.step import make_trainee, objective
+from selfsupnas.tasks.permutations import permutation_set
+from selfsupnas.stages.searching import SearchConfig, halves, load_supernet, make_space, make_turns, search
+from selfsupnas.space.supernet import build_supernet
+from selfsupnas.tasks.teacher import EMATeacher
+from selfsupnas.train.loop import train
 
 SMALL = dict(size=(64, 80), steps=4, layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=2, budget=0.8,
              ramp=(0., 0.), cost_ramp=(0., 0.5), threshold=0.)
@@ -57,7 +57,7 @@ def test_the_pretext_alone_drives_a_search_and_no_label_is_read(config):
     def run(train_set):
         torch.manual_seed(0)
         part = dataclasses.replace(data, train=train_set)
-        return train(supernet(found.table.space), dataclasses.replace(config, folder=config.folder + "-2"), part).history
+        return train(build_supernet(found.table.space), dataclasses.replace(config, folder=config.folder + "-2"), part).history
     found = search(config)
     assert not data.split.labelled and found.record.figures["supernet_val_miou"] is None
     assert "sup" not in found.trained.history[-1] and found.record.figures["derived_cost"] <= found.record.figures["budget_cost"]
@@ -69,7 +69,7 @@ def terms_of(config, weights):
     data = load_training_data(config)
     space = search_space(config, data)
     torch.manual_seed(0)
-    trainee = make_trainee(supernet(space), config)
+    trainee = make_trainee(build_supernet(space), config)
     teacher = EMATeacher(trainee)
     batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
     terms, _ = objective(trainee, trainee, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
@@ -108,7 +108,7 @@ def test_alternating_turns_split_data_and_parameters(config):
     data = load_training_data(config)
     a, b = halves(data, config.seed)
     assert not set(a.both) & set(b.both) and set(a.both) | set(b.both) == set(data.both)
-    model = supernet(search_space(config, data))
+    model = build_supernet(search_space(config, data))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, dataclasses.replace(config, steps=1), data, turns=make_turns(data, config))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -120,12 +120,12 @@ def test_alternating_turns_split_data_and_parameters(config):
 
 @pytest.mark.parametrize("variant", [dict(drop_path=0.3, adaptive_threshold=True), dict(consistency="unimatch"), dict(update="alternating", consistency="cps")], ids=str)
 def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
-    import selfsupnas.training as training
+    import selfsupnas.train.loop as training
     config = dataclasses.replace(config, steps=6, logs=3, **variant)
     data = load_training_data(config)
     def run(config):
         torch.manual_seed(0)
-        return train(supernet(search_space(config, data)), config, data, turns=make_turns(data, config))
+        return train(build_supernet(search_space(config, data)), config, data, turns=make_turns(data, config))
     whole, plain = run(dataclasses.replace(config, folder=config.folder + "-whole")), training.to_device
     calls = []
     def interrupt(*args):
@@ -159,7 +159,7 @@ def test_down_is_the_convolution_of_stride_2_and_survives_an_odd_batch():
     code = """
 import torch
 from torch.nn.functional import conv2d
-from selfsupnas.cell import Down
+from selfsupnas.space.cell import Down
 torch.set_num_threads(2)
 down = Down(8).to(memory_format=torch.channels_last)
 for _ in range(300):

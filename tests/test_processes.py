@@ -27,13 +27,13 @@ CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adap
 
 def run_case(name, folder):
     "One run; the history is written by the first process."
-    from selfsupnas import augment, consistency, evaluation, loaders, objective, training
-    from selfsupnas.batches import load_training_data
+    from selfsupnas.data import augment; from selfsupnas.tasks import consistency; from selfsupnas import metrics as evaluation; from selfsupnas.data import loaders; from selfsupnas.train import step as objective; from selfsupnas.train import loop as training
+    from selfsupnas.train.batches import load_training_data
     from selfsupnas.core import write_json
-    from selfsupnas.evaluation import evaluate
-    from selfsupnas.processes import world
-    from selfsupnas.search import BudgetTerms, SearchConfig, make_table, make_turns
-    from selfsupnas.space import supernet
+    from selfsupnas.metrics import evaluate
+    from selfsupnas.distributed import world
+    from selfsupnas.stages.searching import BudgetTerms, SearchConfig, make_table, make_turns
+    from selfsupnas.space.supernet import build_supernet
     # rounding apart, nothing may differ; small gated networks amplify it about threefold a step, so that it must be small
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
@@ -45,7 +45,7 @@ def run_case(name, folder):
     table = make_table(config, data)
     def run():
         torch.manual_seed(config.seed)
-        model = supernet(table.space)
+        model = build_supernet(table.space)
         with torch.no_grad(): # some gates shut from the start: paths that one process alone takes
             for gate in (m for m in model.modules() if hasattr(m, "closing")): gate.logits.bias.normal_(0., .2)
         return training.train(model, config, data, BudgetTerms(model, table, config), make_turns(data, config))
@@ -107,9 +107,9 @@ def test_a_stop_that_one_process_hears_of_stops_all_and_they_go_on(runs):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    from selfsupnas.batches import check_shares
-    from selfsupnas.config import TrainingConfig
-    from selfsupnas.processes import World
+    from selfsupnas.train.batches import check_shares
+    from selfsupnas.train.config import TrainingConfig
+    from selfsupnas.distributed import World
     check_shares(TrainingConfig(), World(0, 4))
     with pytest.raises(ValueError, match="batch_jigsaw=12 cannot be shared evenly by 8 processes"): check_shares(TrainingConfig(), World(1, 8))
     check_shares(TrainingConfig(w_jig=0.), World(0, 8))
@@ -125,13 +125,13 @@ STAGE = dict(SMALL, **SHORT, seed=3)
 def stages(tmp_path_factory):
     "The search stage, whole: here, by notebook_launcher in a kernel, and by torchrun as a command."
     from selfsupnas.execution import run_notebook
-    from selfsupnas.search import SearchConfig, search
+    from selfsupnas.stages.searching import SearchConfig, search
     place = tmp_path_factory.mktemp("stages")
     search(SearchConfig(folder=str(place/"one"), **STAGE))
     code = f"""
 import socket
 from accelerate import notebook_launcher
-from selfsupnas.search import SearchConfig, search
+from selfsupnas.stages.searching import SearchConfig, search
 def run():
     import torch
     torch.set_num_threads(1)
@@ -178,7 +178,7 @@ def test_a_stage_in_two_processes_leaves_what_it_leaves_in_one(stages, way):
 
 def test_a_front_in_two_processes_is_that_of_one(stages, tmp_path):
     from selfsupnas.core import RunRecord
-    from selfsupnas.front import FrontConfig, front
+    from selfsupnas.stages.pareto import FrontConfig, front
     asked = dict(search=str(stages/"one"), budgets=(.6,), steps=2, random=1)
     front(FrontConfig(folder=str(tmp_path/"one"), **asked))
     torchrun("front", tmp_path/"two", asked)

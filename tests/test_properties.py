@@ -5,30 +5,30 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from selfsupnas.architecture import Architecture, architecture_from_json, architecture_to_json, derive_greedily, reached
-from selfsupnas.augment import WeakView
-from selfsupnas.baselines import all_open
-from selfsupnas.benchmark import EvaluateConfig
-from selfsupnas.budget import expected_cost, measure_costs, realised_cost, static_cost
-from selfsupnas.checkpoints import checkpoint_paths, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights, step_of
-from selfsupnas.config import learning_rate, ramp_up
+from selfsupnas.space.architecture import Architecture, architecture_from_json, architecture_to_json, derive_greedily, reached
+from selfsupnas.data.augment import WeakView
+from selfsupnas.rivals import all_open
+from selfsupnas.stages.evaluation import EvaluateConfig
+from selfsupnas.space.budget import expected_cost, measure_costs, realised_cost, static_cost
+from selfsupnas.train.checkpoint import checkpoint_paths, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights, step_of
+from selfsupnas.train.config import learning_rate, ramp_up
 from selfsupnas.core import RunRecord, from_parameters
-from selfsupnas.cost import count_flops
-from selfsupnas.derivation import derive
-from selfsupnas.evaluation import Metrics, confusion_matrix
-from selfsupnas.front import FrontConfig
-from selfsupnas.gate import CLOSED, gate_activation, hold_gates, put, take, watch_gates
-from selfsupnas.grid import SearchSpace, trace_route
-from selfsupnas.jigsaw import cut_and_shuffle, jigsaw_accuracy, join_cells, solve_positions, split_cells, unshuffle
-from selfsupnas.network import StaticNetwork, inherit
-from selfsupnas.operations import OPERATIONS
-from selfsupnas.pairs import PairDataset, SegmentationSpec
-from selfsupnas.permutations import permutation_set
-from selfsupnas.retrain import RetrainConfig
-from selfsupnas.search import SearchConfig
-from selfsupnas.space import gates_by_path, gates_from_paths, supernet
-from selfsupnas.splits import LabelSplit, label_count, load_split, save_split
-from selfsupnas.stages import parse_value
+from selfsupnas.space.cost import count_flops
+from selfsupnas.space.derivation import derive
+from selfsupnas.metrics import Metrics, confusion_matrix
+from selfsupnas.stages.pareto import FrontConfig
+from selfsupnas.space.gate import CLOSED, gate_activation, hold_gates, put, take, watch_gates
+from selfsupnas.space.grid import SearchSpace, trace_route
+from selfsupnas.tasks.jigsaw import cut_and_shuffle, jigsaw_accuracy, join_cells, solve_positions, split_cells, unshuffle
+from selfsupnas.space.network import StaticNetwork, inherit
+from selfsupnas.space.operations import OPERATIONS
+from selfsupnas.data.files import PairDataset, SegmentationSpec
+from selfsupnas.tasks.permutations import permutation_set
+from selfsupnas.stages.retraining import RetrainConfig
+from selfsupnas.stages.searching import SearchConfig
+from selfsupnas.space.supernet import gates_by_path, gates_from_paths, build_supernet
+from selfsupnas.data.splits import LabelSplit, label_count, load_split, save_split
+from selfsupnas.parameters import parse_value
 
 FAST = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def examples(count): return settings(max_examples=count, **FAST)
@@ -79,7 +79,7 @@ def close(a, b): return a.shape == b.shape and torch.allclose(a, b, atol=1e-4 * 
 @examples(20)
 @given(spaces, st.sampled_from(["conditional", "static"]), st.integers(1, 3), sides, sides, seeds)
 def test_a_supernet_answers_every_pixel_of_every_size(space, gate, batch, height, width, seed):
-    network = random_network(lambda: supernet(space, gate=gate), seed)
+    network = random_network(lambda: build_supernet(space, gate=gate), seed)
     with torch.no_grad(): logits = network(torch.randn(batch, 3, height, width))
     assert logits.shape == (batch, space.num_classes, height, width) and logits.isfinite().all()
 
@@ -192,7 +192,7 @@ def test_put_is_the_inverse_of_take(rows, seed):
 @examples(15)
 @given(spaces, seeds)
 def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space, seed):
-    network, whole = random_network(lambda: supernet(space), seed), all_open(space)
+    network, whole = random_network(lambda: build_supernet(space), seed), all_open(space)
     images = torch.randn(2, 3, 40, 57)
     with torch.no_grad(), hold_gates(network, gates_from_paths(space, whole.kept)):
         assert close(inherit(StaticNetwork(whole), network.state_dict()).eval()(images), network(images))
@@ -201,7 +201,7 @@ def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space,
 @examples(25)
 @given(architectures(), seeds)
 def test_held_to_an_architecture_the_supernet_is_the_network_that_inherits_it(architecture, seed):
-    network = random_network(lambda: supernet(architecture.space), seed)
+    network = random_network(lambda: build_supernet(architecture.space), seed)
     images = torch.randn(2, 3, 40, 57)
     with torch.no_grad(), hold_gates(network, gates_from_paths(architecture.space, architecture.kept)):
         assert close(inherit(StaticNetwork(architecture), network.state_dict()).eval()(images), network(images))
@@ -211,7 +211,7 @@ def test_held_to_an_architecture_the_supernet_is_the_network_that_inherits_it(ar
 @given(st.data(), spaces, seeds)
 def test_images_of_a_batch_do_not_meet(data, space, seed):
     "Each with gates of its own, some of them shut: what an image gets is what it gets alone; what does not reach a cell has gates of 0."
-    network = random_network(lambda: supernet(space), seed)
+    network = random_network(lambda: build_supernet(space), seed)
     images = torch.randn(3, 3, 40, 57)
     held = [gates_from_paths(space, data.draw(weighed(space))) for _ in images]
     with torch.no_grad():

@@ -5,11 +5,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from selfsupnas.batches import check_shares
+from selfsupnas.train.batches import check_shares
 from selfsupnas.cli import make_parser
 from selfsupnas.core import from_parameters
-from selfsupnas.processes import World
-from selfsupnas.stages import STAGES, parse_parameters, stage_config
+from selfsupnas.distributed import World
+from selfsupnas.parameters import STAGES, parse_parameters, stage_config
 
 INDEX = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf8"))
 README = (ROOT/"README.md").read_text("utf8")
@@ -105,8 +105,8 @@ def test_its_python_makes_a_picture(tmp_path, monkeypatch):
     "The lines under *Use a network*, as they stand, on a drawn street scene."
     from PIL import Image
 
-    from selfsupnas.data import CAMVID_SPEC
-    from selfsupnas.scenes import draw_scene
+    from selfsupnas.data.datasets import CAMVID_SPEC
+    from selfsupnas.data.toy.scenes import draw_scene
     (code,) = [text for language, text in FENCES if language == "python"]
     monkeypatch.chdir(tmp_path)
     Image.fromarray(draw_scene(0, (192, 256))[0]).save("street.png")
@@ -122,7 +122,7 @@ def test_its_folders_are_read(flat, tmp_path):
     "The layouts that it draws: files in one folder, or in one for each split; images without a mask beside either."
     from PIL import Image
 
-    from selfsupnas.data import load_dataset
+    from selfsupnas.data.datasets import load_dataset
     (tree,) = [text for language, text in FENCES if not language]
     assert set(re.findall(r"[\w.]+(?=/\*|\n| {2,})", tree)) >= {"classes.txt", "images", "masks", "train", "val", "test", "unlabelled"}
     assert "`images/*.png` and `masks/*.png`" in README

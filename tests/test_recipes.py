@@ -9,13 +9,13 @@ from papermill.iorw import load_notebook_node, read_yaml_file
 from papermill.parameterize import parameterize_notebook
 
 from selfsupnas import recipes as recipes_module
-from selfsupnas.cityscapes import draw_cityscapes
+from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.recipes import SETS, recipe_config, recipe_estimate, recipes, write_recipes
-from selfsupnas.retrain import retrain
-from selfsupnas.search import search
-from selfsupnas.stages import stage_config
-from selfsupnas.voc import draw_voc
+from selfsupnas.stages.retraining import retrain
+from selfsupnas.stages.searching import search
+from selfsupnas.parameters import stage_config
+from selfsupnas.data.voc import draw_voc
 
 RATES = ROOT/"nbs"/"experiments"/"records"/"rates"
 FILES = sorted((ROOT/"nbs"/"runs"/"recipes").iterdir())

@@ -7,18 +7,18 @@ import torch
 from conftest import draw_folder
 from torch import nn
 
-from selfsupnas import baselines
-from selfsupnas.architecture import Architecture, load_architecture, save_architecture
-from selfsupnas.baselines import BASELINES, GRID_RIVALS, SCALABLE, all_open, batch_norm_scales, build_baseline, fit_channels, open_parts
-from selfsupnas.benchmark import EvaluateConfig, benchmark
-from selfsupnas.checkpoints import read_weights, save_weights
-from selfsupnas.cost import count_cost
+from selfsupnas import rivals as baselines
+from selfsupnas.space.architecture import Architecture, load_architecture, save_architecture
+from selfsupnas.rivals import BASELINES, GRID_RIVALS, SCALABLE, all_open, batch_norm_scales, build_baseline, fit_channels, open_parts
+from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.train.checkpoint import read_weights, save_weights
+from selfsupnas.space.cost import count_cost
 from selfsupnas.export import export_program, export_run
-from selfsupnas.grid import Path, SearchSpace
-from selfsupnas.network import StaticNetwork
-from selfsupnas.retrain import RetrainConfig, load_network, load_retrain, retrain
-from selfsupnas.space import supernet
-from selfsupnas.stages import check_inputs
+from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.network import StaticNetwork
+from selfsupnas.stages.retraining import RetrainConfig, load_network, load_retrain, retrain
+from selfsupnas.space.supernet import build_supernet
+from selfsupnas.parameters import check_inputs
 
 SPACE = SearchSpace(11)
 SEARCHED = SearchSpace(11, 3, 16, ("sep_conv_3x3", "conv_3x3"), search_operations=True)
@@ -36,7 +36,7 @@ def tables():
 
 def scaled_state(space, seed=0):
     "A supernet's weights, its batch-norm scales drawn, in the place of a search."
-    state, draws = supernet(space).state_dict(), torch.Generator().manual_seed(seed)
+    state, draws = build_supernet(space).state_dict(), torch.Generator().manual_seed(seed)
     for name in [name for name in state if name.endswith("running_mean")]:
         scale = name.removesuffix("running_mean") + "weight"
         state[scale] = torch.randn(len(state[scale]), generator=draws) * torch.rand(1, generator=draws)
@@ -146,7 +146,7 @@ def test_a_grid_that_is_too_coarse_for_a_cost_says_so():
 # ---- batch-norm scales
 
 def test_importance_is_the_mean_absolute_scale():
-    state = {name: value.clone() for name, value in supernet(SMALL).state_dict().items()}
+    state = {name: value.clone() for name, value in build_supernet(SMALL).state_dict().items()}
     state["cells.1_0.paths.down.1.weight"] = torch.linspace(-1, 1, 16)
     state["cells.1_1.paths.up.project.1.weight"] = torch.full((8,), -.25)
     state["cells.1_1.operations.sep_conv_3x3.0.2.weight"] = torch.full((16,), .5)
@@ -158,7 +158,7 @@ def test_importance_is_the_mean_absolute_scale():
 
 def test_candidates_have_their_own_scales_and_what_has_none_counts_1():
     space = dataclasses.replace(SEARCHED, operations=("conv_3x3", "identity"))
-    state = {name: value.clone() for name, value in supernet(space).state_dict().items()}
+    state = {name: value.clone() for name, value in build_supernet(space).state_dict().items()}
     state["cells.2_1.operations.conv_3x3.1.weight"] = torch.full((32,), .2)
     found = batch_norm_scales(space, state)
     changed = {Path(2, 1, "conv_3x3"): .2, Path(2, 1, "keep"): .2}
@@ -166,14 +166,14 @@ def test_candidates_have_their_own_scales_and_what_has_none_counts_1():
 
 
 def test_paths_of_no_scale_are_not_taken():
-    state = {name: torch.zeros_like(value) if ".paths.down.1.weight" in name else value for name, value in supernet(SMALL).state_dict().items()}
+    state = {name: torch.zeros_like(value) if ".paths.down.1.weight" in name else value for name, value in build_supernet(SMALL).state_dict().items()}
     asked = count_cost(StaticNetwork(Architecture(SMALL, {Path(layer, 0, "keep"): 1. for layer in range(4)})), (64, 80)).flops
     assert set(GRID_RIVALS["batch_norm_route"](SMALL, (64, 80), asked, state).paths) == {Path(layer, 0, "keep") for layer in range(4)}
 
 
 @pytest.mark.parametrize("other", [dataclasses.replace(SMALL, channels=16), dataclasses.replace(SMALL, layers=2)])
 def test_scales_of_another_space_are_refused(other):
-    with pytest.raises(ValueError, match="another search space"): batch_norm_scales(SMALL, supernet(other).state_dict())
+    with pytest.raises(ValueError, match="another search space"): batch_norm_scales(SMALL, build_supernet(other).state_dict())
 
 
 # ---- one behaviour suite
@@ -237,7 +237,7 @@ def place(tmp_path_factory):
     draw_folder(place/"data", {"train": 6, "val": 2})
     found = baselines.random_architecture(SMALL, lambda kept: len(kept), 12, 0)
     save_architecture(dataclasses.replace(found, provenance={"classes": ["road", "house", "tree"]}), place/"search"/"architecture.json")
-    torch.manual_seed(0); network = supernet(SMALL)
+    torch.manual_seed(0); network = build_supernet(SMALL)
     network.load_state_dict(scaled_state(SMALL))
     save_weights(network, place/"search"/"supernet.safetensors")
     return place
@@ -340,9 +340,9 @@ def test_a_rival_is_measured_on_the_images_of_what_it_is_compared_with(place, tm
 
 
 def test_rivals_of_a_run_that_began_with_jigsaws_begin_with_labels(place, tmp_path):
-    from selfsupnas.benchmark import train_baseline
-    from selfsupnas.front import FrontConfig, member_config
-    from selfsupnas.search import SearchConfig
+    from selfsupnas.stages.evaluation import train_baseline
+    from selfsupnas.stages.pareto import FrontConfig, member_config
+    from selfsupnas.stages.searching import SearchConfig
     searched = SearchConfig(data="folder", root=str(place/"data"), sup_start=.5, w_semi=0.)
     assert member_config(FrontConfig(folder=str(tmp_path)), searched, "derived-0.5").sup_start == 0
     first = config(place, str(place/"search"), equal_cost=None, folder=str(tmp_path/"run"), sup_start=.5, w_semi=0.)

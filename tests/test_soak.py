@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import draw_folder
 
-from selfsupnas.search import SearchConfig, search
+from selfsupnas.stages.searching import SearchConfig, search
 
 pytestmark = pytest.mark.long
 STEPS = int(os.environ.get("SELFSUPNAS_SOAK", 150))
@@ -27,7 +27,7 @@ def handles(): return len(os.listdir("/proc/self/fd"))
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc, where Linux says what a process holds")
 def test_a_long_search_holds_no_more_at_its_end(tmp_path, monkeypatch):
-    import selfsupnas.training as training
+    import selfsupnas.train.loop as training
     draw_folder(tmp_path/"data", dict(train=8, val=8))
     config = SearchConfig(folder=str(tmp_path/"run"), data="folder", root=str(tmp_path/"data"), label_fraction=.5, cache_gb=0., steps=STEPS, logs=max(1, STEPS // 25),
                           layers=3, channels=4, budget=.75, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, drop_path=.1, adaptive_threshold=True)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import ROOT, same_run, wait_until
 
-from selfsupnas.checkpoints import checkpoint_paths, step_of
+from selfsupnas.train.checkpoint import checkpoint_paths, step_of
 
 pytestmark = pytest.mark.long
 STEPS, EVERY = 24, 6
@@ -20,7 +20,7 @@ SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=STEPS, logs=
 
 
 def in_python(folder):
-    from selfsupnas.search import SearchConfig, search
+    from selfsupnas.stages.searching import SearchConfig, search
     search(SearchConfig(folder=folder, **SMALL))
 
 

@@ -1,14 +1,14 @@
 "The house rules that a machine can check: import direction, run notebooks, sizes, outputs, import time."
-import ast, base64, dataclasses, json, re, subprocess, sys
+import ast, base64, dataclasses, importlib, json, re, subprocess, sys
 
 import pytest
 from conftest import ROOT
 
 from selfsupnas.core import from_parameters
-from selfsupnas.stages import STAGES, field_docs, stage_config
+from selfsupnas.parameters import STAGES, field_docs, stage_config
 
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"\d\d_", p.name)]
+CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "experiments") and re.match(r"\d\d_", p.name)]
 HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill", "onnx", "onnxruntime", "onnxscript", "huggingface_hub", "tensorboard", "submitit", "torchvision")
 
 
@@ -22,10 +22,21 @@ def is_exported(source): return re.match(r"#\s*\|\s*exporti?s?\b", source) is no
 
 def module_of(path):
     "The module that a notebook exports to, None if it exports nothing."
-    return next((m[1] for source, _ in cells(path) if (m := re.search(r"#\s*\|\s*default_exp\s+(\w+)", source))), None)
+    return next((m[1] for source, _ in cells(path) if (m := re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", source))), None)
 
 
-NUMBER = {module_of(p): int(p.name[:2]) for p in CHAPTERS if module_of(p)}
+# folders and rooms of the top level, in the order in which they may import: each only from those before it
+ORDER = ["core", "distributed", "show", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "zoo", "export", "machinery"]
+MODULES = {module_of(p): p for p in CHAPTERS if module_of(p)}
+
+
+def place_of(module):
+    "Where a module stands: its room, and its number there."
+    path, room = MODULES[module], module.split(".")[0]
+    toys = path.parent.name != "toy" # the embedded sets come before the formats
+    return ORDER.index(room if room in ORDER else "machinery"), toys, int(path.name[:2])
+
+
 def name(path): return str(path.relative_to(ROOT/"nbs"))
 
 
@@ -34,31 +45,52 @@ def package_imports(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, "a notebook says `from selfsupnas.x import`, without dots"
-            if node.module == "selfsupnas": yield from (a.name for a in node.names)
-            elif (node.module or "").startswith("selfsupnas."): yield node.module.split(".")[1]
+            module = (node.module or "").removeprefix("selfsupnas").removeprefix(".")
+            if not (node.module or "").startswith("selfsupnas"): continue
+            if module in MODULES: yield module
+            else: yield from (f"{module}.{a.name}".removeprefix(".") for a in node.names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("selfsupnas."))
+            yield from (a.name.removeprefix("selfsupnas.") for a in node.names if a.name.startswith("selfsupnas."))
+
+
+def wrong_imports(path, source):
+    "What an exported piece of code imports from later than its own place."
+    own = place_of(module_of(path))
+    return [module for module in package_imports(source) if module in MODULES and place_of(module) >= own]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
-def test_a_module_imports_only_from_lower_numbers(path):
+def test_a_module_imports_only_from_what_comes_before(path):
     for source, _ in cells(path):
         assert not re.search(r"^\s*from\s+\S+\s+import\s+\*", source, re.M), "a star import"
         if not is_exported(source): continue
-        for module in package_imports(source):
-            assert module in NUMBER, f"{path.name} imports {module}, which no notebook exports"
-            assert NUMBER[module] < int(path.name[:2]), f"{path.name} imports {module} ({NUMBER[module]:02d})"
+        for module in package_imports(source): assert module in MODULES, f"{path.name} imports {module}, which no notebook exports"
+        assert wrong_imports(path, source) == []
+
+
+def test_an_import_turned_round_is_seen():
+    path = MODULES["space.gate"]
+    assert wrong_imports(path, "from selfsupnas.train.loop import train") == ["train.loop"]
+    assert wrong_imports(path, "from selfsupnas.space import cell") == ["space.cell"] and wrong_imports(path, "from selfsupnas.core import Timer") == []
 
 
 def test_every_module_comes_from_one_notebook():
-    modules = {p.stem for p in (ROOT/"selfsupnas").glob("*.py")} - {"__init__", "_modidx"}
-    assert modules == set(NUMBER)
-    assert len(NUMBER) == len([p for p in CHAPTERS if module_of(p)]), "two notebooks export to one module"
+    package = ROOT/"selfsupnas"
+    modules = {".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")}
+    assert modules == set(MODULES)
+    assert len(MODULES) == len([p for p in CHAPTERS if module_of(p)]), "two notebooks export to one module"
     assert not [p.name for p in CHAPTERS if p.name[:2] != "00" and module_of(p) is None]
+    for module, path in MODULES.items(): assert path.parent.relative_to(ROOT/"nbs").parts == tuple(module.split(".")[:-1]), f"{path} exports to {module}"
+
+
+def test_a_module_and_what_it_exports_never_share_a_name():
+    "To import the module would hide the function from those who type `from selfsupnas.FOLDER import`."
+    for module in MODULES:
+        if "." in module: assert module.split(".")[-1] not in getattr(importlib.import_module(f"selfsupnas.{module}"), "__all__", ()), module
 
 
 def test_no_module_imports_what_it_does_not_use():
-    for path in sorted((ROOT/"selfsupnas").glob("[!_]*.py")):
+    for path in sorted((ROOT/"selfsupnas").rglob("[!_]*.py")):
         tree = ast.parse(path.read_text("utf8"))
         imported = {(a.asname or a.name).split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
         assert imported <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}, path.name
@@ -127,7 +159,7 @@ def test_the_package_itself_loads_nothing_heavy():
 
 def test_heavy_libraries_load_when_used():
     "One process imports every module of the package, and none of them has drawn in a heavy library."
-    modules = "; ".join(f"import selfsupnas.{module}" for module in NUMBER)
+    modules = "; ".join(f"import selfsupnas.{module}" for module in MODULES)
     code = f"{modules}\nimport sys; print(*[m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from selfsupnas.augment import cutmix_boxes
-from selfsupnas.batches import load_training_data, make_batches, make_streams
-from selfsupnas.config import STATISTICS, TrainingConfig
-from selfsupnas.grid import SearchSpace
-from selfsupnas.jigsaw import cut_and_shuffle
-from selfsupnas.loaders import to_device
-from selfsupnas.objective import make_trainee, objective, run_passes
-from selfsupnas.permutations import permutation_set
-from selfsupnas.retrain import RetrainConfig, retrain
-from selfsupnas.search import SearchConfig, search
-from selfsupnas.space import supernet
-from selfsupnas.teacher import ClassThreshold, EMATeacher, RelativeThreshold
-from selfsupnas.training import step_weights, train
+from selfsupnas.data.augment import cutmix_boxes
+from selfsupnas.train.batches import load_training_data, make_batches, make_streams
+from selfsupnas.train.config import STATISTICS, TrainingConfig
+from selfsupnas.space.grid import SearchSpace
+from selfsupnas.tasks.jigsaw import cut_and_shuffle
+from selfsupnas.data.loaders import to_device
+from selfsupnas.train.step import make_trainee, objective, run_passes
+from selfsupnas.tasks.permutations import permutation_set
+from selfsupnas.stages.retraining import RetrainConfig, retrain
+from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.space.supernet import build_supernet
+from selfsupnas.tasks.teacher import ClassThreshold, EMATeacher, RelativeThreshold
+from selfsupnas.train.loop import step_weights, train
 
 SMALL = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, ramp=(0., 0.), logs=2, steps=4)
 SPACE = dict(layers=3, channels=8)
@@ -30,7 +30,7 @@ def config(tmp_path): return TrainingConfig(folder=str(tmp_path/"run"), **SMALL)
 
 def network(config, classes):
     torch.manual_seed(0)
-    return supernet(SearchSpace(classes, **SPACE))
+    return build_supernet(SearchSpace(classes, **SPACE))
 
 
 def one_step(config, threshold=None, **weights):
@@ -154,7 +154,7 @@ def test_a_stage_of_jigsaws_alone_moves_no_classifier(config):
     data = load_training_data(config)
     model = network(config, data.train.spec.num_classes)
     seen, before = [], model.classifier.weight.clone()
-    from selfsupnas import training
+    from selfsupnas.train import loop as training
     plain = training.take_step
     def watched(loss, accelerator, parts, *more):
         done = plain(loss, accelerator, parts, *more)
@@ -181,7 +181,7 @@ def test_a_teacher_starts_again_as_a_copy_of_the_student(config):
 
 
 def test_a_teacher_starts_again_where_that_step_is_refused(config, monkeypatch):
-    from selfsupnas import training
+    from selfsupnas.train import loop as training
     config, plain, seen = dataclasses.replace(config, ema_start=.5, bad_loss="skip"), training.take_step, []
     def poisoned(loss, accelerator, parts, *more):
         bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
@@ -199,7 +199,7 @@ def test_a_horizon_is_a_share_of_the_steps(config):
 
 
 def test_averaged_statistics_come_back_after_a_step_that_is_not_finite(config, monkeypatch):
-    from selfsupnas import training
+    from selfsupnas.train import loop as training
     config = dataclasses.replace(config, ema_buffers="averaged", bad_loss="skip", statistics="clean", threshold_kind="class")
     plain, seen = training.take_step, []
     def poisoned(loss, accelerator, parts, *more):
@@ -223,7 +223,7 @@ def test_perturbed_views_and_cells_that_run_again(statistics, again):
     "The plain loop of the chapter on objective, with perturbed features, shut gates and cells that run again."
     torch.manual_seed(0)
     config = TrainingConfig(w_jig=.5, consistency="unimatch", recompute=again)
-    trainee = make_trainee(supernet(SearchSpace(5, **SPACE)), config)
+    trainee = make_trainee(build_supernet(SearchSpace(5, **SPACE)), config)
     with torch.no_grad():
         for m in trainee.modules():
             if hasattr(m, "closing"): m.logits.bias.normal_(.1, .3)
@@ -231,7 +231,7 @@ def test_perturbed_views_and_cells_that_run_again(statistics, again):
     ours, loop = copy.deepcopy(trainee), copy.deepcopy(trainee)
     loop.model.recompute = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsupnas.objective.perturb_features", lambda x: x * .5)
+        patch.setattr("selfsupnas.train.step.perturb_features", lambda x: x * .5)
         said = run_passes(ours, ours, views, statistics, perturb=True)
         (sum(x.square().mean() for x in said.logits.values()) + said.jigsaw.square().mean() + said.perturbed.square().mean()).backward()
         passes = {"shared": [["labelled", "strong", "strong2", "weak", "jigsaw"]], "clean": [["labelled", "weak"], ["strong", "strong2"], ["jigsaw"]],
@@ -260,7 +260,7 @@ def test_perturbed_views_and_cells_that_run_again(statistics, again):
 
 def test_perturbed_features_apart_move_nothing():
     torch.manual_seed(0)
-    trainee = make_trainee(supernet(SearchSpace(5, **SPACE)), TrainingConfig(w_jig=0., consistency="unimatch"))
+    trainee = make_trainee(build_supernet(SearchSpace(5, **SPACE)), TrainingConfig(w_jig=0., consistency="unimatch"))
     with_them, without, images = copy.deepcopy(trainee), copy.deepcopy(trainee), torch.randn(4, 3, 64, 80)
     out = with_them(images, 4, perturb=2, apart=True)
     torch.testing.assert_close(out["logits"], without(images, 4)["logits"])
@@ -277,7 +277,7 @@ def test_the_control_sees_no_unlabelled_image(config):
     assert {stream.dataset.ids[stream.source(k)] for k in range(50)} <= set(data.split.labelled)
     strong = stream[0]["strong"]
     assert torch.equal(strong[0], strong[1]) and torch.equal(strong[1], strong[2]), "grey, as asked"
-    from selfsupnas.augment import StrongView
+    from selfsupnas.data.augment import StrongView
     edge = torch.zeros(3, 32, 32, dtype=torch.uint8)
     edge[:, :, 16:] = 255
     def greys(view): return max(len(view(edge).unique()) for _ in range(20))
@@ -311,8 +311,8 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     assert set(by_class) == set(done.data.train.spec.classes)
     known = [entry for entry in by_class.values() if entry["share"] is not None]
     assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
-    from selfsupnas.search import plain_images
-    from selfsupnas.augment import normalise
+    from selfsupnas.stages.searching import plain_images
+    from selfsupnas.data.augment import normalise
     x = normalise(plain_images(RetrainConfig(folder="x", **small), done.data, 4)) # the stem's first norm, by hand
     first = done.trained.model.stem
     features = F.conv2d(x, first[0].weight, None, 2, 1)
@@ -322,19 +322,19 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
 
 def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     "A student whose paths drop and whose batch norm is that of several processes, and a rival with dropout."
-    from selfsupnas.baselines import build_baseline
-    from selfsupnas.processes import SynchronisedNorm
-    from selfsupnas.retrain import recalibrate
-    from selfsupnas.search import plain_images, recalibrated
-    from selfsupnas.training import Trained
+    from selfsupnas.rivals import build_baseline
+    from selfsupnas.distributed import SynchronisedNorm
+    from selfsupnas.stages.retraining import recalibrate
+    from selfsupnas.stages.searching import plain_images, recalibrated
+    from selfsupnas.train.loop import Trained
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)
-    first, second = (supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
+    first, second = (build_supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
     plain = recalibrated(copy.deepcopy(second), images := plain_images(config, data, 6))
     second.drop_path(.9)
     for module in second.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
-    from selfsupnas.evaluation import ImageSubset, evaluate
+    from selfsupnas.metrics import ImageSubset, evaluate
     report = ImageSubset(data.val, data.val.ids[:8])
     figures = recalibrate(Trained(first, None, second, [], 0., None), config, data, report)
     assert figures["student_recalibrated_val_miou"] == pytest.approx(evaluate(plain, report, progress=False).miou, abs=1e-9)

@@ -4,9 +4,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import SBDataset, VOCSegmentation
 
-from selfsupnas.data import load_dataset
-from selfsupnas.pairs import read_mask, write_mask
-from selfsupnas.voc import VOC, VOC_SPEC, draw_voc, find_voc, read_names, sbd_folder, voc_palette, write_names
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.data.files import read_mask, write_mask
+from selfsupnas.data.voc import VOC, VOC_SPEC, draw_voc, find_voc, read_names, sbd_folder, voc_palette, write_names
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def one_run(name: str, parameters: dict, folder: Path, records: Path) -> str:
     os.nice(10)
     with open(place/"log.txt", "a") as log, contextlib.redirect_stdout(log):
         with contextlib.redirect_stderr(log):
-            from selfsupnas.retrain import RetrainConfig, retrain
+            from selfsupnas.stages.retraining import RetrainConfig, retrain
             start = time.time()
             try: done = retrain(RetrainConfig(folder=str(place), **parameters))
             except Exception:

@@ -1,0 +1,1 @@
+"Embedded data sets: drawn street scenes, and the blue marble."

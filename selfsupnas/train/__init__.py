@@ -1,0 +1,8 @@
+"One loop for search and retraining."
+from selfsupnas import lazily
+
+__getattr__, __dir__ = lazily(__name__, {
+    "config": "TrainingConfig",
+    "batches": "TrainingData load_training_data",
+    "step": "objective",
+    "loop": "train"})
