@@ -117,8 +117,8 @@ def run_held(stage: str, parameters: dict, folder: Path, source) -> int: # exit 
     return 0
 
 # %% ../nbs/89_execution.ipynb #ca5e9004
-CALLS = {"search": "search.search", "retrain": "retrain.retrain",
-         "evaluate": "benchmark.benchmark", "front": "front.front"}
+CALLS = {"search": "searching.search", "retrain": "retraining.retrain",
+         "evaluate": "evaluation.benchmark", "front": "pareto.front"}
 
 def run_launched(stage:str, config, # in each of the processes that a launcher started
                 ) -> int: # exit status
@@ -126,6 +126,6 @@ def run_launched(stage:str, config, # in each of the processes that a launcher s
     from selfsupnas.distributed import world
     module, call = CALLS[stage].split(".")
     keep_freed_memory()
-    record = getattr(importlib.import_module(f"selfsupnas.{module}"), call)(config).record
+    record = getattr(importlib.import_module(f"selfsupnas.stages.{module}"), call)(config).record
     if world().first: print(record.text(config.folder), flush=True)
     return 0
