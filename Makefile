@@ -22,7 +22,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals front camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift notebook-tests notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift notebook-tests notebooks docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -81,16 +81,16 @@ rivals: env ## derived architectures of 3 searches against 10 random ones of the
 	@echo "== rivals: of $(FRONT), into runs/rivals"
 	split="-p split_folder $(FRONT)/split"
 	once() { test -e $$1 || selfsupnas $$2 --folder $$(dirname $$1) "$${@:3}"; }
-	for t in 0 1; do once runs/rivals/front-$$t/front-record.json front -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 600 -p random 5 -p seed $$t; done
+	for t in 0 1; do once runs/rivals/front-$$t/pareto-record.json pareto -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 600 -p random 5 -p seed $$t; done
 	for s in 1 2; do once runs/searches/$$s/search-record.json search $$split -p seed $$s; done
 	ln -sfn $(abspath $(FRONT)) runs/searches/0
 	for s in 0 1 2; do for t in 0 1; do
 	  once runs/rivals/derived/$$s-$$t/retrain-record.json retrain $$split -p architecture runs/searches/$$s/architecture.json -p steps 600 -p seed $$t
 	done; done
 
-front: env ## one search, three budgets, beside random routes and hand-crafted networks; after make demo
-	@echo "== front: of $(FRONT), into runs/front"
-	selfsupnas front --folder runs/front -p search $(FRONT) -p budgets '(0.3, 0.5, 0.7)' -p random 2 \
+pareto: env ## one search, three budgets, beside random routes and hand-crafted networks; after make demo
+	@echo "== pareto: of $(FRONT), into runs/pareto"
+	selfsupnas pareto --folder runs/pareto -p search $(FRONT) -p budgets '(0.3, 0.5, 0.7)' -p random 2 \
 	  -p baselines "('lraspp_mobilenet_v3_large', 'unet_resnet18')"
 
 # Hours to days. What has a record is not run again, what was stopped goes on; ARGS="-p only '0.125/searched-*'" for a part.

@@ -1,10 +1,5 @@
-__version__ = "0.1.0"
-
-
-def load(name: str):
-    "The trained network of a preset, by name: `selfsupnas.zoo` has the list."
-    from selfsupnas.zoo import load
-    return load(name)
+"Neural architecture search for semantic segmentation, with a jigsaw pretext task and unlabelled images."
+__version__ = "0.2.0"
 
 
 def lazily(package: str, homes: dict):
@@ -16,3 +11,11 @@ def lazily(package: str, homes: dict):
         if name not in home: raise AttributeError(f"{package} has no {name}; it has {', '.join(sorted(home))}")
         return getattr(import_module(f"{package}.{home[name]}"), name)
     return getattr_, lambda: sorted(home)
+
+
+__getattr__, __dir__ = lazily(__name__, {
+    "stages.searching": "SearchConfig search",
+    "stages.retraining": "RetrainConfig retrain",
+    "stages.evaluation": "EvaluateConfig evaluate",
+    "stages.pareto_front": "ParetoConfig pareto",
+    "zoo": "load"})

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'SearchStep', 'terms_part', 'network_part', 'derive_part', '
 
 # %% ../nbs/72_bench.ipynb #c0f72003
 import dataclasses, json, tempfile, time
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
@@ -25,7 +25,7 @@ from .space.network import StaticNetwork
 from .train.step import objective
 from .tasks.permutations import permutation_set
 from .zoo import load
-from .stages.searching import BudgetTerms, SearchConfig
+from .stages.searching import BudgetLosses, SearchConfig
 from .sizing import step_flops, view_table
 from .space.supernet import build_supernet
 from .speed import (SpeedConfig, closed_part, in_turns, median, ratio, scaling_part,
@@ -41,15 +41,15 @@ class SearchStep:
         self.config = c = SearchConfig(
             folder=folder, size=config.size, layers=config.layers, channels=config.channels,
             batch_labelled=n, batch_unlabelled=n, batch_jigsaw=n, ramp=(0., 0.), threshold=0.,
-            cost_ramp=(0., 0.), harden_ramp=(0., 0.), budget=1., budget_gain=0., **changes)
+            cost_ramp=(0., 0.), binary_ramp=(0., 0.), budget=1., budget_gain=0., **changes)
         self.accelerator = Accelerator(mixed_precision=c.precision, cpu=config.device == "cpu")
         space = dataclasses.replace(config.space, num_classes=data.train.spec.num_classes)
         self.table = view_table(space, config.size, c.gate)
         network = build_supernet(space, gate=c.gate)
-        self.cost = BudgetTerms(network, self.table, c) if c.w_cost else None
+        self.cost = BudgetLosses(network, self.table, c) if c.w_cost else None
         self.parts = make_parts(network, c, self.accelerator)
-        self.parts["trainee"].train()
-        self.network, self.optimiser = self.accelerator.prepare(self.parts["trainee"],
+        self.parts["multitask"].train()
+        self.network, self.optimiser = self.accelerator.prepare(self.parts["multitask"],
                                                                 self.parts["optimiser"])
         self.permutations = permutation_set(c.jigsaw_n, c.jigsaw_permutations)
         self.views = make_batches(dataclasses.replace(c, steps=10**6), data)
@@ -60,10 +60,11 @@ class SearchStep:
         weights, before = step_weights(self.config, 1., self.cost), state_before(self.parts)
         charge = self.cost and (lambda gates: self.cost(gates, 1.))
         with self.accelerator.autocast():
-            terms, figures = objective(self.network, self.parts["trainee"], self.parts["teacher"],
+            losses, metrics = objective(self.network, self.parts["multitask"],
+                                        self.parts["teacher"],
                                        self.batches, weights, self.config, self.permutations,
                                        seed_step(0, 0), charge)
-        loss = sum(weights[name] * term for name, term in terms.items())
+        loss = sum(weights[name] * term for name, term in losses.items())
         take_step(loss, self.accelerator, self.parts, self.optimiser, lambda name: True,
                   self.config, 1, before)
 
@@ -73,18 +74,18 @@ def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
     what views, gates, budget and teacher take of it."""
     with tempfile.TemporaryDirectory() as folder:
         data = load_training_data(SearchConfig(folder=folder, size=config.size))
-        alone = dict(w_jig=0., w_semi=0., w_cost=0., w_harden=0.)
+        alone = dict(w_jig=0., w_semi=0., w_cost=0., w_binary=0.)
         kinds = {"all terms": {}, "labels alone": alone, "static gates": dict(gate="static")}
         steps = {name: SearchStep(config, data, folder, precision=config.precision, **changes)
                  for name, changes in kinds.items()}
         whole = steps["all terms"]
-        with torch.no_grad(), watch_gates(whole.parts["trainee"].model) as gates:
-            whole.parts["trainee"].model(torch.cat([whole.batches["labelled"]["image"],
+        with torch.no_grad(), watch_gates(whole.parts["multitask"].model) as gates:
+            whole.parts["multitask"].model(torch.cat([whole.batches["labelled"]["image"],
                                                     whole.batches["unlabelled"]["weak"]]))
         gates = {name: g.detach().requires_grad_() for name, g in gates.items()}
         calls = {**steps, "views": lambda: next(whole.views),
                  "budget": lambda: sum(whole.cost(gates, 1.)[0].values()).backward(),
-                 "teacher": lambda: whole.parts["teacher"].update(whole.parts["trainee"], 1)}
+                 "teacher": lambda: whole.parts["teacher"].update(whole.parts["multitask"], 1)}
         times = in_turns(calls, config)
     times["gates"] = [a - b for a, b in zip(times["all terms"], times["static gates"])]
     flops = {name: step_flops(step.config, step.table) for name, step in steps.items()}
@@ -104,7 +105,7 @@ def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tu
     pair = {"ours": ours, "rival": build_baseline(config.rival, ours.space.num_classes).eval()}
     flops = {name: count_cost(network, config.network_size).flops for name, network in pair.items()}
     x = torch.randn(1, 3, *config.network_size, generator=torch.Generator().manual_seed(0))
-    figures = {**{f"{name}: multiply-adds": n for name, n in flops.items()},
+    metrics = {**{f"{name}: multiply-adds": n for name, n in flops.items()},
                "multiply-adds, rival over ours": flops["rival"] / flops["ours"]}
     calls, times = {"torch": {}, "onnx": {}}, {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -115,16 +116,16 @@ def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tu
             if "onnx" not in runtimes or config.device != "cpu": continue # it is the processor's
             path = export_onnx(network, config.network_size, f"{folder}/{name}.onnx")
             calls["onnx"][name] = lambda run=onnx_network(path): run(x)
-            figures[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
+            metrics[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
                                                                   config.network_size)
         for runtime, both in calls.items(): # apart: threads that wait for more would be in the way
             found = in_turns(both, config)
             times |= {f"{name}, {runtime}": seconds for name, seconds in found.items()}
             if not both: continue
-            gain = figures[f"{runtime}: times faster"] = ratio(found, "rival", "ours")
-            figures[f"{runtime}: of the gain in multiply-adds"] = (gain * flops["ours"]
+            gain = metrics[f"{runtime}: times faster"] = ratio(found, "rival", "ours")
+            metrics[f"{runtime}: of the gain in multiply-adds"] = (gain * flops["ours"]
                                                                    / flops["rival"])
-    return figures, times
+    return metrics, times
 
 # %% ../nbs/72_bench.ipynb #c91d7e02
 def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple[dict, dict]:
@@ -176,7 +177,7 @@ def bench(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRecord
     keep_freed_memory()
     records = {}
     for part in parts:
-        folder = FilePath(config.folder)/part
+        folder = Path(config.folder)/part
         made, asked = folder/"speed-record.json", json.loads(json.dumps(dataclasses.asdict(config)))
         if made.exists():
             told = RunRecord.load(made).parameters
@@ -186,11 +187,11 @@ def bench(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRecord
         else:
             torch.manual_seed(0)
             start = time.perf_counter()
-            figures, times = PARTS[part](config)
-            RunRecord("speed", part, dataclasses.asdict(config), 0, figures,
+            metrics, times = PARTS[part](config)
+            RunRecord("speed", part, dataclasses.asdict(config), 0, metrics,
                       {**{name: median(seconds) for name, seconds in times.items()},
                        "whole part": time.perf_counter() - start}).save(folder)
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
         records[part] = RunRecord.load(folder/"speed-record.json")
-        print(json.dumps(records[part].figures, indent=1), flush=True)
+        print(json.dumps(records[part].metrics, indent=1), flush=True)
     return records

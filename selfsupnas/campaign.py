@@ -11,7 +11,7 @@ __all__ = ['ARMS', 'SEARCHES', 'PLACES', 'CampaignConfig', 'Run', 'record_of', '
 import json, shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple
 
 from .space.architecture import load_architecture, save_architecture
@@ -92,7 +92,7 @@ PLACES = ("root", "split_folder", "architecture", "supernet", "network", "logs")
 def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None:
     """The record of one stage of a run, from the campaign's folder or the folder of records; None
     where there is none."""
-    paths = [FilePath(place)/name/stage/f"{stage}-record.json"
+    paths = [Path(place)/name/stage/f"{stage}-record.json"
              for place in (config.folder, config.records) if place]
     return next((RunRecord.load(path) for path in paths if path.exists()), None)
 
@@ -106,7 +106,7 @@ def missing_stages(config: CampaignConfig, run: Run,
         record = record_of(config, run.name, stage)
         for key, value in json.loads(json.dumps(wanted)).items():
             if record and key not in free and record.parameters.get(key) != value:
-                places = " and ".join(str(FilePath(place)/run.name)
+                places = " and ".join(str(Path(place)/run.name)
                                       for place in (config.folder, config.records) if place)
                 raise ValueError(f"{run.name}: its {stage} record has {key} = "
                                  f"{record.parameters.get(key)!r}, and {value!r} is asked for: use "
@@ -123,7 +123,7 @@ def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trial
     trials = {lr: record_of(config, trial_name(config, network, lr), "retrain")
               for lr in config.lrs}
     return (None if None in trials.values()
-            else max(trials, key=lambda lr: trials[lr].figures["val_miou"] or 0.)) # None: undefined
+            else max(trials, key=lambda lr: trials[lr].metrics["val_miou"] or 0.)) # None: undefined
 
 # %% ../nbs/58_campaign.ipynb #93887579
 def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
@@ -172,7 +172,7 @@ def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str
 # %% ../nbs/58_campaign.ipynb #2b5d14dc
 def routes(config: CampaignConfig, fraction: float) -> list: # names; none before the search is done
     "The networks of the grid that a fraction has."
-    def made(name): return (FilePath(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
+    def made(name): return (Path(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
     names = ["searched", *(["open"] if config.open else []),
              *(f"random-{i}" for i in range(config.random)),
              *(name for name in config.searches if made(name))]
@@ -211,7 +211,7 @@ def plan(config: CampaignConfig) -> list[Run]:
     return [run for run in runs if fnmatch(run.name, config.only)]
 
 # %% ../nbs/58_campaign.ipynb #5716afc7
-def copy_folder(source: FilePath, to: FilePath):
+def copy_folder(source: Path, to: Path):
     "Whole or not at all."
     part = to.with_name(f"{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -221,7 +221,7 @@ def make_splits(config: CampaignConfig):
     """FRACTION/split for each fraction: the one in the folder of records, which gets a copy, else
     drawn from seed 0."""
     for fraction in config.fractions:
-        to, kept = (FilePath(place or config.folder)/f"{fraction:g}"/"split"
+        to, kept = (Path(place or config.folder)/f"{fraction:g}"/"split"
                     for place in (config.folder, config.records))
         if kept.exists() and not to.exists(): copy_folder(kept, to)
         if not to.exists():
@@ -230,10 +230,10 @@ def make_splits(config: CampaignConfig):
         if not kept.exists(): copy_folder(to, kept)
 
 def found_architecture(config: CampaignConfig, fraction: float, network: str = "searched",
-                      ) -> FilePath | None:
+                      ) -> Path | None:
     "What a search left, in the campaign's folder or in that of records."
     name = search_name(fraction, network)
-    places = (FilePath(place)/name/"search"/"architecture.json"
+    places = (Path(place)/name/"search"/"architecture.json"
               for place in (config.folder, config.records) if place)
     return next((path for path in places if path.exists() and record_of(config, name, "search")),
                 None)
@@ -243,7 +243,7 @@ def make_routes(config: CampaignConfig):
     and a file for each further search that is. ValueError where there is a route of an earlier
     search, which runs may have taken."""
     for fraction in config.fractions:
-        place = FilePath(config.folder)/f"{fraction:g}"
+        place = Path(config.folder)/f"{fraction:g}"
         for network in ("searched", *config.searches):
             found, to = found_architecture(config, fraction, network), place/f"{network}.json"
             if not found: continue
@@ -270,20 +270,20 @@ def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.r
     runs that it lacks; [] where there is none."""
     found, paths = [], {}
     for place in (folder, more) if more else (folder,):
-        for path in FilePath(place).glob("*/*-*/*/evaluate/evaluate-record.json"):
+        for path in Path(place).glob("*/*-*/*/evaluate/evaluate-record.json"):
             paths.setdefault(path.relative_to(place), path)
     for _, path in sorted(paths.items()):
         test, trained = (RunRecord.load(path),
                          RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json"))
         fraction, network, seed = path.parts[-5:-2]
-        name, row = next(iter(test.figures["rows"].items()))
+        name, row = next(iter(test.metrics["rows"].items()))
         found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed),
                       "file": str(path),
                       "parameters": {"fraction": float(fraction),
                                      **dict(zip(("network", "arm"), network.rsplit("-", 1))),
                                      "lr": trained.parameters["lr"],
                                      "steps": trained.parameters["steps"]},
-                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"],
+                      "metrics": {"test_miou": row["miou"], "val_miou": trained.metrics["val_miou"],
                                   "iou": row["iou"], "gflops": row["gflops"],
                                   "parameter_count": row["parameters"]},
                       "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"],

@@ -8,7 +8,7 @@ __all__ = ['command_words', 'own_gpu', 'start', 'reason', 'stop', 'drive', 'keep
 
 # %% ../nbs/59_driver.ipynb #c0f59003
 import dataclasses, functools, json, os, signal, subprocess, sys, time
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -20,7 +20,7 @@ from .core import RunRecord, progress_bar, write_json
 from .metrics import miou_text
 
 # %% ../nbs/59_driver.ipynb #72a68118
-def command_words(folder: FilePath, stage: str, parameters: dict) -> list:
+def command_words(folder: Path, stage: str, parameters: dict) -> list:
     """What to say to `selfsupnas` for one stage that is to be made. It goes on from its checkpoint;
     a record that is there is older than the stage before."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def start(config, # has folder and threads
           slot: int = 0, # number of the run among those at a time
          ) -> subprocess.Popen:
     "One stage of a run in a process of its own."
-    folder = FilePath(config.folder)/name/stage
+    folder = Path(config.folder)/name/stage
     words = command_words(folder, stage, parameters)
     with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
         return subprocess.Popen([sys.executable, "-c", "from selfsupnas.cli import main; raise "
@@ -50,7 +50,7 @@ def start(config, # has folder and threads
                                 env={**os.environ, **own_gpu(slot),
                                      "OMP_NUM_THREADS": str(config.threads)})
 
-def reason(log: FilePath, stage: str, status: int) -> str: # one line
+def reason(log: Path, stage: str, status: int) -> str: # one line
     "Why a run failed: what it said last, or how it ended where it said nothing."
     text = log.read_text(encoding="utf8", errors="replace") if log.is_file() else ""
     said = [line for line in text.splitlines() if line.strip()]
@@ -101,7 +101,7 @@ def keep_records(config: CampaignConfig, run: Run):
     "Copy what a finished run leaves for good to the folder of records."
     for stage, _ in run.stages if config.records else ():
         for name in [f"{stage}-record.json"] + ["architecture.json"] * (stage == "search"):
-            made, kept = (FilePath(place)/run.name/stage/name
+            made, kept = (Path(place)/run.name/stage/name
                           for place in (config.folder, config.records))
             if made.exists() and not (kept.exists() and kept.read_bytes() == made.read_bytes()):
                 write_json(kept, json.loads(made.read_text(encoding="utf8")))
@@ -109,17 +109,17 @@ def keep_records(config: CampaignConfig, run: Run):
 def drop_checkpoints(config: CampaignConfig, run: Run):
     "Remove the checkpoints of a finished run, from which nothing goes on any more."
     for stage, _ in run.stages:
-        folder = FilePath(config.folder)/run.name/stage
+        folder = Path(config.folder)/run.name/stage
         for path in (*checkpoint_paths(folder), folder/"best.pt"): path.unlink(missing_ok=True)
 
 def outcome(record: RunRecord) -> str:
     "What a stage reports; of a search: of its derived network with inherited weights, if trained."
-    figures = record.figures
+    metrics = record.metrics
     if record.stage == "evaluate":
-        return f"{figures['split']} mIoU {miou_text(next(iter(figures['rows'].values()))['miou'])}"
+        return f"{metrics['split']} mIoU {miou_text(next(iter(metrics['rows'].values()))['miou'])}"
     if record.stage == "search" and not record.parameters.get("w_sup", 1): # no labels
-        return f"val jigsaw accuracy {figures['jigsaw_val_accuracy']:.3f}"
-    miou = figures.get("val_miou", figures.get("derived_inherited_val_miou"))
+        return f"val jigsaw accuracy {metrics['jigsaw_val_accuracy']:.3f}"
+    miou = metrics.get("val_miou", metrics.get("derived_inherited_val_miou"))
     return f"val mIoU {miou_text(miou)}"
 
 # %% ../nbs/59_driver.ipynb #ca5e5801
@@ -151,7 +151,7 @@ def ended(config: CampaignConfig, run: Run, stage: str, status: int) -> bool: # 
     "Say how a stage of a run ended."
     record = record_of(config, run.name, stage)
     if status or record is None:
-        log = FilePath(config.folder)/run.name/stage/f"{stage}.log"
+        log = Path(config.folder)/run.name/stage/f"{stage}.log"
         print(f"campaign: {run.name} {stage} FAILED: {reason(log, stage, status)}", flush=True)
         return False
     seconds = sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))

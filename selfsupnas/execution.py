@@ -118,7 +118,7 @@ def run_held(stage: str, parameters: dict, folder: Path, source) -> int: # exit 
 
 # %% ../nbs/89_execution.ipynb #ca5e9004
 CALLS = {"search": "searching.search", "retrain": "retraining.retrain",
-         "evaluate": "evaluation.benchmark", "front": "pareto.front"}
+         "evaluate": "evaluation.evaluate", "pareto": "pareto_front.pareto"}
 
 def run_launched(stage:str, config, # in each of the processes that a launcher started
                 ) -> int: # exit status

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'OPSET', 'CONFIG_SCHEMA', 'CONFIG_KEYS', 'USES', 'fold_batch_norm', 'check_export_size', 'largest_gap',
            'check_gap', 'LogitsAlone', 'trace_program', 'export_program', 'need_onnx', 'onnx_network', 'export_onnx',
-           'Usage', 'usage_of', 'config_to_json', 'config_from_json', 'check_records', 'card_scores', 'card_figures',
+           'Usage', 'usage_of', 'config_to_json', 'config_from_json', 'check_records', 'card_scores', 'card_metrics',
            'card_head', 'model_card', 'save_pretrained', 'fetch_folder', 'from_pretrained', 'find_evaluation',
            'export_run']
 
@@ -13,7 +13,7 @@ __all__ = ['TOLERANCE', 'OPSET', 'CONFIG_SCHEMA', 'CONFIG_KEYS', 'USES', 'fold_b
 import copy, json, re, warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -99,10 +99,10 @@ def trace_program(network: nn.Module) -> torch.export.ExportedProgram: # images 
 
 def export_program(network: nn.Module, # on the CPU
                    size: tuple, # (H,W) of the images that it is meant for; others do as well
-                   path) -> FilePath: # NAME.pt2
+                   path) -> Path: # NAME.pt2
     """Write `network` for torch.export.load; raises ValueError, and writes nothing, unless the file
     agrees with it."""
-    size, path = check_export_size(size), FilePath(path)
+    size, path = check_export_size(size), Path(path)
     if path.suffix != ".pt2": raise ValueError(f"the name must end in .pt2, not {path.name}")
     program = trace_program(network)
     for node in program.graph.nodes: # notes that name files of this machine; only ONNX needs them
@@ -133,10 +133,10 @@ def onnx_network(path): # -> images (B,3,H,W) -> logits (B,K,H,W), both tensors
 # %% ../nbs/07_export.ipynb #68f26e1f
 def export_onnx(network: nn.Module, # on the CPU
                 size: tuple, # (H,W) of the images that it is meant for; others do as well
-                path) -> FilePath: # NAME.onnx
+                path) -> Path: # NAME.onnx
     """Write `network` as ONNX, images -> logits; raises ValueError, and writes nothing, unless the
     file agrees with it, ImportError without the extra `export`."""
-    size, path = check_export_size(size), FilePath(path)
+    size, path = check_export_size(size), Path(path)
     if path.suffix != ".onnx": raise ValueError(f"the name must end in .onnx, not {path.name}")
     need_onnx()
     import onnx
@@ -183,10 +183,10 @@ def usage_of(record: RunRecord, # of a retraining
     told = record.parameters
     with recorded_root(root, told["root"], record.name) as place:
         data = load_dataset(told["data"], "train", place, told["size"] and tuple(told["size"]))
-    if (names := record.figures.get("classes", list(data.spec.classes))) != list(data.spec.classes):
+    if (names := record.metrics.get("classes", list(data.spec.classes))) != list(data.spec.classes):
         raise ValueError(f"the network has the classes {', '.join(names)}, and {data.spec.name} "
                          f"{', '.join(data.spec.classes)}: give the data that it was trained on")
-    if (count := record.figures.get("num_classes", data.spec.num_classes)) != data.spec.num_classes:
+    if (count := record.metrics.get("num_classes", data.spec.num_classes)) != data.spec.num_classes:
         raise ValueError(f"the network has {count} classes, {data.spec.name} has "
                          f"{data.spec.num_classes}")
     return Usage(data.spec, image_size(data, told.get("crop")))
@@ -229,8 +229,8 @@ def check_records(network, record: RunRecord, tested: RunRecord | None):
     """Raise ValueError for records of another network, by its number of parameters, and for an
     evaluation that is older than the retraining."""
     own = sum(p.numel() for p in network.parameters())
-    row = next(iter(tested.figures["rows"].values())) if tested else {}
-    for told, kind in ((record.figures["parameters"], record.stage),
+    row = next(iter(tested.metrics["rows"].values())) if tested else {}
+    for told, kind in ((record.metrics["parameters"], record.stage),
                        (row.get("parameters", own), "evaluate")):
         if told != own: raise ValueError(f"the {kind} record is of a network with {told:,} "
                                          f"parameters, this one has {own:,}")
@@ -242,16 +242,16 @@ def card_scores(usage: Usage, record: RunRecord, tested: RunRecord | None) -> li
     # of (name of the data, its word, split, mIoU)
     "What a network scores by its records."
     word = record.parameters["data"]
-    scores = [(usage.spec.name, word, "val", record.figures["val_miou"])]
+    scores = [(usage.spec.name, word, "val", record.metrics["val_miou"])]
     if tested:
-        row, told = next(iter(tested.figures["rows"].values())), tested.figures
+        row, told = next(iter(tested.metrics["rows"].values())), tested.metrics
         scores.append((told["dataset"], tested.parameters["data"] or word, told["split"],
                        row["miou"]))
     return [score for score in dict.fromkeys(scores) if score[3] is not None]
 
-def card_figures(usage: Usage, record: RunRecord, tested: RunRecord | None) -> dict: # name -> text
+def card_metrics(usage: Usage, record: RunRecord, tested: RunRecord | None) -> dict: # name -> text
     "What a card tells of a run, as texts."
-    made, told = record.figures, record.parameters
+    made, told = record.metrics, record.parameters
     labelled, seen = made["labelled_images"], made["labelled_images"] + made["unlabelled_images"]
     return {"data": usage.spec.name, "images, height x width": "{} x {}".format(*usage.size),
             "labelled images": f"{labelled:,} of {seen:,} ({labelled / seen:.1%})",
@@ -299,10 +299,10 @@ def model_card(name: str, usage: Usage, record: RunRecord | None = None, # of th
                files=("config.json",)) -> str: # those of `USES` that lie beside it
     "README.md of a network that travels, every number from the records."
     head = card_head(name, record, tested, usage, licence)
-    figures = card_figures(usage, record, tested) if record else {"data": usage.spec.name}
-    rows = [{"what": key, "of this network": text} for key, text in figures.items()]
+    metrics = card_metrics(usage, record, tested) if record else {"data": usage.spec.name}
+    rows = [{"what": key, "of this network": text} for key, text in metrics.items()]
     notes = ["**Its images were drawn by a program.**"] * usage.spec.synthetic
-    notes += ["The figures are of one run with one seed."] * bool(record)
+    notes += ["The metrics are of one run with one seed."] * bool(record)
     mean, std = ([round(v, 4) for v in values] for values in (usage.mean, usage.std))
     uses = "\n\n".join(f"```python\n{USES[file]}\n```" for file in USES if file in files)
     return f"""---\n{head}\n---\n# {name}\n
@@ -321,7 +321,7 @@ def save_pretrained(network: StaticNetwork, folder,
                     record: RunRecord | None = None, # of the retraining: for the card
                     tested: RunRecord | None = None, # of its evaluation: for the card
                     usage: Usage | None = None, # None: the network's own, else from the record
-                    licence: str | None = None) -> FilePath: # a short name, or a sentence
+                    licence: str | None = None) -> Path: # a short name, or a sentence
     """Write model.safetensors, README.md and config.json; raises ValueError for a network without
     an architecture and for records of another one."""
     if not isinstance(network, StaticNetwork):
@@ -334,7 +334,7 @@ def save_pretrained(network: StaticNetwork, folder,
     config = config_to_json(network.architecture, usage)
     config_from_json(config) # so that what is written can be read
     if record: check_records(network, record, tested)
-    folder = FilePath(folder)
+    folder = Path(folder)
     save_weights(network, folder/"model.safetensors")
     files = [file for file in USES if (folder/file).exists()] + ["config.json"]
     with written_aside(folder/"README.md") as aside:
@@ -343,10 +343,10 @@ def save_pretrained(network: StaticNetwork, folder,
     return write_json(folder/"config.json", config).parent # last: the folder is whole
 
 # %% ../nbs/07_export.ipynb #e7baada2
-def fetch_folder(place, revision: str | None = None) -> FilePath:
+def fetch_folder(place, revision: str | None = None) -> Path:
     """The folder at `place`, or of the repository of that name, fetched by huggingface_hub. Raises
     FileNotFoundError."""
-    if FilePath(place).is_dir(): return FilePath(place)
+    if Path(place).is_dir(): return Path(place)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(place)):
         raise FileNotFoundError(f"there is no folder {place}")
     try: from huggingface_hub import errors, snapshot_download
@@ -354,7 +354,7 @@ def fetch_folder(place, revision: str | None = None) -> FilePath:
         raise ImportError(f"{place} is no folder here, and to fetch it needs huggingface_hub: "
                           "pip install 'selfsupnas[export]'") from None
     try:
-        return FilePath(snapshot_download(str(place), revision=revision,
+        return Path(snapshot_download(str(place), revision=revision,
                                           allow_patterns=["config.json", "model.safetensors"]))
     except (OSError, ValueError, errors.HfHubHTTPError) as e:
         raise FileNotFoundError(f"{place} is no folder here, and no repository that could be "
@@ -378,11 +378,11 @@ def from_pretrained(place, # a folder, or owner/name on the hub
     return load_weights(network, weights)
 
 # %% ../nbs/07_export.ipynb #d4caf9d6
-def find_evaluation(run: FilePath) -> FilePath | None: # the record's file
+def find_evaluation(run: Path) -> Path | None: # the record's file
     "That of `evaluate` beside a retraining, if it says that this is the one it evaluated."
     file = run.resolve().with_name("evaluate")/"evaluate-record.json"
     if not file.exists(): return None
-    evaluated = FilePath(RunRecord.load(file, ("network",)).parameters["network"]).name
+    evaluated = Path(RunRecord.load(file, ("network",)).parameters["network"]).name
     return file if evaluated == run.resolve().name else None
 
 def export_run(run, # folder of a retraining, or one that holds it as retrain/
@@ -391,10 +391,10 @@ def export_run(run, # folder of a retraining, or one that holds it as retrain/
                onnx: bool = False, # network.onnx as well
                evaluated=None, # folder of an evaluation; None: evaluate/ beside it, if there is one
                licence: str | None = None,
-               root: str | None = None) -> FilePath: # of the data; -> the folder
+               root: str | None = None) -> Path: # of the data; -> the folder
     """A retrained network, ready to travel; raises FileNotFoundError or ValueError that says what
     is missing."""
-    run = FilePath(run)/"retrain" if (FilePath(run)/"retrain").is_dir() else FilePath(run)
+    run = Path(run)/"retrain" if (Path(run)/"retrain").is_dir() else Path(run)
     record = RunRecord.load(run/"retrain-record.json",
                             ("architecture", "data", "root", "size", "initialise", "steps"),
                             ("labelled_images", "unlabelled_images", "gflops", "parameters",
@@ -403,10 +403,10 @@ def export_run(run, # folder of a retraining, or one that holds it as retrain/
         raise ValueError(f"{run} holds {record.parameters['architecture']}: what travels are "
                          "networks of the grid")
     if onnx: need_onnx()
-    tested = FilePath(evaluated)/"evaluate-record.json" if evaluated else find_evaluation(run)
+    tested = Path(evaluated)/"evaluate-record.json" if evaluated else find_evaluation(run)
     tested = tested and RunRecord.load(tested, ("data",), ("rows", "dataset", "split"))
     network = load_network(run)
-    usage, to = usage_of(record, root), FilePath(to or run/"travel")
+    usage, to = usage_of(record, root), Path(to or run/"travel")
     check_records(network, record, tested)
     for name, again in (("network.pt2", program), ("network.onnx", onnx)):
         if (to/name).exists() and not again:

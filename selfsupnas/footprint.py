@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'Results', 'way', 'peak_bytes', 'peak_alone', 'computed_bytes
 
 # %% ../nbs/71_footprint.ipynb #c0f71003
 import dataclasses, json, subprocess, sys
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -52,7 +52,7 @@ def peak_bytes(name: str, config: SpeedConfig) -> int: # run in a process of its
     def told(what): # bytes, by the system
         line = next(line for line in open("/proc/self/status") if line.startswith(what))
         return 1024 * int(line.split()[1])
-    FilePath("/proc/self/clear_refs").write_text("5") # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5") # the peak begins anew
     before = told("VmRSS")
     step(); step()
     return told("VmHWM") - before
@@ -78,20 +78,20 @@ def computed_bytes(config: SpeedConfig, images: int, recompute: bool) -> float:
 def memory_part(config: SpeedConfig) -> tuple[dict, dict]:
     """Peaks of the ways to take a step, as shares of the plain one's; the seconds of `recompute`;
     bytes an image, measured and computed."""
-    if config.device == "cpu" and not FilePath("/proc/self/clear_refs").exists():
+    if config.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise ValueError("the peak of a process is read from /proc, which Linux has: take a GPU")
     peaks = {name: peak_alone(name, config) for name in WAYS}
     times = in_turns({name: way(name, config) for name in WAYS[2:]}, config)
-    figures = {f"{name}: bytes": peak for name, peak in peaks.items()}
+    metrics = {f"{name}: bytes": peak for name, peak in peaks.items()}
     n = config.images
     for name in WAYS[2:]:
-        for other in WAYS[:2]: figures[f"{name}: of {other}"] = peaks[name] / peaks[other]
+        for other in WAYS[:2]: metrics[f"{name}: of {other}"] = peaks[name] / peaks[other]
         twice = peak_alone(name, dataclasses.replace(config, images=2 * n))
         more = [computed_bytes(config, k, name == "recompute") for k in (n, 2 * n)]
-        figures[f"{name}: bytes an image"] = (twice - peaks[name]) / n
-        figures[f"{name}: bytes an image, over computed"] = (twice - peaks[name]) / (more[1]
+        metrics[f"{name}: bytes an image"] = (twice - peaks[name]) / n
+        metrics[f"{name}: bytes an image, over computed"] = (twice - peaks[name]) / (more[1]
                                                                                      - more[0])
-    return {**figures, "recompute: times the seconds": ratio(times, "recompute", "ours"),
+    return {**metrics, "recompute: times the seconds": ratio(times, "recompute", "ours"),
             "largest batch": largest_batches(config)}, times
 
 # %% ../nbs/71_footprint.ipynb #b6f2a9d1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'CONFIGS', 'WORDS', 'stage_config', 'stage_notebook', 'class_docs', 'field_docs', 'describe', 'parse_value',
-           'parse_parameters', 'check_inputs', 'check_evaluate', 'check_front', 'check_training_inputs']
+           'parse_parameters', 'check_inputs', 'check_evaluate', 'check_pareto', 'check_training_inputs']
 
 # %% ../nbs/88_parameters.ipynb #c0f88003
 import ast, dataclasses, importlib, inspect, io, re, tokenize, types, typing
@@ -23,7 +23,7 @@ from .data.splits import label_count, load_split
 STAGES = {"search": "selfsupnas.stages.searching.SearchConfig",
           "retrain": "selfsupnas.stages.retraining.RetrainConfig",
           "evaluate": "selfsupnas.stages.evaluation.EvaluateConfig",
-          "front": "selfsupnas.stages.pareto.FrontConfig"}
+          "pareto": "selfsupnas.stages.pareto_front.ParetoConfig"}
 # a campaign has no notebook of its own: it starts those of its runs
 CONFIGS = {**STAGES, "campaign": "selfsupnas.campaign.CampaignConfig"}
 
@@ -102,7 +102,7 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
     "Raise FileNotFoundError or ValueError, with the cure, when what a stage reads is not there."
-    check = {"evaluate": check_evaluate, "front": check_front}.get(stage, check_training_inputs)
+    check = {"evaluate": check_evaluate, "pareto": check_front}.get(stage, check_training_inputs)
     check(stage, config, later)
 
 def check_evaluate(stage: str, config, later: bool):
@@ -120,8 +120,8 @@ def check_evaluate(stage: str, config, later: bool):
     if (config.data or RunRecord.load(made, needs=("data",)).parameters["data"]) != "streetscenes":
         open_evaluation(config)
 
-def check_front(stage: str, config, later: bool):
-    from selfsupnas.stages.pareto import search_config
+def check_pareto(stage: str, config, later: bool):
+    from selfsupnas.stages.pareto_front import search_config
     from selfsupnas.stages.searching import least_share, refuse_budget
     made = Path(config.search)/"search-record.json"
     if not made.is_file(): raise FileNotFoundError(

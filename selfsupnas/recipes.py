@@ -10,7 +10,7 @@ __all__ = ['RATES', 'SETS', 'LAYERS', 'CHANNELS', 'BUDGET', 'SHARED', 'STAGES', 
 import dataclasses, json, tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
@@ -23,7 +23,7 @@ from .data.datasets import CITYSCAPES_SPEC
 from .space.grid import SearchSpace
 from .space.network import StaticNetwork
 from .stages.retraining import RetrainConfig
-from .stages.searching import BudgetTerms, SearchConfig, make_space, make_table
+from .stages.searching import BudgetLosses, SearchConfig, make_space, make_table
 from .sizing import run_flops, step_flops, step_memory, view_table
 from .space.supernet import build_supernet
 from .train.loop import train
@@ -44,7 +44,7 @@ def measure_rate(
     config = dataclasses.replace(config, data="streetscenes", root=None, split_folder=None,
                                  crop=None, label_fraction=1 / 10, steps=steps, logs=1,
                                  ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9,
-                                 budget_gain=0., w_harden=0.)
+                                 budget_gain=0., w_binary=0.)
     with tempfile.TemporaryDirectory() as config.folder:
         data = load_training_data(config)
         table = make_table(config, data)
@@ -53,7 +53,7 @@ def measure_rate(
             def route_cost(kept): return static_cost(table, kept)
             route = random_architecture(table.space, route_cost, share * table.full, seed=0)
             model, share = StaticNetwork(route), route_cost(route.kept) / table.full
-        else: cost = BudgetTerms(model, table, config)
+        else: cost = BudgetLosses(model, table, config)
         seconds = train(model, config, data, cost).step_ms / 1e3
     flops = step_flops(config, table, share)
     return flops / seconds, seconds, flops
@@ -165,10 +165,10 @@ def measure_recipe(name: str, stage: str, # as in `recipe_config`
         SearchConfig(**told | {"size": config.crop, "layers": searched.layers,
                                "channels": searched.channels}),
         steps, 1. if stage == "search" else searched.budget)
-    figures = {"multiply_adds": flops, "multiply_adds_per_second": rate,
+    metrics = {"multiply_adds": flops, "multiply_adds_per_second": rate,
                "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None}
     record = RunRecord("rate", f"{name} {stage}", {**dataclasses.asdict(config), "measured": steps},
-                       config.seed, figures, {"step": seconds})
+                       config.seed, metrics, {"step": seconds})
     record.save(folder)
     return record
 
@@ -176,7 +176,7 @@ def measure_recipe(name: str, stage: str, # as in `recipe_config`
 def measured_text(record: RunRecord | None, e: Estimate) -> list: # one line; none without a record
     "What `measure_recipe` found of a recipe, and the hours that the run would take by it."
     if not record: return []
-    found, steps = record.figures, record.parameters["measured"]
+    found, steps = record.metrics, record.parameters["measured"]
     peak = f"{found['peak_bytes'] / 1e9:.0f} GB at its peak, " if found["peak_bytes"] else ""
     return [f"Measured on one {record.hardware['gpu'] or 'processor'}, {steps} steps on drawn "
             f"scenes: {record.timings['step']:.2f} s a step, {peak}"
@@ -229,11 +229,11 @@ def write_recipes(folder,
                   rates=None, # folder of records: NAME-STAGE/rate-record.json, see measure_recipe
                  ) -> list: # of paths
     "Write every recipe into `folder` as NAME-STAGE.yaml."
-    folder, texts = FilePath(folder), {}
+    folder, texts = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, stages in recipes().items():
         for stage in stages:
-            made = rates and FilePath(rates)/f"{name}-{stage}"/"rate-record.json"
+            made = rates and Path(rates)/f"{name}-{stage}"/"rate-record.json"
             record = RunRecord.load(made) if made and made.exists() else None
             texts[folder/f"{name}-{stage}.yaml"] = recipe_text(name, stage, record)
     for path, text in texts.items(): path.write_text(text, "utf8")

@@ -21,7 +21,7 @@ from .space.architecture import Architecture, derive_greedily, reached
 from .space.budget import CostTable, measure_costs, static_cost
 from .space.cost import count_cost
 from .space.derivation import derive
-from .space.grid import STEP, STRIDES, Path, SearchSpace
+from .space.grid import STEP, STRIDES, Edge, SearchSpace
 from .space.operations import separable
 
 # %% ../nbs/05_rivals.ipynb #cddef63c
@@ -185,7 +185,7 @@ def build_baseline(name:str, # one of `BASELINES` or `SCALABLE`
 
 # %% ../nbs/05_rivals.ipynb #2389e718
 def all_open(space:SearchSpace) -> Architecture:
-    "Every path of the grid, and every candidate of searched cells."
+    "Every edge of the grid, and every candidate of searched cells."
     kept = dict.fromkeys(space.gated(), 1.)
     return Architecture(space, {p: 1. for p in kept if p.kind in STEP},
                         operations={p: 1. for p in kept if p.kind not in STEP})
@@ -202,7 +202,7 @@ def random_architecture(space:SearchSpace,
     draw = random.Random(seed)
     among = space.known if among is None else among
     for _ in range(tries):
-        importance = {path: draw.random() * (path in among) for path in space.gated()}
+        importance = {edge: draw.random() * (edge in among) for edge in space.gated()}
         found = derive_greedily(space, importance, cost, target).unweighted()
         if cost(found.kept) >= (1 - tolerance) * target: return found
     raise ValueError(f"in {tries} draws no random route cost {1 - tolerance:.0%} to 100 % of "
@@ -247,7 +247,7 @@ def fit_channels(name:str, # one of `SCALABLE`
 
 # %% ../nbs/05_rivals.ipynb #cbc68d14
 def open_parts(space:SearchSpace, coarsest:int=len(STRIDES) - 1) -> set:
-    "All paths among the scales up to `coarsest`, and the searched candidates there."
+    "All edges among the scales up to `coarsest`, and the searched candidates there."
     return reached(space, {part for part in space.gated()
                            if max(part.scale, part.scale + STEP.get(part.kind, 0)) <= coarsest})
 
@@ -270,7 +270,7 @@ def narrowest(name:str, # of the rival, for the message
     return found
 
 def whole_or_nearly(name:str, table:CostTable, parts:set, asked:float) -> Architecture:
-    """All `parts`, or of ten draws that leave some out the one that keeps most paths; `ValueError`
+    """All `parts`, or of ten draws that leave some out the one that keeps most edges; `ValueError`
     where none costs `asked`. All weights are 1."""
     def cost(kept): return static_cost(table, kept)
     if cost(parts) <= (1 + TOLERANCE) * asked:
@@ -280,7 +280,7 @@ def whole_or_nearly(name:str, table:CostTable, parts:set, asked:float) -> Archit
     for seed in range(10):
         with contextlib.suppress(ValueError):
             drawn.append(random_architecture(table.space, cost, asked, seed, TOLERANCE, 50, parts))
-    if drawn: return max(drawn, key=lambda found: len(found.paths))
+    if drawn: return max(drawn, key=lambda found: len(found.edges))
     raise ValueError(f"{name} has no network of {asked / 1e9:.5f} GFLOPs: its grid is too coarse. "
                      f"With {table.space.channels} channels the whole costs "
                      f"{cost(parts) / 1e9:.5f}, and no part of it what is asked")
@@ -316,7 +316,7 @@ def shallower(space:SearchSpace, size:tuple, asked:float) -> Architecture:
 # %% ../nbs/05_rivals.ipynb #9e1700b6
 def batch_norm_scales(space:SearchSpace,
                       state:dict, # of a supernet of that space
-                     ) -> dict: # Path -> mean absolute scale, for all of space.gated()
+                     ) -> dict: # Edge -> mean absolute scale, for all of space.gated()
     """Importances by batch norm. Source: Liu et al., ICCV 2017, for channels; `ValueError` for the
     weights of another space."""
     def scale(place, needed):
@@ -329,9 +329,9 @@ def batch_norm_scales(space:SearchSpace,
     found = {}
     for layer, at, kind in space.gated():
         parts, leads_to = "operations" if kind == "keep" else f"operations.{kind}", 0
-        if kind in ("up", "down"): parts, leads_to = f"paths.{kind}", at + STEP[kind]
+        if kind in ("up", "down"): parts, leads_to = f"edges.{kind}", at + STEP[kind]
         needed = space.channels_at(leads_to) if kind in ("up", "down") else 0
-        found[Path(layer, at, kind)] = scale(f"cells.{layer}_{at}.{parts}.", needed)
+        found[Edge(layer, at, kind)] = scale(f"cells.{layer}_{at}.{parts}.", needed)
     return found
 
 def batch_norm_route(space:SearchSpace, size:tuple, # (H,W)

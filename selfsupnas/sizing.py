@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .space.budget import CostTable, measure_costs
-from .space.cell import Signal
+from .space.cell import SparseFeatures
 from .train.config import TrainingConfig, ramp_up
 from .tasks.consistency import CONSISTENCY
 from .space.grid import SearchSpace
@@ -127,7 +127,7 @@ def cell_bytes(model: RoutingNetwork, precision: str, side: int) -> int:
     # for one image of side x side
     "What is kept of one cell at stride 4, the largest: with `recompute`, of one cell at a time."
     cell, (size, _) = model.cells["1_0"], feature_sizes((side, side))[:2]
-    features = Signal(torch.randn(1, model.space.channels, *size))
+    features = SparseFeatures(torch.randn(1, model.space.channels, *size))
     return saved_bytes(lambda: [out.features for out in cell(features).values()], cell, precision)
 
 def answer_bytes(model: RoutingNetwork, precision: str, side: int) -> dict:
@@ -136,13 +136,13 @@ def answer_bytes(model: RoutingNetwork, precision: str, side: int) -> dict:
     perturbed features need it."""
     image, label, size = (torch.randn(1, 3, side, side),
                           torch.zeros(1, side, side, dtype=torch.long), (side, side))
-    with torch.no_grad(): signals = model.walk(image)
-    signals = {scale: signal._replace(features=signal.features.requires_grad_())
-               for scale, signal in signals.items()}
-    finest = model.decode(signals, size)[0].detach().requires_grad_()
+    with torch.no_grad(): by_scale = model.walk(image)
+    by_scale = {scale: sparse._replace(features=sparse.features.requires_grad_())
+               for scale, sparse in by_scale.items()}
+    finest = model.decode(by_scale, size)[0].detach().requires_grad_()
     def answer(features): return pixel_cross_entropy(model.classify(features, size), label)
     return {"answer": saved_bytes(lambda: answer(finest), model, precision),
-            "again": saved_bytes(lambda: answer(model.decode(signals, size)[0]), model, precision)}
+            "again": saved_bytes(lambda: answer(model.decode(by_scale, size)[0]), model, precision)}
 
 # %% ../nbs/45_sizing.ipynb #320ce7d8
 @lru_cache

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .space.budget import measure_costs, realised_cost
-from .space.cell import GatedCell, Signal, weigh
+from .space.cell import GatedCell, SparseFeatures, weigh
 from .core import check_fields
 from .space.cost import count_cost
 from .space.gate import hold_gates, watch_gates
 from .space.grid import SearchSpace
 from .tasks.losses import pixel_cross_entropy
 from .stages.searching import SearchConfig
-from .space.supernet import RoutingNetwork, gate_name, gates_by_path, build_supernet
+from .space.supernet import RoutingNetwork, gate_name, gates_by_edge, build_supernet
 from .train.loop import make_optimiser
 
 # %% ../nbs/69_speed.ipynb #44f53c94
@@ -94,9 +94,9 @@ def matrix_product(config: SpeedConfig, n: int = 2048): # a call, and its floati
 # %% ../nbs/69_speed.ipynb #277027ad
 class PlainCell(GatedCell):
     "A gated cell by the textbook: all is computed, then multiplied."
-    def forward(self, signal: Signal, finer_size=None) -> dict:
-        gates, output = self.gate(*signal), self.compute(signal.features)
-        return {kind: Signal(weigh(self.follow(kind, output, finer_size), g))
+    def forward(self, sparse: SparseFeatures, finer_size=None) -> dict:
+        gates, output = self.gate(*sparse), self.compute(sparse.features)
+        return {kind: SparseFeatures(weigh(self.edge_output(kind, output, finer_size), g))
                 for kind, g in zip(self.kinds, gates.unbind(1))}
 
 def plain_supernet(space: SearchSpace) -> RoutingNetwork:
@@ -157,7 +157,7 @@ def replay(network: nn.Module, config: SpeedConfig): # -> a function without arg
     return run
 
 # %% ../nbs/69_speed.ipynb #c6efe704
-def step_part(config: SpeedConfig) -> tuple[dict, dict]: # figures, seconds
+def step_part(config: SpeedConfig) -> tuple[dict, dict]: # metrics, seconds
     """Shares of the yardstick: of the search step, all gates open, of the plain implementation, and
     of the convolutions alone."""
     ours, (product, product_flops) = build_supernet(config.space), matrix_product(config)
@@ -169,12 +169,12 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]: # figures, seconds
                       "ours": make_step(ours, config), "convolutions": replay(ours, config)},
                      config)
     per_step = 6 * macs / product_flops # yardsticks' worth of operations
-    figures = {"multiply_adds": macs,
+    metrics = {"multiply_adds": macs,
                "yardstick_gflops": product_flops / median(times["yardstick"]) / 1e9}
     for name in list(times)[1:]:
-        figures[f"{name}: share of yardstick"] = per_step * ratio(times, "yardstick", name)
-        figures[f"{name}: times ours"] = ratio(times, name, "ours")
-    return figures, times
+        metrics[f"{name}: share of yardstick"] = per_step * ratio(times, "yardstick", name)
+        metrics[f"{name}: times ours"] = ratio(times, name, "ours")
+    return metrics, times
 
 # %% ../nbs/69_speed.ipynb #95287eca
 def closed_gates(config: SpeedConfig, p: float) -> dict: # p: share that is shut; for hold_gates
@@ -188,7 +188,7 @@ def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, d
     "How much faster a step is with a share of the paths shut at random, image by image."
     network = build_supernet(config.space)
     step, table = make_step(network, config), measure_costs(config.space, config.size)
-    x, calls, figures = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
+    x, calls, metrics = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
     def held(values):
         def call():
             with hold_gates(network, values): step()
@@ -197,13 +197,13 @@ def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, d
         values = closed_gates(config, p)
         with torch.no_grad(), hold_gates(network, values), watch_gates(network) as seen: network(x)
         calls[f"{p:g}"] = held(values)
-        cost = realised_cost(table, gates_by_path(config.space, seen)).mean().item()
-        figures[f"{p:g}: multiply-adds left"] = cost / table.full
+        cost = realised_cost(table, gates_by_edge(config.space, seen)).mean().item()
+        metrics[f"{p:g}: multiply-adds left"] = cost / table.full
     times = in_turns(calls, config)
     for p in shares:
-        figures[f"{p:g}: times faster"] = ratio(times, "0", f"{p:g}")
-        figures[f"{p:g}: at most"] = 1 / figures[f"{p:g}: multiply-adds left"]
-    return figures, times
+        metrics[f"{p:g}: times faster"] = ratio(times, "0", f"{p:g}")
+        metrics[f"{p:g}: at most"] = 1 / metrics[f"{p:g}: multiply-adds left"]
+    return metrics, times
 
 # %% ../nbs/69_speed.ipynb #1396b918
 def line(work: list, seconds: list) -> dict: # slope, intercept, r2

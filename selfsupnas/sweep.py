@@ -9,7 +9,7 @@ __all__ = ['FIGURES', 'SHARED', 'SweepConfig', 'grid_line', 'members', 'told', '
 # %% ../nbs/68_sweep.ipynb #ca5e6803
 import functools, itertools, re, subprocess, sys
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Callable
 
 from .campaign import Run, missing_stages, record_of
@@ -66,12 +66,12 @@ def told(config: SweepConfig, run: Run, stage: str, status: int) -> bool: # did 
     "Say how a run ended."
     record = record_of(config, run.name, stage)
     if status or record is None:
-        log = FilePath(config.folder)/run.name/stage/f"{stage}.log"
+        log = Path(config.folder)/run.name/stage/f"{stage}.log"
         print(f"sweep: {run.name} FAILED: {reason(log, stage, status)}", flush=True)
         return False
-    figures = {name: record.figures.get(name) for name in FIGURES[stage]}
+    metrics = {name: record.metrics.get(name) for name in FIGURES[stage]}
     print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value
-                                             in figures.items() if value is not None), flush=True)
+                                             in metrics.items() if value is not None), flush=True)
     return True
 
 def run_sweep(config: SweepConfig, runs: list[Run],
@@ -86,14 +86,14 @@ def run_sweep(config: SweepConfig, runs: list[Run],
 
 # %% ../nbs/68_sweep.ipynb #ca5e6809
 def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str: # markdown; "" without any
-    "Mean and spread over seeds of the figures of a sweep, a row for each other point of its grid."
+    "Mean and spread over seeds of the metrics of a sweep, a row for each other point of its grid."
     stage = runs[0].stages[0][0]
     found = [(run, record_of(config, run.name, stage)) for run in runs]
     records = [{**vars(record), "name": stage, "file": run.name} for run, record in found if record]
     if not records: return ""
     by = [f"parameters.{name}" for name in grid if name != "seed"]
     known = {name: header for name, header in FIGURES[stage].items()
-             if any(record["figures"].get(name) is not None for record in records)}
+             if any(record["metrics"].get(name) is not None for record in records)}
     rows = summarise(records, by, list(known))
     for row in rows: # a tuple or a truth value as the command line has it
         row.update({name: str(row[name]) for name in by})
@@ -122,7 +122,7 @@ def run_words(words: list):
 
 class Job:
     "A job of submitit, seen as the driver sees a process."
-    def __init__(self, job, log: FilePath): # log: gets what a failed job said
+    def __init__(self, job, log: Path): # log: gets what a failed job said
         self.job, self.log = job, log
 
     def poll(self) -> int | None: # None: not done; 0; 1: failed
@@ -136,7 +136,7 @@ def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dic
            slot: int # of no concern: the queue hands out GPUs
           ) -> Job:
     "One stage of a run as a job."
-    folder = FilePath(config.folder).absolute()/name/stage
+    folder = Path(config.folder).absolute()/name/stage
     return Job(executor.submit(run_words, command_words(folder, stage, parameters)),
                folder/f"{stage}.log")
 

@@ -7,11 +7,11 @@ __all__ = ['train_aside', 'time_terms', 'time_loader']
 
 # %% ../nbs/57_timing.ipynb #9b4898e0
 import dataclasses, tempfile, time
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from .train.batches import load_training_data, make_batches
 from .core import RunRecord
-from .stages.searching import BudgetTerms, SearchConfig, make_table
+from .stages.searching import BudgetLosses, SearchConfig, make_table
 from .space.supernet import build_supernet
 from .train.loop import train
 
@@ -25,7 +25,7 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
     """Median step time (ms) of the search with no term removed and with each removed, interleaved;
     leaves terms-record.json in `config.folder`."""
     config = dataclasses.replace(config, ramp=(0., 0.), cost_ramp=(0., 0.), logs=1, w_cost=1e-9,
-                                 budget_gain=0., w_harden=0.)
+                                 budget_gain=0., w_binary=0.)
     data = load_training_data(config)
     table = make_table(config, data)
     removed = {"none": (), "w_jig": ("w_jig",), "w_semi": ("w_semi",), "w_cost": ("w_cost",),
@@ -35,9 +35,9 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
         for name, weights in removed.items():
             variant = dataclasses.replace(config, **dict.fromkeys(weights, 0.))
             model = build_supernet(table.space, gate=config.gate)
-            cost = BudgetTerms(model, table, variant) if variant.w_cost else None
+            cost = BudgetLosses(model, table, variant) if variant.w_cost else None
             times[name].append(train_aside(model, variant, data, cost))
-    record = RunRecord("terms", FilePath(config.folder).name, dataclasses.asdict(config),
+    record = RunRecord("terms", Path(config.folder).name, dataclasses.asdict(config),
                        config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
     record.save(config.folder)
     return record
@@ -52,7 +52,7 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
     alone = dataclasses.replace(config, workers=0) # no worker competes with the step that is timed
     def step():
         model = build_supernet(table.space, gate=config.gate)
-        return train_aside(model, alone, data, BudgetTerms(model, table, config))
+        return train_aside(model, alone, data, BudgetLosses(model, table, config))
     def batches():
         # the first fill the workers' queues
         many, begun = dataclasses.replace(config, steps=20 + 10 * config.steps), 20
@@ -63,7 +63,7 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
         return 1e3 * (time.perf_counter() - start) / (many.steps - begun)
     times = [(step(), batches()) for _ in range(rounds)]
     step_ms, loader_ms = (sorted(column)[rounds // 2] for column in zip(*times))
-    record = RunRecord("loader", FilePath(config.folder).name, dataclasses.asdict(config),
+    record = RunRecord("loader", Path(config.folder).name, dataclasses.asdict(config),
                        config.seed, {},
                        {"step_ms": step_ms, "loader_ms": loader_ms,
                         "loader_times_faster": step_ms / loader_ms})

@@ -7,19 +7,18 @@ __all__ = ['presets_folder', 'preset_names', 'load', 'save_preset']
 
 # %% ../nbs/06_zoo.ipynb #a6bd5508
 import dataclasses
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import selfsupnas
-from safetensors.torch import load_file
 
 from .space.architecture import load_architecture, save_architecture
-from .train.checkpoint import save_weights
+from .train.checkpoint import read_weights, save_weights
 from .core import RunRecord
 from .space.network import StaticNetwork
 from .stages.retraining import load_network
 
 # %% ../nbs/06_zoo.ipynb #1d831a5d
-def presets_folder() -> FilePath: return FilePath(selfsupnas.__file__).parent/"presets"
+def presets_folder() -> Path: return Path(selfsupnas.__file__).parent/"presets"
 
 def preset_names() -> list: # sorted
     "The names that `load` knows."
@@ -32,29 +31,30 @@ def load(name: str) -> StaticNetwork:
         raise ValueError(f"there is no preset {name!r}; known: "
                          f"{', '.join(preset_names()) or 'none'}")
     network = StaticNetwork(load_architecture(presets_folder()/f"{name}.json"))
+    weights = read_weights(presets_folder()/f"{name}.safetensors")
     network.load_state_dict({k: v.float() if v.is_floating_point() else v
-                             for k, v in load_file(presets_folder()/f"{name}.safetensors").items()})
+                             for k, v in weights.items()})
     return network.eval()
 
 # %% ../nbs/06_zoo.ipynb #40eef32c
 def save_preset(name: str, retrained, evaluated, # folders of the two stages
-                to=None) -> FilePath: # a folder; None: the package's
+                to=None) -> Path: # a folder; None: the package's
     """Write NAME.json and NAME.safetensors. Raises FileNotFoundError for a folder that lacks its
     record, ValueError for a network without an architecture."""
-    trained, tested = (RunRecord.load(FilePath(folder)/f"{stage}-record.json")
+    trained, tested = (RunRecord.load(Path(folder)/f"{stage}-record.json")
                        for folder, stage in ((retrained, "retrain"), (evaluated, "evaluate")))
     network = load_network(retrained)
     if not isinstance(network, StaticNetwork):
         raise ValueError(f"{retrained} holds {trained.parameters['architecture']}: presets are "
                          "networks of the grid")
-    row = next(iter(tested.figures["rows"].values()))
-    provenance = {**network.architecture.provenance, "data": tested.figures["dataset"],
-                  "size": tested.figures["size"], "classes": list(row["iou"]),
-                  "labelled_images": trained.figures["labelled_images"],
+    row = next(iter(tested.metrics["rows"].values()))
+    provenance = {**network.architecture.provenance, "data": tested.metrics["dataset"],
+                  "size": tested.metrics["size"], "classes": list(row["iou"]),
+                  "labelled_images": trained.metrics["labelled_images"],
                   "steps": trained.parameters["steps"], "seed": trained.seed,
-                  f"{tested.figures['split']}_miou": row["miou"], "gflops": row["gflops"],
+                  f"{tested.metrics['split']}_miou": row["miou"], "gflops": row["gflops"],
                   "commit": trained.commit}
-    to = FilePath(to or presets_folder())
+    to = Path(to or presets_folder())
     save_weights(network.half(), to/f"{name}.safetensors")
     return save_architecture(dataclasses.replace(network.architecture, provenance=provenance),
                              to/f"{name}.json")

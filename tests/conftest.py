@@ -43,11 +43,11 @@ def draw_folder(root, counts):
 
 
 def same_run(folder, reference, stage="search", weights="supernet.safetensors"):
-    "Two runs have the same figures, log lines and weights, to the last digit, and left nothing half-written."
+    "Two runs have the same metrics, log lines and weights, to the last digit, and left nothing half-written."
     from safetensors.torch import load_file
     from selfsupnas.core import RunRecord
     records = [RunRecord.load(place/f"{stage}-record.json") for place in (folder, reference)]
-    assert records[0].figures == records[1].figures
+    assert records[0].metrics == records[1].metrics
     assert json.loads((folder/"history.json").read_text()) == json.loads((reference/"history.json").read_text())
     own, other = (load_file(place/weights) for place in (folder, reference))
     assert own.keys() == other.keys() and all(own[name].equal(other[name]) for name in own)

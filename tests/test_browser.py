@@ -209,7 +209,7 @@ def test_a_budget_slider_moves_the_route(page):
 
 def test_a_click_on_a_path_changes_cost_and_prediction(page):
     opened = page.locator(".widget-toggle-button.mod-active")
-    assert opened.count(), "the derived route has open paths"
+    assert opened.count(), "the derived route has open edges"
     picture_changes(page, page.locator(".widget-image").nth(1), lambda: opened.first.click(), "editor")
 
 def test_the_pictures_of_the_tour_have_their_own_size_and_the_colours_of_classes(page):

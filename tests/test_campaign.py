@@ -51,7 +51,7 @@ def test_all_runs_share_split_views_and_steps(config, done):
     assert len(records) == 5
     for key in ("data", "size", "crop", "zoom", "steps", "batch_labelled", "split_folder", "ema_decay", "warmup", "weight_decay", "optimiser"):
         assert len({json.dumps(r["parameters"][key]) for r in records}) == 1, key
-    assert {r["figures"]["labelled_images"] for r in records} == {10}
+    assert {r["metrics"]["labelled_images"] for r in records} == {10}
 
 
 def test_trials_never_read_the_test_split(config, done):
@@ -62,11 +62,11 @@ def test_trials_never_read_the_test_split(config, done):
 
 def test_a_search_by_the_jigsaw_reads_no_label(config, done):
     record = RunRecord.load(f"{config.records}/0.025/found_by_jigsaw/search/search-record.json")
-    assert record.parameters["w_sup"] == record.parameters["w_semi"] == 0 and record.figures["derived_inherited_val_miou"] is None
+    assert record.parameters["w_sup"] == record.parameters["w_semi"] == 0 and record.metrics["derived_inherited_val_miou"] is None
 
 
 def test_what_is_compared_is_what_was_evaluated(config, done):
-    rows = {(r["parameters"]["network"], r["parameters"]["arm"]): r["figures"] for r in compared(config.records)}
+    rows = {(r["parameters"]["network"], r["parameters"]["arm"]): r["metrics"] for r in compared(config.records)}
     assert set(rows) == {("searched", "both"), ("unet_resnet18", "labels"), ("unet_resnet18", "semi"), ("searched_by_jigsaw", "labels"), ("searched_by_jigsaw", "inherit")}
     assert rows["unet_resnet18", "labels"]["gflops"] == rows["unet_resnet18", "semi"]["gflops"] > rows["searched", "both"]["gflops"]
     for row in rows.values():

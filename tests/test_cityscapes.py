@@ -12,7 +12,7 @@ from selfsupnas.data.augment import normalise
 from selfsupnas.data.cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_LABELS, CITYSCAPES_PALETTE, CITYSCAPES_TABLE,
                                    draw_cityscapes, find_cityscapes)
 from selfsupnas.data.datasets import Cityscapes, load_dataset
-from selfsupnas.metrics import evaluate
+from selfsupnas.metrics import evaluate_segmenter
 
 PUBLISHED = [label for label in labels if label.id >= 0] # without the licence plate, which is never drawn into a mask
 
@@ -81,7 +81,7 @@ def test_the_official_evaluation_says_the_same(tree, tmp_path, monkeypatch):
     "mIoU and IoU of each class, by this package and by the script that the benchmark's server runs."
     torch.manual_seed(0)
     network, data = nn.Conv2d(3, 19, 3, padding=1), Cityscapes(tree, "val")
-    ours = evaluate(network, data, progress=False)
+    ours = evaluate_segmenter(network, data, progress=False)
     to_id = np.array([next(label.id for label in PUBLISHED if label.trainId == k) for k in range(19)], np.uint8)
     predictions, truths = [], []
     for i, name in enumerate(data.ids):

@@ -115,7 +115,7 @@ def test_a_file_that_is_no_architecture_is_refused(tmp_path, monkeypatch, capsys
 
 def test_a_failed_run_keeps_its_notebook(command, tmp_path):
     space = SearchSpace(3, layers=1, channels=2) # of three classes: too few for street scenes
-    save_architecture(Architecture(space, dict.fromkeys(space.paths(), 1.)), tmp_path/"architecture.json")
+    save_architecture(Architecture(space, dict.fromkeys(space.edges(), 1.)), tmp_path/"architecture.json")
     done = command("retrain", "--folder", "out", "-p", "architecture", "architecture.json", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     notebook = nbformat.read(tmp_path/"out"/"retrain-failed.ipynb", 4)

@@ -15,7 +15,7 @@ from selfsupnas.cli import main
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import progress_bar, read_json, read_text
 from selfsupnas.data.datasets import FolderDataset, load_dataset, read_classes
-from selfsupnas.metrics import Metrics, confusion_figure, metrics_figures, metrics_text
+from selfsupnas.metrics import Metrics, confusion_figure, record_metrics, metrics_text
 from selfsupnas.data.files import image_file_size, read_image, read_mask
 from selfsupnas.train.log import RunLog
 from selfsupnas.stages.searching import SearchConfig
@@ -467,15 +467,15 @@ def test_a_mean_over_one_of_several_classes_is_undefined():
     one_class = Metrics(torch.tensor([[9, 0], [0, 0]]), ("a", "b"))
     assert np.isnan(one_class.miou) and one_class.iou[0] == 1 and one_class.absent == ("b",) and one_class.pixel_accuracy == 1
     assert np.isnan(one_class.mean_class_accuracy)
-    figures = metrics_figures(one_class)
-    assert figures["miou"] is None and figures["iou"] == {"a": 1., "b": None} and json.dumps(figures, allow_nan=False)
+    metrics = record_metrics(one_class)
+    assert metrics["miou"] is None and metrics["iou"] == {"a": 1., "b": None} and json.dumps(metrics, allow_nan=False)
     assert "n/a" in metrics_text(one_class).splitlines()[0] and "one class" in metrics_text(one_class)
     assert "nan" not in confusion_figure(one_class).axes[0].get_title()
     invented = Metrics(torch.tensor([[9, 1], [0, 0]]), ("a", "b"))
     assert invented.miou == pytest.approx(.45) and "one class" not in metrics_text(invented), "a class that is predicted counts"
     assert Metrics(torch.tensor([[9]]), ("a",)).miou == 1, "of one class in all"
     empty = Metrics(torch.zeros(2, 2, dtype=torch.int64), ("a", "b"))
-    assert np.isnan(empty.miou) and metrics_figures(empty)["miou"] is None and "n/a" in metrics_text(empty)
+    assert np.isnan(empty.miou) and record_metrics(empty)["miou"] is None and "n/a" in metrics_text(empty)
 
 
 def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):

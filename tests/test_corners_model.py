@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from selfsupnas.space import cost
 from selfsupnas.space.budget import measure_costs
 from selfsupnas.space.cost import COSTS, COUNTERS, count_cost, count_flops
-from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.space.operations import OPERATIONS, make_operation
 from selfsupnas.space.supernet import build_supernet
 
@@ -290,14 +290,14 @@ def config(place, **changes):
 
 def test_a_dict_is_taken_alike_where_networks_are_judged_and_counted(folder):
     from selfsupnas.data.datasets import load_dataset
-    from selfsupnas.metrics import evaluate, segment
+    from selfsupnas.metrics import evaluate_segmenter, segment
     net, val = nn.Conv2d(3, 3, 3, padding=1), load_dataset("folder", "val", folder/"data")
     images = torch.stack([val[i][0] for i in range(2)])
     for views in ({}, dict(window=(40, 50)), dict(flip=True, scales=(1., .5))):
-        assert evaluate(Dict(net), val, progress=False, **views).confusion.equal(evaluate(net, val, progress=False, **views).confusion)
+        assert evaluate_segmenter(Dict(net), val, progress=False, **views).confusion.equal(evaluate_segmenter(net, val, progress=False, **views).confusion)
         assert segment(Dict(net), images, **views).equal(segment(net, images, **views))
     assert count_cost(Dict(net), (64, 64)).flops == count_cost(net, (64, 64)).flops
-    with pytest.raises(ValueError, match="dict.*logits.*out"): evaluate(Dict(net, "logits"), val, progress=False)
+    with pytest.raises(ValueError, match="dict.*logits.*out"): evaluate_segmenter(Dict(net, "logits"), val, progress=False)
     assert net.training
 
 
@@ -321,9 +321,9 @@ def test_a_model_that_returns_a_dict_trains_as_its_logits(kind, folder):
 
 
 def test_what_only_the_grid_can_do_is_said(folder):
-    from selfsupnas.train.step import make_trainee
+    from selfsupnas.train.step import build_multitask_model
     for wrong in (dict(w_jig=1.), dict(consistency="unimatch"), dict(recompute=True), dict(drop_path=.1)):
-        with pytest.raises(ValueError, match=next(iter(wrong))) as e: make_trainee(nn.Conv2d(3, 3, 1), config(folder, **wrong))
+        with pytest.raises(ValueError, match=next(iter(wrong))) as e: build_multitask_model(nn.Conv2d(3, 3, 1), config(folder, **wrong))
         assert "Conv2d" in str(e.value)
 
 
@@ -387,15 +387,15 @@ def traits(net): return [(name, t.device, t.dtype, t.requires_grad, t.stride(), 
 
 def test_evaluate_leaves_the_model_where_it_is(folder):
     from selfsupnas.data.datasets import load_dataset
-    from selfsupnas.metrics import evaluate
+    from selfsupnas.metrics import evaluate_segmenter
     net, val = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)), load_dataset("folder", "val", folder/"data")
     net[1].eval()
     before = traits(net)
-    here = evaluate(net, val, progress=False)
-    assert evaluate(net, val, device="cpu", progress=False).confusion.equal(here.confusion) and traits(net) == before
-    with pytest.raises(Exception): evaluate(net, val, device="meta", progress=False) # there is nothing to read off
+    here = evaluate_segmenter(net, val, progress=False)
+    assert evaluate_segmenter(net, val, device="cpu", progress=False).confusion.equal(here.confusion) and traits(net) == before
+    with pytest.raises(Exception): evaluate_segmenter(net, val, device="meta", progress=False) # there is nothing to read off
     assert traits(net) == before
-    with pytest.raises(ValueError, match="finite"): evaluate(nn.Sequential(net, Calls(lambda s, x: x / 0)), val, progress=False)
+    with pytest.raises(ValueError, match="finite"): evaluate_segmenter(nn.Sequential(net, Calls(lambda s, x: x / 0)), val, progress=False)
     assert traits(net) == before
 
 
@@ -420,19 +420,19 @@ def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(fold
     from selfsupnas.rivals import all_open
     from selfsupnas.data.datasets import load_dataset
     from selfsupnas.stages.dynamic import run_dynamic
-    from selfsupnas.stages.searching import calibrate_closing, gate_statistics, inherited_network
+    from selfsupnas.stages.searching import calibrate_gate_threshold, gate_statistics, inherited_network
     space = SearchSpace(3, 1, 4)
     net, table, val = build_supernet(space), measure_costs(space, (64, 80)), load_dataset("folder", "val", folder/"data")
     net.stem.eval()
     before = traits(net)
     images = torch.stack([val[i][0] for i in range(3)])
     for act in (lambda: gate_statistics(net, val, table), lambda: run_dynamic(net, val, table), lambda: inherited_network(all_open(space), net.state_dict(), images),
-                lambda: calibrate_closing(net, table, .6, images)):
+                lambda: calibrate_gate_threshold(net, table, .6, images)):
         act()
         assert traits(net) == before
 
 
-# ---- the closing threshold meets its budget, and no lower one does
+# ---- the gate threshold meets its budget, and no lower one does
 
 def static_supernet(values):
     "A supernet whose gates are the same for every image, its table and share of the full cost at a threshold, by the rules of the grid alone."
@@ -440,14 +440,14 @@ def static_supernet(values):
     from selfsupnas.space.budget import static_cost
     from selfsupnas.space.gate import gates_of
     from selfsupnas.space.grid import trace_route
-    from selfsupnas.space.supernet import gates_from_paths
+    from selfsupnas.space.supernet import gates_from_edges
     space = SearchSpace(3, 2, 4)
     net, table = build_supernet(space, gate="static"), measure_costs(space, (64, 80), gate="static")
     table = dataclasses.replace(table, raise_from=(0, *(20 * cost for cost in table.raise_from[1:]))) # a decoder that is dear at coarse scales
-    held = gates_from_paths(space, {path: values.get(path, .02) for path in space.gated()})
+    held = gates_from_edges(space, {edge: values.get(edge, .02) for edge in space.gated()})
     for name, gate in gates_of(net).items(): gate.logits.data = torch.atanh(held[name])
-    def share(closing):
-        kept = {path for path in space.gated() if values.get(path, .02) > closing}
+    def share(threshold):
+        kept = {edge for edge in space.gated() if values.get(edge, .02) > threshold}
         gates = sum(table.gates[scale][len(space.gated_at(layer, scale))] for layer, scale in trace_route(space, kept))
         return (static_cost(table, kept) + gates) / table.full
     return net, table, share
@@ -455,109 +455,109 @@ def static_supernet(values):
 
 def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
     from selfsupnas.space.gate import CLOSED, gates_of
-    from selfsupnas.stages.searching import calibrate_closing
+    from selfsupnas.stages.searching import calibrate_gate_threshold
     # above .3 the cell (1, 1) passes its input on, and the decoder has to raise it
-    net, table, share = static_supernet({Path(0, 0, "down"): .9, Path(0, 0, "keep"): .1, Path(1, 1, "up"): .3, Path(1, 0, "keep"): .6, Path(2, 0, "keep"): .95})
+    net, table, share = static_supernet({Edge(0, 0, "down"): .9, Edge(0, 0, "keep"): .1, Edge(1, 1, "up"): .3, Edge(1, 0, "keep"): .6, Edge(2, 0, "keep"): .95})
     images = torch.zeros(2, 3, 64, 80, dtype=torch.uint8)
     grid = [CLOSED + (1 - CLOSED) * k / 1024 for k in range(1025)]
     assert share(.2) < .58 < share(.5) and share(.92) < .58, "it falls, rises and falls"
     for budget in (.43, .5, .58, .61, .7, .999):
-        found = calibrate_closing(net, table, budget, images)
-        assert found == pytest.approx(next(closing for closing in grid if share(closing) <= budget), abs=1e-4)
-        assert all(gate.closing.item() == pytest.approx(found) for gate in gates_of(net).values())
-    assert calibrate_closing(net, table, .3, images) == 1 and calibrate_closing(net, table, 1., images) == CLOSED
+        found = calibrate_gate_threshold(net, table, budget, images)
+        assert found == pytest.approx(next(threshold for threshold in grid if share(threshold) <= budget), abs=1e-4)
+        assert all(gate.threshold.item() == pytest.approx(found) for gate in gates_of(net).values())
+    assert calibrate_gate_threshold(net, table, .3, images) == 1 and calibrate_gate_threshold(net, table, 1., images) == CLOSED
 
 
 def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
     from selfsupnas.data.augment import normalise
     from selfsupnas.space.budget import realised_cost
-    from selfsupnas.space.gate import CLOSED, gates_of, set_closing, watch_gates
-    from selfsupnas.stages.searching import calibrate_closing, shares_at
-    from selfsupnas.space.supernet import gates_by_path
+    from selfsupnas.space.gate import CLOSED, gates_of, set_gate_threshold, watch_gates
+    from selfsupnas.stages.searching import calibrate_gate_threshold, shares_at
+    from selfsupnas.space.supernet import gates_by_edge
     torch.manual_seed(0)
     space = SearchSpace(3, 3, 4, search_operations=True)
     net, table, images = build_supernet(space).eval(), measure_costs(space, (64, 80)), torch.randint(0, 256, (20, 3, 64, 80), dtype=torch.uint8)
     for gate in gates_of(net).values(): nn.init.normal_(gate.logits.weight, 0, 5.), nn.init.normal_(gate.logits.bias, .5, .7)
     levels = torch.linspace(.05, .95, 19)
     got, by_hand = shares_at(net, table, images, levels), []
-    for closing in levels.tolist():
-        set_closing(net, closing)
+    for threshold in levels.tolist():
+        set_gate_threshold(net, threshold)
         with watch_gates(net) as gates, torch.no_grad(): net(normalise(images))
-        by_hand.append(realised_cost(table, gates_by_path(space, gates)).mean().item() / table.full)
+        by_hand.append(realised_cost(table, gates_by_edge(space, gates)).mean().item() / table.full)
     assert len(set(by_hand)) > 5
     torch.testing.assert_close(got, torch.tensor(by_hand).double())
-    found, grid = calibrate_closing(net, table, .6, images), torch.arange(1, 1025) / 1024 * (1 - CLOSED) + CLOSED
-    set_closing(net, CLOSED)
+    found, grid = calibrate_gate_threshold(net, table, .6, images), torch.arange(1, 1025) / 1024 * (1 - CLOSED) + CLOSED
+    set_gate_threshold(net, CLOSED)
     assert found == pytest.approx(grid[shares_at(net, table, images, grid) <= .6][0].item(), abs=1e-4)
 
 
-# ---- two networks that teach each other: both have the budget, both drop paths
+# ---- two networks that teach each other: both have the budget, both drop edges
 
 def cps_search(place, **changes):
     from selfsupnas.train.batches import load_training_data
-    from selfsupnas.stages.searching import BudgetTerms, SearchConfig, make_table
+    from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
     from selfsupnas.train.loop import train
     settings = SearchConfig(**{**vars(config(place, consistency="cps", steps=4, logs=4)), "layers": 2, "channels": 4, "budget": .8, "cost_ramp": (0., 0.), "budget_gain": .2, **changes})
     data = load_training_data(settings)
     table = make_table(settings, data)
     torch.manual_seed(0)
     net = build_supernet(table.space)
-    return settings, data, table, net, lambda: train(net, settings, data, BudgetTerms(net, table, settings))
+    return settings, data, table, net, lambda: train(net, settings, data, BudgetLosses(net, table, settings))
 
 
 def test_the_budget_counts_both_networks_that_teach_each_other(folder):
     from selfsupnas.train.batches import make_batches
-    from selfsupnas.space.budget import expected_cost, undecided
+    from selfsupnas.space.budget import expected_cost, binarization_loss
     from selfsupnas.space.gate import gates_of, watch_gates
     from selfsupnas.data.loaders import to_device
-    from selfsupnas.train.step import make_trainee, objective
-    from selfsupnas.stages.searching import BudgetTerms, closing_of
-    from selfsupnas.space.supernet import gates_by_path
+    from selfsupnas.train.step import build_multitask_model, objective
+    from selfsupnas.stages.searching import BudgetLosses, gate_threshold_of
+    from selfsupnas.space.supernet import gates_by_edge
     settings, data, table, net, _ = cps_search(folder, budget_of="expected")
-    trainee = make_trainee(net, settings)
-    for network, bias in ((net, 1.), (trainee.peer, .3)):
+    multitask = build_multitask_model(net, settings)
+    for network, bias in ((net, 1.), (multitask.peer, .3)):
         for gate in gates_of(network).values(): nn.init.constant_(gate.logits.bias, bias)
     batches = {name: to_device(b, "cpu") for name, b in next(make_batches(settings, data)).items()}
-    terms_of = BudgetTerms(net, table, settings)
-    with watch_gates(net) as own, watch_gates(trainee.peer) as others:
-        terms, figures = objective(trainee, trainee, None, batches, {"sup": 1., "jig": 0., "semi": 1.}, settings, None, torch.Generator().manual_seed(0),
+    terms_of = BudgetLosses(net, table, settings)
+    with watch_gates(net) as own, watch_gates(multitask.peer) as others:
+        losses, metrics = objective(multitask, multitask, None, batches, {"sup": 1., "jig": 0., "semi": 1.}, settings, None, torch.Generator().manual_seed(0),
                                    lambda gates, network=None: terms_of(gates, 1., network))
-    each = [gates_by_path(table.space, gates) for gates in (own, others)]
+    each = [gates_by_edge(table.space, gates) for gates in (own, others)]
     spent = [expected_cost(table, gates).mean() / table.full for gates in each]
     assert spent[1] < spent[0] - .1, "they differ"
-    torch.testing.assert_close(terms["cost"].double(), (spent[0] - .8) ** 2 + (spent[1] - .8) ** 2)
-    torch.testing.assert_close(terms["harden"], undecided(each[0]) + undecided(each[1]))
-    assert float(figures["expected"]) == pytest.approx(spent[0].item())
-    for network in (net, trainee.peer):
-        gradients = torch.autograd.grad(terms["cost"], [gate.logits.bias for gate in gates_of(network).values()], retain_graph=True, allow_unused=True)
+    torch.testing.assert_close(losses["cost"].double(), (spent[0] - .8) ** 2 + (spent[1] - .8) ** 2)
+    torch.testing.assert_close(losses["binary"], binarization_loss(each[0]) + binarization_loss(each[1]))
+    assert float(metrics["expected"]) == pytest.approx(spent[0].item())
+    for network in (net, multitask.peer):
+        gradients = torch.autograd.grad(losses["cost"], [gate.logits.bias for gate in gates_of(network).values()], retain_graph=True, allow_unused=True)
         assert sum(g.abs().sum() for g in gradients if g is not None) > 0, "the budget moves its gates"
 
 
 def test_each_of_two_networks_closes_by_its_own_cost(folder):
     from selfsupnas.space.gate import CLOSED
-    from selfsupnas.stages.searching import BudgetTerms, closing_of
+    from selfsupnas.stages.searching import BudgetLosses, gate_threshold_of
     _, _, table, net, _ = cps_search(folder)
     settings = cps_search(folder)[0]
-    peer, terms_of = copy.deepcopy(net), BudgetTerms(net, table, settings)
+    peer, terms_of = copy.deepcopy(net), BudgetLosses(net, table, settings)
     from selfsupnas.space.gate import hold_gates, watch_gates
-    from selfsupnas.space.supernet import gates_from_paths
+    from selfsupnas.space.supernet import gates_from_edges
     x = torch.rand(2, 3, 64, 80)
     for network, value in ((net, 0.), (peer, .9)): # shut, and all open
-        with hold_gates(network, gates_from_paths(table.space, dict.fromkeys(table.space.gated(), value))), watch_gates(network) as gates: network(x)
-        figures = terms_of(gates, 1., network)[1]
-        expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (figures["realised"] - settings.budget)))
-        assert closing_of(network) == pytest.approx(expected)
-    assert closing_of(net) == pytest.approx(CLOSED) and closing_of(peer) > 2 * CLOSED
+        with hold_gates(network, gates_from_edges(table.space, dict.fromkeys(table.space.gated(), value))), watch_gates(network) as gates: network(x)
+        metrics = terms_of(gates, 1., network)[1]
+        expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (metrics["realised"] - settings.budget)))
+        assert gate_threshold_of(network) == pytest.approx(expected)
+    assert gate_threshold_of(net) == pytest.approx(CLOSED) and gate_threshold_of(peer) > 2 * CLOSED
 
 
 def test_two_networks_drop_paths_alike(folder):
-    from selfsupnas.train.step import make_trainee
+    from selfsupnas.train.step import build_multitask_model
     settings, _, _, net, run = cps_search(folder, drop_path=.5)
     trained = run()
     assert [row["peer_realised"] for row in trained.history] and trained.history[-1]["realised"] > 0
-    trainee = make_trainee(net, settings)
-    trainee.drop_path(.4)
-    rates = [[cell.drop_path for cell in network.cells.values()] for network in (trainee.model, trainee.peer)]
+    multitask = build_multitask_model(net, settings)
+    multitask.drop_path(.4)
+    rates = [[cell.drop_path for cell in network.cells.values()] for network in (multitask.model, multitask.peer)]
     assert rates[0] == rates[1] and max(rates[0]) == pytest.approx(.4)
 
 
@@ -584,9 +584,9 @@ def test_a_processor_refuses_half_precision_it_does_not_have(folder):
 
 class Scaled:
     "As Accelerate with fp16: a real scaler, on the processor; Accelerate's optimiser as well."
-    def __init__(self, trainee, rate=.1, scale=2.**6):
-        self.scaler, self.inner = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000), torch.optim.SGD(trainee.parameters(), rate)
-        self.trainee = trainee
+    def __init__(self, multitask, rate=.1, scale=2.**6):
+        self.scaler, self.inner = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000), torch.optim.SGD(multitask.parameters(), rate)
+        self.multitask = multitask
     def backward(self, loss): self.scaler.scale(loss).backward()
     def clip_grad_norm_(self, parameters, clip):
         self.scaler.unscale_(self.inner)
@@ -596,28 +596,28 @@ class Scaled:
 
 
 def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
-    from selfsupnas.train.step import Trainee
+    from selfsupnas.train.step import MultiTaskModel
     from selfsupnas.train.log import RunLog
     from selfsupnas.tasks.teacher import AdaptiveThreshold, EMATeacher
     from selfsupnas.train.loop import state_before, take_step
     torch.manual_seed(0)
-    trainee = Trainee(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    accelerator = Scaled(trainee)
-    parts = {"trainee": trainee, "teacher": EMATeacher(trainee, .9), "log": RunLog(config(folder, precision="fp16", steps=8, logs=1)), "threshold": AdaptiveThreshold(.8)}
+    multitask = MultiTaskModel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    accelerator = Scaled(multitask)
+    parts = {"multitask": multitask, "teacher": EMATeacher(multitask, .9), "log": RunLog(config(folder, precision="fp16", steps=8, logs=1)), "threshold": AdaptiveThreshold(.8)}
     factor = 1.
-    trainee.model[0].weight.register_hook(lambda g: g * factor) # what overflows
-    def state(): return copy.deepcopy((dict(trainee.state_dict()), dict(parts["teacher"].model.state_dict())))
+    multitask.model[0].weight.register_hook(lambda g: g * factor) # what overflows
+    def state(): return copy.deepcopy((dict(multitask.state_dict()), dict(parts["teacher"].model.state_dict())))
     def same(a, b): return all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one.values(), two.values()))
     rows = []
     for step, factor in enumerate([1., float("inf"), float("nan"), 1., float("inf"), float("inf"), float("inf"), 1.]):
         old, scale, before = state(), accelerator.scaler.get_scale(), state_before(parts)
-        loss = trainee.model(torch.rand(2, 3, 4, 4)).square().sum()
+        loss = multitask.model(torch.rand(2, 3, 4, 4)).square().sum()
         parts["threshold"].value += .01
         bad = take_step(loss, accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, before)
         finite = factor == 1
         assert bad is None and same(old, state()) != finite and (accelerator.scaler.get_scale() < scale) != finite
         assert parts["threshold"].value == pytest.approx(before["threshold"]["value"] + .01 * finite)
-        assert all(p.grad is None for p in trainee.parameters())
+        assert all(p.grad is None for p in multitask.parameters())
         if row := parts["log"].add(step, {"sup": loss}, {}, {"sup": 1.}, .1): rows.append(row)
     assert parts["log"].overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in parts["log"].line(rows[-1])
     other = RunLog(parts["log"].config)
@@ -627,7 +627,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     assert other.overflows == 0
     factor, found = float("inf"), []
     for step in range(6): # 2, then 1: the scale is not to blame any more
-        found.append(take_step(trainee.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, state_before(parts)))
+        found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, state_before(parts)))
     assert found[-1] == "the gradient" and None in found and parts["log"].overflows == 5 + found.count(None)
 
 
@@ -636,23 +636,23 @@ def test_a_run_without_a_scale_logs_no_overflows(folder):
     assert "overflows" not in RunLog(config(folder, steps=1)).add(0, {}, {}, {}, .1)
 
 
-# ---- figures
+# ---- metrics
 
 def test_how_pseudo_labels_were_can_be_recorded(folder):
     import json
     from selfsupnas.train.batches import load_training_data
-    from selfsupnas.train.log import consistency_figures
+    from selfsupnas.train.log import consistency_metrics
     from selfsupnas.train.loop import train
     names = {"pseudo_label_share", "pseudo_label_accuracy", "pseudo_label_share_mean", "pseudo_label_accuracy_mean"}
     settings = config(folder, steps=4, logs=4, ramp=(.5, .5), threshold=0.)
     history = train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings)).history
-    ran, got = [row for row in history if "kept" in row], consistency_figures(history)
+    ran, got = [row for row in history if "pseudo_share" in row], consistency_metrics(history)
     assert len(ran) == 2 and set(got) == names and got["pseudo_label_share"] == 1
     assert got["pseudo_label_accuracy"] == ran[-1]["pseudo_accuracy"] and got["pseudo_label_accuracy_mean"] == pytest.approx(np.mean([r["pseudo_accuracy"] for r in ran]))
     nan = float("nan")
-    for rows in ([], [{"step": 1}], [{"kept": None, "pseudo_accuracy": None}], [{"kept": nan, "pseudo_accuracy": nan}]):
-        assert consistency_figures(rows) == dict.fromkeys(names)
-    assert consistency_figures([{"kept": .5, "pseudo_accuracy": .25}, {"kept": 0., "pseudo_accuracy": None}]) == {
+    for rows in ([], [{"step": 1}], [{"pseudo_share": None, "pseudo_accuracy": None}], [{"pseudo_share": nan, "pseudo_accuracy": nan}]):
+        assert consistency_metrics(rows) == dict.fromkeys(names)
+    assert consistency_metrics([{"pseudo_share": .5, "pseudo_accuracy": .25}, {"pseudo_share": 0., "pseudo_accuracy": None}]) == {
         "pseudo_label_share": 0., "pseudo_label_share_mean": .25, "pseudo_label_accuracy": None, "pseudo_label_accuracy_mean": .25}
     json.dumps(got, allow_nan=False)
 
@@ -664,7 +664,7 @@ def test_an_undefined_iou_is_no_zero_in_the_figure():
     source, = (s for c in cells if "def by_class" in (s := "".join(c["source"])))
     names = {"NAMES": {"labels": "labels"}, "results": []}
     exec(source, names)
-    def run(network, iou): return {"parameters": {"fraction": .1, "network": network, "arm": "labels"}, "figures": {"val_miou": .5, "iou": iou}}
+    def run(network, iou): return {"parameters": {"fraction": .1, "network": network, "arm": "labels"}, "metrics": {"val_miou": .5, "iou": iou}}
     rows = names["by_class"]([run("searched", {"a": .5, "b": None, "c": None}), run("searched", {"a": .7, "b": .4, "c": None})], .1)
     assert rows == {"searched, labels": {"a": pytest.approx(.6), "b": .4, "c": None}}
 
@@ -696,42 +696,42 @@ def checkout(tmp_path):
 
 def test_the_commit_of_a_record_writes_nothing_into_the_checkout(checkout):
     from selfsupnas.core import commit
-    path, git = checkout
+    edge, git = checkout
     head = git("rev-parse", "HEAD")
-    def files(): return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((path/".git").rglob("*")) if p.is_file()}
-    os.utime(path/"a.py", (1, 1)) # the index would be refreshed
+    def files(): return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((edge/".git").rglob("*")) if p.is_file()}
+    os.utime(edge/"a.py", (1, 1)) # the index would be refreshed
     before = files()
-    assert commit(path/"a.py") == head and files() == before
-    (path/"a.py").write_text("22\n")
-    assert commit(path/"a.py") == head + "+changes" and files() == before
-    subprocess.run(["git", "-C", str(path), "status"], check=True, capture_output=True)
-    (path/".git"/"index.lock").touch() # another git is at work
-    assert commit(path/"a.py") == head + "+changes"
+    assert commit(edge/"a.py") == head and files() == before
+    (edge/"a.py").write_text("22\n")
+    assert commit(edge/"a.py") == head + "+changes" and files() == before
+    subprocess.run(["git", "-C", str(edge), "status"], check=True, capture_output=True)
+    (edge/".git"/"index.lock").touch() # another git is at work
+    assert commit(edge/"a.py") == head + "+changes"
 
 
 def test_the_commit_where_git_looks_elsewhere_or_is_missing(checkout, tmp_path_factory, monkeypatch):
     from selfsupnas.core import commit
-    path, git = checkout
+    edge, git = checkout
     head = git("rev-parse", "HEAD")
     other = tmp_path_factory.mktemp("other")
     subprocess.run(["git", "init", "-q", str(other)], check=True)
     for name, value in dict(GIT_DIR=other/".git", GIT_WORK_TREE=other, GIT_INDEX_FILE=other/"index").items(): monkeypatch.setenv(name, str(value)) # within a hook
-    assert commit(path/"a.py") == head
+    assert commit(edge/"a.py") == head
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"): monkeypatch.delenv(name)
     tree = other/"tree"
     git("worktree", "add", "-q", str(tree))
     assert commit(tree/"a.py") == head, "a second working tree"
-    subprocess.run(["git", "clone", "-q", "--bare", str(path), str(other/"bare")], check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", str(edge), str(other/"bare")], check=True)
     assert commit(other/"bare") is None and commit(other/"bare"/"HEAD") is None
-    (path/"b.py").write_text("not tracked")
-    assert commit(path/"b.py") is None
-    (path/"\u00e4\u6f22.py").write_text("1")
+    (edge/"b.py").write_text("not tracked")
+    assert commit(edge/"b.py") is None
+    (edge/"\u00e4\u6f22.py").write_text("1")
     git("add", "."), git("config", "core.quotepath", "false")
-    assert commit(path/"a.py") == head + "+changes"
-    (path/".git"/"HEAD").write_text("damaged")
-    assert commit(path/"a.py") is None
+    assert commit(edge/"a.py") == head + "+changes"
+    (edge/".git"/"HEAD").write_text("damaged")
+    assert commit(edge/"a.py") is None
     monkeypatch.setenv("PATH", str(other))
-    assert commit(path/"a.py") is None, "no git"
+    assert commit(edge/"a.py") is None, "no git"
 
 
 # ---- what is equal is one key
@@ -746,11 +746,11 @@ def frozen_kinds():
     import dataclasses
     def space(layers=2, **more): return SearchSpace(3, layers, 4, ["sep_conv_3x3", "identity"], **more)
     def spec(*classes): return SegmentationSpec("s", list(classes), [[0, 0, 0], [1, 2, 3]])
-    kept, searched = {Path(0, 0, "keep"): .5, Path(0, 0, "down"): 1.}, space(search_operations=True)
-    cells = {Path(0, 0, "identity"): 1, Path(0, 0, "sep_conv_3x3"): .5}
+    kept, searched = {Edge(0, 0, "keep"): .5, Edge(0, 0, "down"): 1.}, space(search_operations=True)
+    cells = {Edge(0, 0, "identity"): 1, Edge(0, 0, "sep_conv_3x3"): .5}
     return {
         "SearchSpace": lambda: (space(), SearchSpace(3, 2, 4, ("sep_conv_3x3", "identity")), space(3)),
-        "Architecture": lambda: (Architecture(space(), kept, {"seed": 1}), Architecture(space(), dict(reversed(kept.items())), {"seed": [2]}), Architecture(space(), {**kept, Path(0, 0, "keep"): .6})),
+        "Architecture": lambda: (Architecture(space(), kept, {"seed": 1}), Architecture(space(), dict(reversed(kept.items())), {"seed": [2]}), Architecture(space(), {**kept, Edge(0, 0, "keep"): .6})),
         "a searched Architecture": lambda: (Architecture(searched, kept, operations=cells), Architecture(searched, kept, operations=dict(reversed(cells.items()))), Architecture(searched, kept)),
         "CostTable": lambda: (measure_costs(space(), (64, 80)), measure_costs(space(), [64, 80]), measure_costs(space(), (64, 64))),
         "Cost": lambda: (Cost((1, 2), 3, 4, {"conv": 3, "mm": 1}, {"add": 1}), Cost((1, 2), 3, 4, {"mm": 1, "conv": 3}, {"add": 1}), Cost((1, 2), 3, 4, {"conv": 4}, {})),
@@ -773,14 +773,14 @@ def test_what_is_equal_is_one_key(name):
 
 def test_what_an_architecture_keeps_cannot_change_under_its_hash(tmp_path):
     from selfsupnas.space.architecture import Architecture, architecture_to_json, load_architecture, save_architecture
-    given = {Path(0, 0, "keep"): .5}
+    given = {Edge(0, 0, "keep"): .5}
     found = Architecture(SearchSpace(3, 2, 4), given)
     before = hash(found)
-    given[Path(0, 0, "down")] = 1. # what was given is not what is kept
-    for change in (lambda: found.paths.update(given), lambda: found.paths.pop(Path(0, 0, "keep")), lambda: found.paths.clear(), lambda: found.operations.setdefault("a", 1),
-                   lambda: found.paths.__setitem__(Path(0, 0, "keep"), 1.), lambda: found.paths.__delitem__(Path(0, 0, "keep")), lambda: found.paths.popitem(), lambda: found.paths.__ior__(given)):
+    given[Edge(0, 0, "down")] = 1. # what was given is not what is kept
+    for change in (lambda: found.edges.update(given), lambda: found.edges.pop(Edge(0, 0, "keep")), lambda: found.edges.clear(), lambda: found.operations.setdefault("a", 1),
+                   lambda: found.edges.__setitem__(Edge(0, 0, "keep"), 1.), lambda: found.edges.__delitem__(Edge(0, 0, "keep")), lambda: found.edges.popitem(), lambda: found.edges.__ior__(given)):
         with pytest.raises(TypeError): change()
-    assert hash(found) == before and found.paths == {Path(0, 0, "keep"): .5} and {**found.paths, "a": 1}
+    assert hash(found) == before and found.edges == {Edge(0, 0, "keep"): .5} and {**found.edges, "a": 1}
     found.provenance["seed"] = 3 # says where it comes from, and is no part of it
     assert hash(found) == before
     assert load_architecture(save_architecture(found, tmp_path/"a.json")) == found and architecture_to_json(copy.deepcopy(found)) == architecture_to_json(found)

@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT, draw_folder, same_run
 
 from selfsupnas import execution
-from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.train.checkpoint import FREE, FolderInUse, checkpoint_paths, step_of
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
 from selfsupnas.export import export_run
-from selfsupnas.stages.pareto import FrontConfig, front
+from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.stages.retraining import RetrainConfig, retrain
 from selfsupnas.stages.searching import SearchConfig, budget_note, load_search, search
 
@@ -24,9 +24,9 @@ SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, bat
 SEARCH = SearchConfig(folder="search", layers=2, channels=4, budget=1., **SMALL)
 RETRAIN = RetrainConfig(folder="retrain", architecture="search", **SMALL)
 EVALUATE = EvaluateConfig(folder="evaluate", network="retrain", baselines=(), latency_repeats=1)
-FRONT = FrontConfig(folder="front", search="search", budgets=(.9,), steps=1, random=1)
-STAGES = {"search": (search, SEARCH), "retrain": (retrain, RETRAIN), "evaluate": (benchmark, EVALUATE), "front": (front, FRONT)}
-ANOTHER = {"search": dict(steps=4), "retrain": dict(lr=.1), "evaluate": dict(flip=True), "front": dict(steps=2)}
+PARETO = ParetoConfig(folder="pareto", search="search", budgets=(.9,), steps=1, random=1)
+STAGES = {"search": (search, SEARCH), "retrain": (retrain, RETRAIN), "evaluate": (evaluate, EVALUATE), "pareto": (pareto, PARETO)}
+ANOTHER = {"search": dict(steps=4), "retrain": dict(lr=.1), "evaluate": dict(flip=True), "pareto": dict(steps=2)}
 pytestmark = pytest.mark.filterwarnings("ignore:.*labelled images are too few")
 
 
@@ -68,7 +68,7 @@ def test_the_same_run_is_read(place, capsys, stage, monkeypatch):
     done = run(config)
     assert "nothing is computed" in capsys.readouterr().out
     assert {k: v for k, v in contents().items() if not k.endswith(".lock")} == {k: v for k, v in before.items() if not k.endswith(".lock")}
-    assert done.record.figures == RunRecord.load(f"{stage}/{stage}-record.json").figures
+    assert done.record.metrics == RunRecord.load(f"{stage}/{stage}-record.json").metrics
     assert not hasattr(done, "nothing_of_the_kind")
     assert copy.deepcopy(done).record == done.record and pickle.loads(pickle.dumps(done)).record == done.record
 
@@ -97,7 +97,7 @@ def test_overwriting_is_said(place, stage):
     done = run(dataclasses.replace(config, **ANOTHER[stage], overwrite=True))
     record = RunRecord.load(f"{stage}/{stage}-record.json")
     (name, value), = ANOTHER[stage].items()
-    assert record.parameters[name] == value and record.figures == done.record.figures
+    assert record.parameters[name] == value and record.metrics == done.record.metrics
     if hasattr(config, "checkpoints"): assert max(map(step_of, checkpoint_paths(stage))) == record.parameters["steps"]
 
 
@@ -129,9 +129,9 @@ def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, mon
 def test_a_run_on_another_file_of_the_same_name_is_another_run(place):
     search(dataclasses.replace(SEARCH, seed=1, overwrite=True))
     with pytest.raises(ValueError, match="what architecture=.* holds is another by now"): retrain(RETRAIN)
-    with pytest.raises(ValueError, match="what search=.* holds is another by now"): front(FRONT)
+    with pytest.raises(ValueError, match="what search=.* holds is another by now"): pareto(PARETO)
     retrain(dataclasses.replace(RETRAIN, lr=.1, overwrite=True))
-    with pytest.raises(ValueError, match="what network=.* holds is another by now"): benchmark(EVALUATE)
+    with pytest.raises(ValueError, match="what network=.* holds is another by now"): evaluate(EVALUATE)
 
 
 # -- The command
@@ -193,16 +193,16 @@ def test_a_budget_out_of_reach_is_refused_before_a_kernel_starts(place, capsys, 
     for more in (["search"], ["sweep", "search", "--grid", "seed=0,1"]):
         assert main([*more, *words(dataclasses.replace(SEARCH, folder="runs/search", budget=.01)), "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
     assert main(["search", "-p", "budget", ".01", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
-    assert main(["front", "-p", "search", "search", "-p", "budgets", "(.9, .01)", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
+    assert main(["pareto", "-p", "search", "search", "-p", "budgets", "(.9, .01)", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
     assert not Path("new").exists()
 
 
 def test_a_missed_budget_is_said(place, capsys):
     found = search(dataclasses.replace(SEARCH, folder="missed", budget=.8, budget_gain=0.))
-    assert not found.record.figures["budget_met"] and "budget_gain" in budget_note(found.record)
+    assert not found.record.metrics["budget_met"] and "budget_gain" in budget_note(found.record)
     said = capsys.readouterr().out
-    assert "budget missed" in said and "0.8 was asked for" in said and f"of {found.record.figures['paths']} paths" in said
-    assert budget_note(load_search("search").record) is None and found.record.figures["realised_share"] > .8
+    assert "budget missed" in said and "0.8 was asked for" in said and f"of {found.record.metrics['edges']} edges" in said
+    assert budget_note(load_search("search").record) is None and found.record.metrics["realised_share"] > .8
 
 
 # -- What travels with a network
@@ -227,25 +227,25 @@ def shuffled(place):
 
 def test_classes_in_another_order_are_refused_or_mapped(place, shuffled):
     from selfsupnas.metrics import segment
-    plain = benchmark(EVALUATE)
+    plain = evaluate(EVALUATE)
     other = dataclasses.replace(EVALUATE, folder="new", data="folder", root=shuffled)
-    with pytest.raises(ValueError, match="same classes in another order.*tree, road, house.*road, house, tree.*classes="): benchmark(other)
-    mapped = benchmark(dataclasses.replace(other, classes=("road", "house", "tree")))
-    own, theirs = (done.record.figures["rows"] for done in (plain, mapped))
+    with pytest.raises(ValueError, match="same classes in another order.*tree, road, house.*road, house, tree.*classes="): evaluate(other)
+    mapped = evaluate(dataclasses.replace(other, classes=("road", "house", "tree")))
+    own, theirs = (done.record.metrics["rows"] for done in (plain, mapped))
     assert theirs["searched"]["miou"] == own["searched"]["miou"] and theirs["searched"]["iou"] == own["searched"]["iou"]
     assert theirs["most frequent class"]["iou"] == own["most frequent class"]["iou"]
     image = plain.data[0][0][None]
     assert torch.equal(segment(mapped.network, image), torch.tensor([1, 2, 0])[segment(plain.network, image)])
-    assert benchmark(dataclasses.replace(other, classes=("road", "house", "tree"))).metrics.miou == mapped.metrics.miou, "read again"
-    with pytest.raises(ValueError, match="classes must name each class"): benchmark(dataclasses.replace(other, folder="newer", classes=("road", "house", "roof")))
+    assert evaluate(dataclasses.replace(other, classes=("road", "house", "tree"))).metrics.miou == mapped.metrics.miou, "read again"
+    with pytest.raises(ValueError, match="classes must name each class"): evaluate(dataclasses.replace(other, folder="newer", classes=("road", "house", "roof")))
 
 
 def test_other_names_are_refused_or_mapped(place):
     shutil.copytree("data", "renamed")
     Path("renamed/classes.txt").write_text("Straße\nHaus\nBaum\n")
     other = dataclasses.replace(EVALUATE, folder="new", data="folder", root="renamed")
-    with pytest.raises(ValueError, match="other classes.*Straße.*road"): benchmark(other)
-    assert benchmark(dataclasses.replace(other, classes=("Straße", "Haus", "Baum"))).record.figures["rows"]["searched"]["miou"] == benchmark(EVALUATE).metrics.miou
+    with pytest.raises(ValueError, match="other classes.*Straße.*road"): evaluate(other)
+    assert evaluate(dataclasses.replace(other, classes=("Straße", "Haus", "Baum"))).record.metrics["rows"]["searched"]["miou"] == evaluate(EVALUATE).metrics.miou
 
 
 def test_weights_are_not_inherited_by_other_classes(place, shuffled):
@@ -257,9 +257,9 @@ def test_an_export_asks_for_the_classes_of_the_network(place, shuffled):
     with pytest.raises(ValueError, match="road, house, tree.*tree, road, house"): export_run("retrain", "away", root=shuffled)
 
 
-@pytest.mark.parametrize("act", [lambda **root: benchmark(EvaluateConfig(folder="new", network="../retrain", baselines=(), latency_repeats=1, **root)),
-                                 lambda **root: front(FrontConfig(folder="new", search="../search", budgets=(.9,), steps=0, random=0, **root)),
-                                 lambda **root: export_run("../retrain", "away", **root)], ids=["evaluate", "front", "export"])
+@pytest.mark.parametrize("act", [lambda **root: evaluate(EvaluateConfig(folder="new", network="../retrain", baselines=(), latency_repeats=1, **root)),
+                                 lambda **root: pareto(ParetoConfig(folder="new", search="../search", budgets=(.9,), steps=0, random=0, **root)),
+                                 lambda **root: export_run("../retrain", "away", **root)], ids=["evaluate", "pareto", "export"])
 def test_a_relative_root_is_explained_elsewhere(place, monkeypatch, act):
     (place/"elsewhere").mkdir()
     monkeypatch.chdir(place/"elsewhere")
@@ -284,7 +284,7 @@ def test_a_script_that_is_stopped_ends_in_one_line():
 def test_gate_statistics_come_back(place):
     found = load_search("search")
     assert set(found.statistics.importance) == set(found.table.space.gated())
-    Path("search/statistics.json").write_text(json.dumps({"paths": [[0]]}))
+    Path("search/statistics.json").write_text(json.dumps({"edges": [[0]]}))
     with pytest.raises(ValueError, match="search/statistics.json"): load_search("search")
 
 
@@ -325,21 +325,21 @@ def test_the_same_data_may_be_elsewhere(place, capsys):
 
 def test_what_a_finished_run_builds_on_may_have_moved(place, capsys):
     shutil.move("retrain", "retrained"), shutil.move("search", "searched")
-    assert benchmark(dataclasses.replace(EVALUATE, network="retrained")).network is not None
-    assert front(dataclasses.replace(FRONT, search="searched")).data is not None
+    assert evaluate(dataclasses.replace(EVALUATE, network="retrained")).network is not None
+    assert pareto(dataclasses.replace(PARETO, search="searched")).data is not None
     assert capsys.readouterr().out.count("nothing is computed") == 2
 
 
 def test_a_front_on_classes_in_another_order_is_refused(place, shuffled):
     with pytest.raises(ValueError, match="search was searched for the classes road, house, tree.*tree, road, house"):
-        front(dataclasses.replace(FRONT, folder="new", root=shuffled, steps=0, random=0))
+        pareto(dataclasses.replace(PARETO, folder="new", root=shuffled, steps=0, random=0))
 
 
 def test_rivals_are_mapped_as_well(place, shuffled):
     asked = dict(baselines=("unet_resnet18",), train_baselines=True)
-    plain = benchmark(dataclasses.replace(EVALUATE, folder="one", **asked))
-    mapped = benchmark(dataclasses.replace(EVALUATE, folder="two", root=shuffled, classes=("road", "house", "tree"), **asked))
-    assert mapped.record.figures["rows"]["unet_resnet18"]["iou"] == plain.record.figures["rows"]["unet_resnet18"]["iou"]
+    plain = evaluate(dataclasses.replace(EVALUATE, folder="one", **asked))
+    mapped = evaluate(dataclasses.replace(EVALUATE, folder="two", root=shuffled, classes=("road", "house", "tree"), **asked))
+    assert mapped.record.metrics["rows"]["unet_resnet18"]["iou"] == plain.record.metrics["rows"]["unet_resnet18"]["iou"]
 
 
 # -- What is a user's stays
@@ -365,20 +365,20 @@ def test_a_retraining_does_not_write_over_what_it_reads(place):
 
 
 def test_an_overwritten_front_goes_on_where_it_was_stopped(place, monkeypatch):
-    import selfsupnas.stages.pareto as module
+    import selfsupnas.stages.pareto_front as module
     plain, done = module.train_member, []
     def stops(config, searched, name):
         if len(done) == 1: raise KeyboardInterrupt
         done.append(name)
         return plain(config, searched, name)
     monkeypatch.setattr(module, "train_member", stops)
-    again = dataclasses.replace(FRONT, steps=2, overwrite=True)
-    with pytest.raises(KeyboardInterrupt): front(again)
+    again = dataclasses.replace(PARETO, steps=2, overwrite=True)
+    with pytest.raises(KeyboardInterrupt): pareto(again)
     monkeypatch.setattr(module, "train_member", plain)
-    first = Path(f"front/{done[0]}/retrain-record.json")
+    first = Path(f"pareto/{done[0]}/retrain-record.json")
     made = first.read_text()
-    front(again)
-    assert first.read_text() == made and RunRecord.load("front/front-record.json").parameters["steps"] == 2
+    pareto(again)
+    assert first.read_text() == made and RunRecord.load("pareto/pareto-record.json").parameters["steps"] == 2
 
 
 def test_a_finished_run_is_read_where_nothing_can_be_written(place, monkeypatch):

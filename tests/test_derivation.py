@@ -12,13 +12,13 @@ from PIL import Image
 
 import selfsupnas.stages.searching
 from selfsupnas.space.architecture import Architecture, load_architecture, save_architecture
-from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.space.budget import measure_costs, static_cost
 from selfsupnas.core import RunRecord
 from selfsupnas.space.derivation import derive
-from selfsupnas.metrics import evaluate, miou_of
-from selfsupnas.stages.pareto import FrontConfig, front, load_front
-from selfsupnas.space.gate import set_closing
+from selfsupnas.metrics import evaluate_segmenter, miou_of
+from selfsupnas.stages.pareto_front import ParetoConfig, pareto, load_pareto
+from selfsupnas.space.gate import set_gate_threshold
 from selfsupnas.space.grid import STEP, SearchSpace
 from selfsupnas.stages.retraining import RetrainConfig, retrain
 from selfsupnas.stages.searching import (GateStatistics, ImageSubset, SearchConfig, choice_images, choose, choose_route, inherited_network,
@@ -45,14 +45,14 @@ def all_routes(table, importance, keep_operations=None):
         for scale in range(min(layer + 1, 4)):
             here = [part for part in parts if part[:2] == (layer, scale)]
             live = arriving.get(scale, np.zeros(len(number), bool))
-            paths = [part for part in here if part.kind in STEP]
+            edges = [part for part in here if part.kind in STEP]
             candidates = [part for part in here if part.kind not in STEP]
-            computes = np.any([is_open[part] for part in paths], 0)
+            computes = np.any([is_open[part] for part in edges], 0)
             for part in here: valid &= ~is_open[part] | live & computes
             if keep_operations and candidates: valid &= sum(is_open[part] * 1 for part in candidates) <= keep_operations
             if not space.search_operations: cost += computes * sum(table.operations[scale].values())
-            for part in here: cost += is_open[part] * (table.paths if part in paths else table.operations)[scale][part.kind]
-            for part in paths:
+            for part in here: cost += is_open[part] * (table.edges if part in edges else table.operations)[scale][part.kind]
+            for part in edges:
                 to = scale + STEP[part.kind]
                 leaving[to] = leaving.get(to, False) | is_open[part]
             leaving[scale] = leaving.get(scale, False) | live & ~computes
@@ -124,12 +124,12 @@ def layer_arcs(table, importance, layer):
     scales = list(space.scales_at(layer))
     ways = {}
     for scale in scales:
-        paths = [p for p in space.paths() if p[:2] == (layer, scale)]
+        edges = [p for p in space.edges() if p[:2] == (layer, scale)]
         ways[scale] = [(0., 0., 1 << scale)] # passes its input on
-        for size in range(1, len(paths) + 1):
-            for some in itertools.combinations(paths, size):
+        for size in range(1, len(edges) + 1):
+            for some in itertools.combinations(edges, size):
                 to = sum({1 << scale + STEP[p.kind] for p in some}) if layer < space.layers else 1 << scale
-                ways[scale].append((sum(table.operations[scale].values()) + sum(table.paths[scale][p.kind] for p in some),
+                ways[scale].append((sum(table.operations[scale].values()) + sum(table.edges[scale][p.kind] for p in some),
                                     sum(importance[p] for p in some), to))
     for live in range(1, 1 << len(scales)):
         for some in itertools.product(*(ways[scale] for scale in scales if live >> scale & 1)):
@@ -198,12 +198,12 @@ def test_the_two_programs_of_this_file_agree():
 def inherited_miou(config, done, route, dataset):
     "Of an architecture with the weights of a finished search, measured here."
     network = inherited_network(route, done.trained.model.state_dict(), plain_images(config, done.data))
-    return evaluate(network, dataset, progress=False).miou
+    return evaluate_segmenter(network, dataset, progress=False).miou
 
 def tiny(place, **more):
     return SearchConfig(**{**dict(folder=str(place/"search"), data="folder", root=str(place/"data"), label_fraction=.5, steps=2,
                                   layers=2, channels=4, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=1, w_jig=0.,
-                                  w_semi=0., w_cost=0., w_harden=0., budget=.8, candidates=3, choice_images=4), **more})
+                                  w_semi=0., w_cost=0., w_binary=0., budget=.8, candidates=3, choice_images=4), **more})
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -223,7 +223,7 @@ def copied(made, tmp_path):
     shutil.copytree(made[0].folder, tmp_path/"search")
     return dataclasses.replace(made[0], folder=str(tmp_path/"search"))
 
-def routes(space, *kept): return [Architecture(space, dict.fromkeys(space.paths()[:count], 1.)) for count in kept]
+def routes(space, *kept): return [Architecture(space, dict.fromkeys(space.edges()[:count], 1.)) for count in kept]
 
 def test_the_second_by_importance_is_chosen_if_it_is_better():
     pool = routes(SearchSpace(3, 2, 4), 3, 2, 1)
@@ -244,25 +244,25 @@ def test_the_best_of_a_pool_by_its_inherited_weights(made, monkeypatch):
     state, plain = found.trained.model.state_dict(), plain_images(config, found.data)
     best, rows = choose_route(config, found.table, found.statistics, 1., {"data": found.data.val.spec.name},
                               lambda route: inherited_network(route, state, plain), images)
-    assert max(scores) > min(scores) and set(best.paths) == set(pool[1].paths)
+    assert max(scores) > min(scores) and set(best.edges) == set(pool[1].edges)
     assert [row["chosen"] for row in rows] == [False, True, False]
     assert rows[1]["choice_miou"] == pytest.approx(max(scores), abs=1e-6)
     assert best.provenance["chosen_on"] == images.ids and "chosen_on" not in pool[0].provenance
 
 def test_what_the_record_says_of_the_choice(made):
     config, found, _ = made
-    rows, chosen_on = found.record.figures["candidates"], found.architecture.provenance["chosen_on"]
+    rows, chosen_on = found.record.metrics["candidates"], found.architecture.provenance["chosen_on"]
     assert len(rows) == 3 and [row["importance"] for row in rows] == sorted((row["importance"] for row in rows), reverse=True)
     chosen, = (row for row in rows if row["chosen"])
     assert chosen["choice_miou"] == max(row["choice_miou"] for row in rows)
     assert chosen["importance"] == pytest.approx(worth(found.architecture.kept, found.statistics.importance))
-    assert chosen["paths"] == len(found.architecture.paths) == found.record.figures["paths_kept"]
-    assert chosen["cost_share"] * found.table.full == pytest.approx(found.record.figures["derived_cost"])
+    assert chosen["edges"] == len(found.architecture.edges) == found.record.metrics["edges_kept"]
+    assert chosen["cost_share"] * found.table.full == pytest.approx(found.record.metrics["derived_cost"])
     assert max(row["cost_share"] for row in rows) <= config.budget
-    assert found.record.figures["labels_consumed"] == {"training": 3, "choice": 4, "report": 5}
+    assert found.record.metrics["labels_consumed"] == {"training": 3, "choice": 4, "report": 5}
     for name, network in (("supernet_val_miou", found.trained.model), ("derived_inherited_val_miou", found.derived)):
         rest = ImageSubset(found.data.val, [name for name in found.data.val.ids if name not in chosen_on])
-        assert found.record.figures[name] == pytest.approx(evaluate(network, rest, progress=False).miou, abs=1e-6)
+        assert found.record.metrics[name] == pytest.approx(evaluate_segmenter(network, rest, progress=False).miou, abs=1e-6)
 
 def test_images_that_choose_are_not_reported_and_never_of_the_training_set(made):
     _, found, measured = made
@@ -299,18 +299,18 @@ def test_nothing_chooses_without_candidates_or_labels(made, tmp_path, monkeypatc
     monkeypatch.setattr(selfsupnas.stages.searching, "classes_present", lambda *_: 1 / 0) # no label is looked at
     (tmp_path/"data").symlink_to(made[0].root)
     found = search(tiny(tmp_path, **more))
-    row, = found.record.figures["candidates"]
+    row, = found.record.metrics["candidates"]
     assert row["choice_miou"] is None and row["chosen"] and not found.architecture.provenance.get("chosen_on")
-    assert found.record.figures["labels_consumed"] == {"training": training, "choice": 0, "report": report}
+    assert found.record.metrics["labels_consumed"] == {"training": training, "choice": 0, "report": report}
     strongest, = derive(found.table.space, found.statistics.importance, found.table, .8 * found.table.full)
-    assert set(found.architecture.paths) == set(strongest.paths)
+    assert set(found.architecture.edges) == set(strongest.edges)
 
 def test_a_pool_of_one_reads_no_label(made):
     config, found, _ = made
     least = static_cost(found.table, ()) / found.table.full
     route, rows = choose_route(config, found.table, found.statistics, least, {}, lambda _: 1 / 0,
                                choice_images(config, found.data.val))
-    assert not route.paths and rows[0]["choice_miou"] is None and len(rows) == 1 and "chosen_on" not in route.provenance
+    assert not route.edges and rows[0]["choice_miou"] is None and len(rows) == 1 and "chosen_on" not in route.provenance
 
 def test_a_retraining_leaves_out_what_chose(made, copied, tmp_path):
     def trained(name, architecture):
@@ -318,43 +318,43 @@ def test_a_retraining_leaves_out_what_chose(made, copied, tmp_path):
                                      batch_labelled=2, w_jig=0., w_semi=0., architecture=str(architecture)))
     done = trained("with", copied.folder)
     rest = unchosen(done.data.val, done.trained.model.architecture)
-    assert len(rest) == done.record.figures["val_images"] == 5
-    measured = evaluate(done.trained.model, rest, progress=False)
-    assert done.record.figures["val_miou"] == pytest.approx(measured.miou, abs=1e-6)
-    assert done.record.figures["val_pixel_accuracy"] == pytest.approx(measured.pixel_accuracy, abs=1e-6)
-    assert done.record.figures["labels_consumed"] == {"training": 3, "choice": 0, "report": 5}
+    assert len(rest) == done.record.metrics["val_images"] == 5
+    measured = evaluate_segmenter(done.trained.model, rest, progress=False)
+    assert done.record.metrics["val_miou"] == pytest.approx(measured.miou, abs=1e-6)
+    assert done.record.metrics["val_pixel_accuracy"] == pytest.approx(measured.pixel_accuracy, abs=1e-6)
+    assert done.record.metrics["labels_consumed"] == {"training": 3, "choice": 0, "report": 5}
     assert load_architecture(tmp_path/"with"/"architecture.json").provenance["chosen_on"], "later stages know it, too"
-    images = {split: benchmark(EvaluateConfig(folder=str(tmp_path/split), network=str(tmp_path/"with"), split=split, latency_repeats=1)).record.figures
+    images = {split: evaluate(EvaluateConfig(folder=str(tmp_path/split), network=str(tmp_path/"with"), split=split, latency_repeats=1)).record.metrics
               for split in ("val", "test")}
     assert (images["val"]["images"], images["test"]["images"]) == (5, 2)
     assert images["val"]["rows"]["searched"]["miou"] == pytest.approx(measured.miou, abs=1e-6)
     found = load_architecture(copied.folder)
     save_architecture(dataclasses.replace(found, provenance={}), tmp_path/"plain.json")
-    assert trained("plain", tmp_path/"plain.json").record.figures["val_images"] == 9
+    assert trained("plain", tmp_path/"plain.json").record.metrics["val_images"] == 9
     save_architecture(dataclasses.replace(found, provenance={**found.provenance, "chosen_on": done.data.val.ids}),
                       tmp_path/"all.json")
     with pytest.raises(ValueError, match="chosen_on"): trained("all", tmp_path/"all.json")
 
 def test_a_front_reports_what_neither_it_nor_the_search_chose_on(made, copied, tmp_path):
     def of(name, **more):
-        return front(FrontConfig(**{**dict(folder=str(tmp_path/name), search=copied.folder, budgets=(.75, .9), steps=0, random=1,
-                                           candidates=3, choice_images=3), **more})).record.figures
-    figures, used = of("front"), set(made[1].architecture.provenance["chosen_on"])
-    assert figures["labels_consumed"] == {"training": 3, "choice": 3, "report": 5}
+        return pareto(ParetoConfig(**{**dict(folder=str(tmp_path/name), search=copied.folder, budgets=(.75, .9), steps=0, random=1,
+                                           candidates=3, choice_images=3), **more})).record.metrics
+    metrics, used = of("pareto"), set(made[1].architecture.provenance["chosen_on"])
+    assert metrics["labels_consumed"] == {"training": 3, "choice": 3, "report": 5}
     for budget in ("0.75", "0.9"):
-        provenance = load_architecture(tmp_path/"front"/f"derived-{budget}.json").provenance
+        provenance = load_architecture(tmp_path/"pareto"/f"derived-{budget}.json").provenance
         assert len(provenance["chosen_on"]) == 3 and set(provenance["chosen_on"]) < used, "of the same draw"
-        assert sum(row["chosen"] for row in figures["candidates"][budget]) == 1
+        assert sum(row["chosen"] for row in metrics["candidates"][budget]) == 1
     val = made[1].data.val
     rest = ImageSubset(val, [name for name in val.ids if name not in used])
-    for row in figures["rows"]:
+    for row in metrics["rows"]:
         if row["kind"] == "dynamic":
-            set_closing(model := load_supernet(copied.folder), row["closing"])
-            assert row["miou"] == pytest.approx(evaluate(model, rest, progress=False).miou, abs=1e-6), row["name"]
+            set_gate_threshold(model := load_supernet(copied.folder), row["gate_threshold"])
+            assert row["miou"] == pytest.approx(evaluate_segmenter(model, rest, progress=False).miou, abs=1e-6), row["name"]
             continue
-        own = load_architecture(tmp_path/"front"/f"{row['name']}.json")
+        own = load_architecture(tmp_path/"pareto"/f"{row['name']}.json")
         assert row["inherited_miou"] == pytest.approx(inherited_miou(*made[:2], own, rest), abs=1e-6), row["name"]
-    assert load_front(tmp_path/"front").record.figures == figures, "a front without training can be read, too"
+    assert load_pareto(tmp_path/"pareto").record.metrics == metrics, "a front without training can be read, too"
     assert of("alone", candidates=1, budgets=(.9,), random=0)["labels_consumed"] == {"training": 3, "choice": 0, "report": 5}, "the search's are out"
     assert of("test", split="test", budgets=(.9,), random=0)["labels_consumed"]["report"] == 2
 
@@ -364,21 +364,21 @@ def test_the_least_budget_is_named(made, copied, tmp_path):
     with pytest.raises(ValueError, match=least): search(tiny(tmp_path/"dear", root=copied.root, budget=.01))
     with pytest.raises(ValueError, match=least): derive(table.space, made[1].statistics.importance, table, .01 * table.full)
     with pytest.raises(ValueError, match=least):
-        front(FrontConfig(folder=str(tmp_path/"front"), search=copied.folder, budgets=(.9, .01), steps=0))
-    assert not list((tmp_path/"dear").rglob("*.json")) and not list((tmp_path/"front").rglob("*.json"))
+        pareto(ParetoConfig(folder=str(tmp_path/"pareto"), search=copied.folder, budgets=(.9, .01), steps=0))
+    assert not list((tmp_path/"dear").rglob("*.json")) and not list((tmp_path/"pareto").rglob("*.json"))
 
 def test_a_search_of_before_is_read(made, copied, tmp_path, capsys):
     place = tmp_path/"search"
     record = json.loads((place/"search-record.json").read_text())
     for name in ("candidates", "choice_images"): del record["parameters"][name]
-    for name in ("candidates", "labels_consumed"): del record["figures"][name]
+    for name in ("candidates", "labels_consumed"): del record["metrics"][name]
     (place/"search-record.json").write_text(json.dumps(record))
     found = load_architecture(place)
     save_architecture(dataclasses.replace(found, provenance={name: value for name, value in found.provenance.items()
                                                              if name != "chosen_on"}), place/"architecture.json")
     read = search(copied)
     assert "nothing is computed" in capsys.readouterr().out
-    assert read.record.figures == record["figures"] and read.architecture.paths == found.paths
+    assert read.record.metrics == record["metrics"] and read.architecture.edges == found.edges
     assert load_supernet(place) and RunRecord.load(place/"search-record.json").config(SearchConfig).candidates == 8
-    assert front(FrontConfig(folder=str(tmp_path/"front"), search=str(place), budgets=(.9,), steps=0, random=0,
-                             candidates=1)).record.figures["labels_consumed"] == {"training": 3, "choice": 0, "report": 9}
+    assert pareto(ParetoConfig(folder=str(tmp_path/"pareto"), search=str(place), budgets=(.9,), steps=0, random=0,
+                             candidates=1)).record.metrics["labels_consumed"] == {"training": 3, "choice": 0, "report": 9}

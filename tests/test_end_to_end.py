@@ -7,7 +7,7 @@ import pytest
 from selfsupnas.space.architecture import load_architecture
 from selfsupnas.space.cost import count_cost
 from selfsupnas.data.datasets import load_dataset
-from selfsupnas.metrics import evaluate
+from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.viz.report import read_records
 from selfsupnas.stages.retraining import load_network
 
@@ -48,9 +48,9 @@ def test_the_records_hold_what_was_asked_for(run):
         assert record["versions"]["torch"] and record["timings"]
     assert records["retrain"]["parameters"]["architecture"] == "tiny/search/architecture.json"
     assert records["evaluate"]["parameters"]["network"] == "tiny/retrain"
-    rows = records["evaluate"]["figures"]["rows"]
+    rows = records["evaluate"]["metrics"]["rows"]
     network = load_network(folder/"retrain")
-    by_hand = evaluate(network, load_dataset("streetscenes", "test", size=SMALL["size"]), progress=False)
+    by_hand = evaluate_segmenter(network, load_dataset("streetscenes", "test", size=SMALL["size"]), progress=False)
     assert rows["searched"]["miou"] == pytest.approx(by_hand.miou, abs=1e-3) and rows["searched"]["gflops"] == count_cost(network, SMALL["size"]).gflops
     assert rows["lraspp_mobilenet_v3_large"]["miou"] is None
 
@@ -58,8 +58,8 @@ def test_the_records_hold_what_was_asked_for(run):
 def test_retraining_built_what_the_search_found(run):
     folder, _, _ = run
     found, built = (load_architecture(folder/stage/"architecture.json") for stage in ("search", "retrain"))
-    assert set(found.paths) == set(built.paths) and found.space == built.space
-    assert set(load_network(folder/"retrain").architecture.paths) == set(found.paths)
+    assert set(found.edges) == set(built.edges) and found.space == built.space
+    assert set(load_network(folder/"retrain").architecture.edges) == set(found.edges)
     split = [(folder/stage/"split"/"labeled.txt").read_text() for stage in ("search", "retrain")]
     assert split[0] == split[1]
 
@@ -79,17 +79,17 @@ def test_the_demo_says_what_it_does_and_where_things_are(run):
     for number, stage in enumerate(STAGES, 1): assert f"[{number}/3] {stage}" in done.stdout
     assert len(re.findall(r"^step\b|\bstep +\d", done.stdout, re.M)) >= 2 * SMALL["logs"], "no line a log step"
     for stage in STAGES: assert f"tiny/{stage}/{stage}-record.json" in done.stdout
-    figures = json.loads((folder/"retrain"/"retrain-record.json").read_text())["figures"]
-    assert re.search(rf"retrain +val_miou +{figures['val_miou']:.4g}$", done.stdout, re.M)
+    metrics = json.loads((folder/"retrain"/"retrain-record.json").read_text())["metrics"]
+    assert re.search(rf"retrain +val_miou +{metrics['val_miou']:.4g}$", done.stdout, re.M)
     assert "searched" in done.stdout.split("On the test images")[1]
     assert "Traceback" not in done.stderr
 
 
 def test_a_second_run_overwrites_and_repeats(run, command):
     folder, _, place = run
-    def figures(): return json.loads((folder/"search"/"search-record.json").read_text())["figures"]
-    before, files = figures(), sorted(p.name for p in (folder/"search").iterdir())
+    def metrics(): return json.loads((folder/"search"/"search-record.json").read_text())["metrics"]
+    before, files = metrics(), sorted(p.name for p in (folder/"search").iterdir())
     words = [w for name, value in SMALL.items() if name not in ("baselines", "latency_repeats") for w in ("-p", name, value)]
     done = command("search", "--folder", "tiny/search", *words, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert figures() == before and sorted(p.name for p in (folder/"search").iterdir()) == files
+    assert metrics() == before and sorted(p.name for p in (folder/"search").iterdir()) == files

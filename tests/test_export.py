@@ -10,12 +10,12 @@ from conftest import ROOT
 import selfsupnas
 from selfsupnas.space.architecture import Architecture, save_architecture
 from selfsupnas.rivals import all_open
-from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import CAMVID_SPEC
 from selfsupnas.export import TOLERANCE, Usage, export_onnx, export_program, fold_batch_norm, from_pretrained, model_card, save_pretrained
-from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.operations import OPERATIONS
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
@@ -138,8 +138,8 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, tmp_path):
 def searched():
     "An architecture with factors, whose cells differ in their operations."
     space = SearchSpace(11, layers=2, channels=4, operations=("sep_conv_3x3", "identity"), search_operations=True)
-    return Architecture(space, {Path(0, 0, "keep"): .25, Path(0, 0, "down"): .75, Path(1, 1, "up"): .5},
-                        {"seed": 3}, {Path(0, 0, "identity"): .5, Path(1, 1, "sep_conv_3x3"): .125})
+    return Architecture(space, {Edge(0, 0, "keep"): .25, Edge(0, 0, "down"): .75, Edge(1, 1, "up"): .5},
+                        {"seed": 3}, {Edge(0, 0, "identity"): .5, Edge(1, 1, "sep_conv_3x3"): .125})
 
 
 def test_a_folder_comes_back_as_it_was(tmp_path):
@@ -168,7 +168,7 @@ FAULTS = {"schemas up to 1": lambda c: {**c, "schema": 2}, "whole number": lambd
           "architecture: its schema is 7": lambda c: {**c, "architecture": {**c["architecture"], "schema": 7}},
           "unknown operation 'conv_9x9'": lambda c: {**c, "architecture": {**c["architecture"], "space":
                                           {**c["architecture"]["space"], "operations": ["conv_9x9"]}}},
-          "is not a path": lambda c: {**c, "architecture": {**c["architecture"], "paths": [[0, 0, "up", 1.]]}},
+          "is not an edge": lambda c: {**c, "architecture": {**c["architecture"], "edges": [[0, 0, "up", 1.]]}},
           "an object": lambda c: []}
 
 
@@ -209,27 +209,27 @@ def run(tmp_path_factory):
     "A run folder with a retraining of two steps and its evaluation."
     place = tmp_path_factory.mktemp("run")
     space = SearchSpace(11, layers=2, channels=4)
-    save_architecture(Architecture(space, dict.fromkeys(space.paths(), 1.)), place/"a.json")
+    save_architecture(Architecture(space, dict.fromkeys(space.edges(), 1.)), place/"a.json")
     retrain(RetrainConfig(folder=str(place/"retrain"), architecture=str(place/"a.json"), size=(64, 80), steps=2, logs=1,
                           w_jig=0., w_semi=0.))
-    benchmark(EvaluateConfig(folder=str(place/"evaluate"), network=str(place/"retrain"), split="val", baselines=(), latency_repeats=1))
+    evaluate(EvaluateConfig(folder=str(place/"evaluate"), network=str(place/"retrain"), split="val", baselines=(), latency_repeats=1))
     return place
 
 
 def test_the_card_is_yaml_and_takes_its_numbers_from_the_records(run):
     record = RunRecord.load(run/"retrain"/"retrain-record.json")
     tested = RunRecord.load(run/"evaluate"/"evaluate-record.json")
-    tested.figures["split"] = "test" # so that it is told apart
-    tested.figures["rows"]["searched"]["miou"] = .123
+    tested.metrics["split"] = "test" # so that it is told apart
+    tested.metrics["rows"]["searched"]["miou"] = .123
     text = model_card("small", USAGE, record, tested, "CC BY-NC 4.0, as its data", ("config.json", "network.onnx"))
-    for told in (f"{record.figures['val_miou']:.1%}", "12.3%", f"{record.figures['gflops']:.4f}", record.commit or "–",
-                 record.versions["torch"], f"{record.figures['parameters']:,}", "10 of 400 (2.5%)", "network.onnx"):
+    for told in (f"{record.metrics['val_miou']:.1%}", "12.3%", f"{record.metrics['gflops']:.4f}", record.commit or "–",
+                 record.versions["torch"], f"{record.metrics['parameters']:,}", "10 of 400 (2.5%)", "network.onnx"):
         assert told in text
     assert "network.pt2" not in text and str(run) not in text
     hub = pytest.importorskip("huggingface_hub")
     head = hub.ModelCard(text).data
     scores = {result.dataset_split: result.metric_value for result in head.eval_results}
-    assert scores == {"val": record.figures["val_miou"], "test": .123}
+    assert scores == {"val": record.metrics["val_miou"], "test": .123}
     assert head.license == "other" and head.library_name == "selfsupnas" and head.pipeline_tag == "image-segmentation"
     assert hub.ModelCard(model_card("small", USAGE, licence="mit")).data.license == "mit"
 

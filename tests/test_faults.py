@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 import selfsupnas
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.train.batches import load_training_data
-from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, own_folder, read_checkpoint
 from selfsupnas.cli import main
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
-from selfsupnas.stages.pareto import FrontConfig, front
+from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.viz.page import write_page
 from selfsupnas.data.files import SegmentationSpec, UnreadableFile
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
@@ -39,7 +39,7 @@ def run_search(folder="search", **changes): return search(SearchConfig(**{"folde
 def run_retrain(folder="retrain", **changes): return retrain(RetrainConfig(**{"folder": folder, "architecture": "search/architecture.json", **SMALL, **changes}))
 
 
-def run_evaluate(folder="new", **changes): return benchmark(EvaluateConfig(**{"folder": folder, "network": "retrain", "baselines": (), "latency_repeats": 1, **changes}))
+def run_evaluate(folder="new", **changes): return evaluate(EvaluateConfig(**{"folder": folder, "network": "retrain", "baselines": (), "latency_repeats": 1, **changes}))
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +106,7 @@ def of_another_network():
     "A checkpoint of the same parameters whose tensors have other shapes."
     path, = checkpoint_paths("retrain")
     state = torch.load(path, weights_only=True)
-    state["parts"]["trainee"] = {name: torch.cat([value.reshape(-1)] * 2) for name, value in state["parts"]["trainee"].items()}
+    state["parts"]["multitask"] = {name: torch.cat([value.reshape(-1)] * 2) for name, value in state["parts"]["multitask"].items()}
     torch.save(state, path)
 
 
@@ -259,7 +259,7 @@ FAULTS = {
         "a read-only folder": (read_only(given("search")), "cannot write to new: Read-only file system"),
         "no architecture": (given("retrain", architecture="no.json"), "no architecture at no.json; `selfsupnas search` writes one"),
         "no network to evaluate": (given("evaluate", network="search"), "no retrained network in search; `selfsupnas retrain`"),
-        "no search for a front": (given("front", search="retrain"), "no search in retrain .*`selfsupnas search`"),
+        "no search for a front": (given("pareto", search="retrain"), "no search in retrain .*`selfsupnas search`"),
         "no data": (given("search", data="camvid"), "SELFSUPNAS_DATA"),
         "a root that is not there": (given("search", data="folder", root="nowhere"), "no folder .*nowhere/images"),
         "a root that is a file": (given("search", data="folder", root="data/classes.txt"), "no folder .*classes.txt/images"),
@@ -270,7 +270,7 @@ FAULTS = {
         "an export of nothing": (command("export", "nowhere"), "no run record at nowhere/retrain-record.json"),
         "an export of a hand-crafted network": (after(spoilt(within("parameters", put(architecture="unet_resnet18")), R), command("export", "retrain")), "what travels are networks of the grid"),
         "an export into a file": (command("export", "retrain", "--to", "data/classes.txt"), "cannot write data/classes.txt/model.safetensors"),
-        "an export with the figures of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
+        "an export with the metrics of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
         "a sheet of no samples": (command("data", "folder", "data", "--samples", "0"), "samples must be 1 or more, not 0"),
         "a campaign with an unknown rival": (given("campaign", rivals="('unet',)"), "no hand-crafted network 'unet'; known: "),
         "a campaign of no steps": (given("campaign", steps="0"), "steps must be 1 or more, not 0"),
@@ -281,13 +281,13 @@ FAULTS = {
             ("search", "seed", "one", "int"), ("search", "seed", "1.5", "int"), ("search", "seed", "True", "int"), ("search", "steps", "1e3", "int"),
             ("search", "lr", "fast", "float"), ("search", "resume", "maybe", "bool"), ("search", "size", "64", "tuple[int, int] | None"),
             ("search", "size", "(64,)", "tuple[int, int] | None"), ("search", "crop", "('64', 80)", "tuple[int, int] | None"), ("search", "zoom", "(1, 2, 3)", "tuple[float, float]"),
-            ("search", "operations", "identity", "tuple[str, ...]"), ("search", "jigsaw_permutations", "many", "int | None"), ("front", "budgets", "0.5", "tuple[float, ...]"),
-            ("front", "budgets", "('half',)", "tuple[float, ...]"), ("evaluate", "batch_size", "8.5", "int"), ("evaluate", "baselines", "(3,)", "tuple[str, ...]"))},
+            ("search", "operations", "identity", "tuple[str, ...]"), ("search", "jigsaw_permutations", "many", "int | None"), ("pareto", "budgets", "0.5", "tuple[float, ...]"),
+            ("pareto", "budgets", "('half',)", "tuple[float, ...]"), ("evaluate", "batch_size", "8.5", "int"), ("evaluate", "baselines", "(3,)", "tuple[str, ...]"))},
         "in Python: SearchConfig(steps='5')": (raises(TypeError, lambda: SearchConfig(steps="5")), "SearchConfig.steps must be int, not '5'"),
         "in Python: RetrainConfig(size=64)": (raises(TypeError, lambda: RetrainConfig(size=64)), "RetrainConfig.size must be "),
         "a run notebook by itself, seed = 'x'": (raises(TypeError, by_notebook("search", seed="x")), "SearchConfig.seed must be int, not 'x'"),
         "a run notebook by itself, split = 'tset'": (raises(ValueError, by_notebook("evaluate", split="tset")), "split must be one of train, val, test"),
-        "a run notebook by itself, budgets = [2]": (raises(ValueError, by_notebook("front", budgets=[2])), "budgets must be shares"),
+        "a run notebook by itself, budgets = [2]": (raises(ValueError, by_notebook("pareto", budgets=[2])), "budgets must be shares"),
     },
     "Parameters out of range": {
         **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name.replace('_fraction', '.fraction')}.* must be .*{re.escape(right)}.*, not ") for stage, name, value, right in (
@@ -302,7 +302,7 @@ FAULTS = {
             ("search", "label_fraction", "0", "above 0 and at most 1"), ("search", "label_fraction", "3/2", "above 0 and at most 1"), ("search", "label_fraction", "-0.1", "above 0 and at most 1"),
             ("search", "layers", "0", "at least 1"), ("search", "channels", "7", "even"), ("search", "channels", "0", "at least 2"), ("search", "budget", "0", "in (0, 1]"), ("search", "budget", "1.01", "in (0, 1]"),
             ("search", "w_cost", "-1", "0 or more"), ("search", "leak", "-0.1", "0 or more"), ("search", "keep_operations", "0", "1 or more"), ("retrain", "w_jig", "-1", "0 or more"),
-            ("front", "budgets", "(0.5, 0)", "in (0, 1]"), ("front", "steps", "-1", "0 or more"), ("front", "random", "-1", "0 or more"), ("front", "seed", "-1", "from 0 to"),
+            ("pareto", "budgets", "(0.5, 0)", "in (0, 1]"), ("pareto", "steps", "-1", "0 or more"), ("pareto", "random", "-1", "0 or more"), ("pareto", "seed", "-1", "from 0 to"),
             ("evaluate", "batch_size", "0", "1 or more"), ("evaluate", "latency_repeats", "0", "1 or more"))},
         **{f"in Python: SearchConfig({name}=nan)": (raises(ValueError, lambda name=name: SearchConfig(**{name: float("nan")})), f"{name} must be finite, not nan")
            for name in ("lr", "w_jig", "budget", "threshold", "label_fraction")},
@@ -312,14 +312,14 @@ FAULTS = {
         "cells of a hand-crafted network that run again": (given("retrain", architecture="unet_resnet18", w_jig="0", recompute="True"), "no routing network: recompute must be False"),
         "no operation": (given("search", operations="()"), "operations is empty"),
         "an operation twice": (given("search", operations="('identity', 'identity')"), "must differ"),
-        "no budget for a front": (given("front", budgets="()"), "budgets must be shares"),
+        "no budget for a front": (given("pareto", budgets="()"), "budgets must be shares"),
         "nothing to learn from": (given("search", w_sup="0", w_jig="0", w_semi="0"), "w_sup and w_jig are both 0"),
         "a teacher without labels": (given("search", w_sup="0"), "w_sup=0 needs w_semi=0"),
         "retraining without labels": (given("retrain", w_sup="0", w_semi="0"), "retraining needs labels: w_sup must be over 0"),
         "a jigsaw for a hand-crafted network": (given("retrain", architecture="unet_resnet18"), "unet_resnet18 is no routing network: w_jig must be 0"),
         "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*ask for more"),
         "the same in the folder of a finished search": (raises(ValueError, lambda: run_search(budget=.01, overwrite=True)), "budget 0.01 is out of reach"),
-        "a front that asks for less than that": (raises(ValueError, lambda: front(FrontConfig(folder="new", search="search", budgets=(.9, .01)))), "budget 0.01 is out of reach"),
+        "a front that asks for less than that": (raises(ValueError, lambda: pareto(ParetoConfig(folder="new", search="search", budgets=(.9, .01)))), "budget 0.01 is out of reach"),
         "alternating updates with one labelled image": (raises(ValueError, lambda: run_search("new", update="alternating", label_fraction=1/6)), "halves the labelled images.*raise label_fraction"),
         "views that no memory holds": (raises(MemoryError, lambda: run_search("new", crop=(10**8, 10**8))), r"out of memory with 2 labelled.*\(100000000, 100000000\).*lower"),
         "tiles of less than a feature": (raises(ValueError, lambda: run_search("new", crop=(40, 40), jigsaw_n=8, jigsaw_permutations=9)), "cannot be pooled to 8x8 tiles: .*larger images"),
@@ -330,7 +330,7 @@ FAULTS = {
             ("search", "consistency", "fixmatsch", "fixmatch"), ("search", "optimiser", "adam", "adamw"), ("search", "gate", "hard", "conditional"), ("search", "cost", "watts", "flops"),
             ("search", "update", "never", "alternating"), ("search", "budget_of", "hoped", "realised"), ("search", "jigsaw_head", "magic", "position"), ("search", "jigsaw_stride", "5", "8"),
             ("search", "bad_loss", "ignore", "skip"), ("search", "precision", "int8", "bf16"), ("search", "operations", "('conv_9x9',)", "conv_3x3"), ("retrain", "initialise", "magic", "inherit"),
-            ("evaluate", "split", "tset", "test"), ("evaluate", "baselines", "('deeplab',)", "deeplabv3_resnet50"), ("front", "split", "tset", "test"), ("front", "baselines", "('unet',)", "unet_resnet18"))},
+            ("evaluate", "split", "tset", "test"), ("evaluate", "baselines", "('deeplab',)", "deeplabv3_resnet50"), ("pareto", "split", "tset", "test"), ("pareto", "baselines", "('unet',)", "unet_resnet18"))},
         "a preset": (raises(ValueError, lambda: selfsupnas.load("nowhere")), "no preset 'nowhere'; known: .*streetscenes"),
     },
     "Data": {
@@ -369,12 +369,12 @@ FAULTS = {
         "an architecture that is a list": (after(lambda: Path(A).write_text("[]"), given("retrain", architecture=A)), "not an object"),
         "an architecture nested without end": (after(lambda: Path(A).write_text("[" * 100_000), given("retrain", architecture=A)), "nested too deeply"),
         "an architecture of a later version": (after(spoilt(put(schema=9)), given("retrain", architecture=A)), "schema is 9, .*install a later version"),
-        "an architecture without paths": (after(spoilt(less("paths")), given("retrain", architecture=A)), "paths is missing"),
+        "an architecture without edges": (after(spoilt(less("edges")), given("retrain", architecture=A)), "edges is missing"),
         "an architecture with an unknown entry": (after(spoilt(put(colour="red")), given("retrain", architecture=A)), "unknown colour"),
-        "an architecture with a path that the grid lacks": (after(spoilt(put(paths=[[0, 3, "up", 1.]])), given("retrain", architecture=A)), "is not a path of"),
-        "an architecture with a path of weight NaN": (after(spoilt(put(paths=[[0, 0, "keep", float("nan")]])), given("retrain", architecture=A)), "weight nan; it must be over 0"),
-        "an architecture with a path twice": (after(spoilt(put(paths=[[0, 0, "keep", 1.]] * 2)), given("retrain", architecture=A)), "twice"),
-        "an architecture with a layer in words": (after(spoilt(put(paths=[["first", 0, "keep", 1.]])), given("retrain", architecture=A)), "must hold .layer, scale, kind, weight."),
+        "an architecture with an edge that the grid lacks": (after(spoilt(put(edges=[[0, 3, "up", 1.]])), given("retrain", architecture=A)), "is not an edge of"),
+        "an architecture with an edge of weight NaN": (after(spoilt(put(edges=[[0, 0, "keep", float("nan")]])), given("retrain", architecture=A)), "weight nan; it must be over 0"),
+        "an architecture with an edge twice": (after(spoilt(put(edges=[[0, 0, "keep", 1.]] * 2)), given("retrain", architecture=A)), "twice"),
+        "an architecture with a layer in words": (after(spoilt(put(edges=[["first", 0, "keep", 1.]])), given("retrain", architecture=A)), "must hold .layer, scale, kind, weight."),
         "an architecture of odd channels": (after(spoilt(within("space", put(channels=5))), given("retrain", architecture=A)), "space: channels must be even, not 5"),
         "an architecture with an unknown operation": (after(spoilt(within("space", put(operations=["conv_9x9"]))), raises(ValueError, lambda: run_retrain("new"))), "search/architecture.json: unknown operation 'conv_9x9'; known: "),
         "an architecture for other classes": (after(spoilt(within("space", put(num_classes=19))), raises(ValueError, lambda: run_retrain("new"))), "architecture.json has 19 classes, data 3: search on this data"),
@@ -386,8 +386,8 @@ FAULTS = {
         "a record without parameters": (after(spoilt(less("parameters"), R), given("evaluate", network="retrain")), "RunRecord needs parameters"),
         "a record that lacks a parameter": (after(spoilt(within("parameters", less("data")), R), given("evaluate", network="retrain")), "retrain-record.json: its parameters lack data"),
         "a record of another stage": (after(lambda: shutil.copy("search/search-record.json", R), given("evaluate", network="retrain")), "retrain-record.json is the record of another stage: search"),
-        "an evaluation whose figures are gone": (after(spoilt(put(figures={}), "evaluate/evaluate-record.json"), command("export", "retrain", "--to", "new")), "evaluate-record.json: its figures lack rows"),
-        "a retraining whose figures are gone": (after(spoilt(put(figures={}), R), command("export", "retrain", "--to", "new")), "retrain-record.json: its figures lack "),
+        "an evaluation whose metrics are gone": (after(spoilt(put(metrics={}), "evaluate/evaluate-record.json"), command("export", "retrain", "--to", "new")), "evaluate-record.json: its metrics lack rows"),
+        "a retraining whose metrics are gone": (after(spoilt(put(metrics={}), R), command("export", "retrain", "--to", "new")), "retrain-record.json: its metrics lack "),
         "a search record with an unknown gate": (after(spoilt(within("parameters", put(gate="hard")), "search/search-record.json"), raises(ValueError, lambda: load_supernet("search"))), "gate must be one of conditional, static"),
     },
     "Checkpoints": {
@@ -425,7 +425,7 @@ FAULTS = {
         "of the supernet, gone": (after(lambda: Path("search/supernet.safetensors").unlink(), raises(FileNotFoundError, lambda: run_retrain("new", initialise="inherit"))), "needs the supernet's weights at search/supernet.safetensors"),
         "of the supernet, cut short": (after(lambda: cut("search/supernet.safetensors"), raises(ValueError, lambda: run_retrain("new", initialise="inherit"))), "search/supernet.safetensors is damaged"),
         "of the supernet of another search space": (after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain("new", initialise="inherit"))), "from search/supernet.safetensors: .*another search space"),
-        "of a supernet, for a front, cut short": (after(lambda: cut("search/supernet.safetensors"), raises(ValueError, lambda: front(FrontConfig(folder="new", search="search", steps=0, budgets=(.9,))))), "search/supernet.safetensors is damaged"),
+        "of a supernet, for a front, cut short": (after(lambda: cut("search/supernet.safetensors"), raises(ValueError, lambda: pareto(ParetoConfig(folder="new", search="search", steps=0, budgets=(.9,))))), "search/supernet.safetensors is damaged"),
         "that are NaN": (after(lambda: save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in load_file(N).items()}, N), raises(ValueError, run_evaluate)), "logits of image .* are not finite"),
         "of an exported folder, cut short": (after(lambda: (export_run("retrain", "away"), cut("away/model.safetensors")), raises(ValueError, lambda: from_pretrained("away"))), "away/model.safetensors is damaged"),
         "of no folder": (raises(FileNotFoundError, lambda: from_pretrained("./away")), "there is no folder ./away"),
@@ -505,7 +505,7 @@ def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
     found = run_search("new", bad_loss="skip", steps=4, logs=4)
     rows = json.loads(Path("new/history.json").read_text())
     assert rows == found.trained.history and [row["step"] for row in rows] == [1, 2, 3, 4] and json.loads(Path("new/bad-step-000001.json").read_text())["images"]
-    assert rows[1]["sup"] is None and "gates" not in rows[1] and rows[2]["sup"] > 0 and RunRecord.load("new/search-record.json").figures == found.record.figures
+    assert rows[1]["sup"] is None and "gates" not in rows[1] and rows[2]["sup"] > 0 and RunRecord.load("new/search-record.json").metrics == found.record.metrics
 
 
 def test_a_checkpoint_that_is_damaged_costs_the_steps_since_the_one_before(place):

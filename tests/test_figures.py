@@ -25,7 +25,7 @@ from selfsupnas.space.architecture import Architecture, draw_architecture
 from selfsupnas.space.budget import CostTable
 from selfsupnas.data.datasets import CAMVID_SPEC
 from selfsupnas.metrics import Metrics, confusion_figure
-from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.data.files import PairDataset, SegmentationSpec
 from selfsupnas.viz.pictures import plot_class_iou, plot_cost_accuracy, plot_jigsaw, plot_predictions, plot_views
 from selfsupnas.viz.plots import plot_candidates, plot_gate_history, plot_history, plot_route
@@ -61,11 +61,11 @@ SPACE = SearchSpace(num_classes=11, layers=4)
 CANDIDATES = "sep_conv_3x3", "sep_conv_5x5", "identity"
 SEARCHED = SearchSpace(num_classes=11, layers=4, operations=CANDIDATES, search_operations=True)
 STEPS = range(0, 601, 50)
-SHARES = ("lr", "jig_accuracy", "kept", "pseudo_accuracy", "closing", "expected", "realised",
+SHARES = ("lr", "jig_accuracy", "pseudo_share", "pseudo_accuracy", "gate_threshold", "expected", "realised",
           "val_miou") # of a log line: what `plot_history` draws beside the terms
 # A route by hand. Nothing else arrives anywhere: of 14 cells, 4 compute, 2 pass their input on, 8 are absent.
-ROUTE = {Path(0, 0, "down"): .9, Path(1, 1, "down"): .6, Path(3, 2, "keep"): .8, Path(3, 2, "up"): .3,
-         Path(4, 1, "keep"): .5}
+ROUTE = {Edge(0, 0, "down"): .9, Edge(1, 1, "down"): .6, Edge(3, 2, "keep"): .8, Edge(3, 2, "up"): .3,
+         Edge(4, 1, "keep"): .5}
 COMPUTING, PASSING = {(0, 0), (1, 1), (3, 2), (4, 1)}, {(2, 2), (4, 2)}
 
 
@@ -87,21 +87,21 @@ def images_and_labels(count):
 def gates_of(space, depth=3., seed=0):
     "Made-up mean gates: strong along a valley `depth` scales deep, else 0."
     draw, gates = random.Random(seed), {}
-    for path in space.paths():
-        scale = path.scale + {"keep": 0, "up": -.5, "down": .5}[path.kind]
-        valley = depth * (1 - abs(2 * (path.layer + .5) / (space.layers + 1) - 1))
-        gates[path] = max(0., min(.97, 1.05 - 1.4 * abs(scale - valley) - .15 * draw.random()))
+    for edge in space.edges():
+        scale = edge.scale + {"keep": 0, "up": -.5, "down": .5}[edge.kind]
+        valley = depth * (1 - abs(2 * (edge.layer + .5) / (space.layers + 1) - 1))
+        gates[edge] = max(0., min(.97, 1.05 - 1.4 * abs(scale - valley) - .15 * draw.random()))
     return gates
 
 
-def gates_along(route): return {path: route.get(path, 0.) for path in SPACE.paths()}
+def gates_along(route): return {edge: route.get(edge, 0.) for edge in SPACE.edges()}
 
 
 def candidates_of(space):
-    "Made-up mean gates of paths and candidates, some of them 0."
+    "Made-up mean gates of edges and candidates, some of them 0."
     draw, gates = random.Random(1), gates_of(space)
     for layer, scale in space.cells():
-        for name in space.operations: gates[Path(layer, scale, name)] = max(0., draw.random() - .15)
+        for name in space.operations: gates[Edge(layer, scale, name)] = max(0., draw.random() - .15)
     return gates
 
 
@@ -109,7 +109,7 @@ def snapshots_of(space):
     "Gates of a search that opens everything at first, closes much, and opens some of it again."
     def at(share):
         target, least = gates_of(space, 1 + 8 * share * (1 - share)), max(0., .9 - 3.6 * share)
-        return {path: max(least, gate) for path, gate in target.items()}
+        return {edge: max(least, gate) for edge, gate in target.items()}
     return [(step, at(step / STEPS[-1])) for step in STEPS]
 
 
@@ -119,10 +119,10 @@ def history():
         share = step / STEPS[-1]
         rise = min(1, max(0, (share - .3) / .3))
         return {"step": step, "sup": 2 / (1 + 5 * share), "jig": 3.2 - 2 * share, "lr": 1e-3,
-                "semi": .05 + .3 * share * (1 - share), "cost": .16 * (1 - .9 * rise), "harden": .2 - .1 * rise,
-                "w_sup": 1., "w_jig": .2, "w_semi": min(1., 2 * share), "w_cost": 4 * rise, "w_harden": rise,
-                "jig_accuracy": .05 + .6 * share, "kept": .75 * share, "pseudo_accuracy": .8 + .15 * share,
-                "closing": .1 * rise, "expected": .9 - .38 * rise, "realised": .95 - .46 * rise,
+                "semi": .05 + .3 * share * (1 - share), "cost": .16 * (1 - .9 * rise), "binary": .2 - .1 * rise,
+                "w_sup": 1., "w_jig": .2, "w_semi": min(1., 2 * share), "w_cost": 4 * rise, "w_binary": rise,
+                "jig_accuracy": .05 + .6 * share, "pseudo_share": .75 * share, "pseudo_accuracy": .8 + .15 * share,
+                "gate_threshold": .1 * rise, "expected": .9 - .38 * rise, "realised": .95 - .46 * rise,
                 "val_miou": .1 + .4 * share if step % 150 == 0 else None}
     return [row(step) for step in STEPS]
 
@@ -132,7 +132,7 @@ def front_rows():
     rows = [dict(kind="derived", name=f"budget {g}", seed=seed, gflops=g + .02 * seed, miou=miou + .01 * seed)
             for g, miou in ((.25, .43), (.5, .47), (1., .53)) for seed in range(3)]
     rows += [dict(kind="random", name="random", gflops=.2 + .1 * i, miou=.38 + .01 * i) for i in range(9)]
-    rows += [dict(kind="dynamic", name=f"closing at {g}", gflops=g, miou=.4 + .1 * g) for g in (.3, .6, .9)]
+    rows += [dict(kind="dynamic", name=f"gate threshold {g}", gflops=g, miou=.4 + .1 * g) for g in (.3, .6, .9)]
     return rows + [dict(kind="all open", name="all open", gflops=1.3, miou=.55),
                    dict(kind="baseline", name="net A", gflops=.4, miou=.45),
                    dict(kind="baseline", name="net B", gflops=1.2, miou=.50)]
@@ -147,7 +147,7 @@ def class_rows():
 def network_points():
     "Made-up networks; the mIoU of some was not measured."
     points = [dict(name="searched", gflops=.52, miou=m, latency_ms=6.1) for m in (.55, .57, .54)]
-    return points + [dict(name="all paths open", gflops=1.1, miou=.566, latency_ms=13.2),
+    return points + [dict(name="all edges open", gflops=1.1, miou=.566, latency_ms=13.2),
                      dict(name="rival A", gflops=8.4, miou=.52, latency_ms=48),
                      dict(name="rival B", gflops=11.9, miou=None, latency_ms=95),
                      dict(name="rival C", gflops=.61, miou=None, latency_ms=None)]
@@ -280,7 +280,7 @@ def check_palette(holder):
         assert same_colour(handle.get_facecolor(), np.array(rgb) / 255)
 
 
-def ends(path): return path.layer, path.scale, path.scale + {"keep": 0, "up": -1, "down": 1}[path.kind]
+def ends(edge): return edge.layer, edge.scale, edge.scale + {"keep": 0, "up": -1, "down": 1}[edge.kind]
 
 
 def edges_of(ax):
@@ -293,10 +293,10 @@ def edges_of(ax):
 
 
 def check_grid(ax, names):
-    "14 cells at their layer and scale, 29 paths between them, stride 4 on top."
+    "14 cells at their layer and scale, 29 edges between them, stride 4 on top."
     x, y = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"]).T
     assert set(zip(x, y)) == {(layer, scale) for layer in range(5) for scale in range(min(layer, 3) + 1)}
-    assert edges_of(ax).keys() == {ends(path) for path in SPACE.paths()} and len(SPACE.paths()) == 29
+    assert edges_of(ax).keys() == {ends(edge) for edge in SPACE.edges()} and len(SPACE.edges()) == 29
     check_ticks(ax.yaxis, dict(enumerate(names)))
     assert ax.yaxis_inverted()
 
@@ -313,26 +313,26 @@ def check_frame(ax):
 
 
 def check_gates(figure, ax, gates):
-    "Open paths are solid, the wider and darker the stronger, in the colours of the bar; closed ones thin and dotted."
+    "Open edges are solid, the wider and darker the stronger, in the colours of the bar; closed ones thin and dotted."
     bar = only(figure.axes, "gate", lambda ax: ax.get_ylabel())
     assert bar.get_ylim() == (0, 1)
     mesh, drawn = next(part for part in bar.collections if part.get_array() is not None), edges_of(ax)
     order = sorted(gates, key=gates.get)
-    for path in order:
-        edge = drawn[ends(path)][0]
-        assert edge.get_linestyle() == ("-" if gates[path] else ":"), path
-        if gates[path]: assert same_colour(edge.get_color(), mesh.to_rgba(gates[path])), path
-    widths = [drawn[ends(path)][0].get_linewidth() for path in order if gates[path]]
-    stronger = np.diff([gates[path] for path in order if gates[path]]) > 0
+    for edge in order:
+        mark = drawn[ends(edge)][0]
+        assert mark.get_linestyle() == ("-" if gates[edge] else ":"), edge
+        if gates[edge]: assert same_colour(mark.get_color(), mesh.to_rgba(gates[edge])), edge
+    widths = [drawn[ends(edge)][0].get_linewidth() for edge in order if gates[edge]]
+    stronger = np.diff([gates[edge] for edge in order if gates[edge]]) > 0
     assert (np.diff(widths)[stronger] > 0).all()
     assert brightness(mesh.to_rgba(1)) < brightness(mesh.to_rgba(.5)) < brightness(mesh.to_rgba(0))
 
 
 def check_route(ax, kept=ROUTE, computing=COMPUTING, passing=PASSING):
-    "Kept paths stand out, wider with their weight; what a cell passes on is dotted; cells by what they do."
+    "Kept edges stand out, wider with their weight; what a cell passes on is dotted; cells by what they do."
     drawn = edges_of(ax)
     order = sorted(kept, key=kept.get)
-    on_top = [drawn[ends(path)][-1] for path in order]
+    on_top = [drawn[ends(edge)][-1] for edge in order]
     straight = {(layer, scale, scale) for layer, scale in passing}
     assert {place for place, lines in drawn.items() if len(lines) > 1} == {*map(ends, kept), *straight}
     assert all(line.get_linestyle() == "-" for line in on_top)
@@ -434,13 +434,13 @@ def test_sample_sheet():
     return figure
 
 
-TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost", "harden": "undecided"}
+TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost", "binary": "binarization_loss"}
 
 
 @figure_test
 def test_plot_history_terms():
     rows = [{key: value for key, value in row.items() if key not in SHARES} for row in history()]
-    rows = [{**row, "w_harden": 0.} for row in rows]
+    rows = [{**row, "w_binary": 0.} for row in rows]
     rows[3]["jig"], rows[4]["jig"] = float("nan"), None # at steps 150 and 200
     figure = plot_history(rows)
     assert len(figure.axes) == 2
@@ -449,7 +449,7 @@ def test_plot_history_terms():
         logged = [row for row in rows if key != "jig" or row["step"] not in (150, 200)]
         check_points(line(terms, name), [row["step"] for row in logged], [row[key] for row in logged])
         entry(terms, name)
-        if key == "harden": continue
+        if key == "binary": continue
         check_points(line(weights, name), STEPS, [row[f"w_{key}"] for row in rows])
         entry(weights, name)
     assert len(weights.lines) == 4 # a weight of 0 is not drawn
@@ -470,15 +470,15 @@ def test_plot_history_shares():
     assert all("%" in ax.get_title() for ax in (jigsaw, pixels, cost, quality))
     check_points(jigsaw.lines[0], STEPS, np.linspace(5, 65, 13))
     check_level(line(jigsaw, "chance"), "y", 100 / 24)
-    check_points(line(pixels, "kept"), STEPS, np.linspace(0, 75, 13))
+    check_points(line(pixels, "share"), STEPS, np.linspace(0, 75, 13))
     check_points(line(pixels, "pseudo-label"), STEPS, np.linspace(80, 95, 13))
     check_points(line(cost, "expected"), STEPS, [100 * row["expected"] for row in rows])
     check_points(line(cost, "realised"), STEPS, [100 * row["realised"] for row in rows])
     check_level(line(cost, "budget"), "y", 50)
     check_points(quality.lines[0], [0, 150, 300, 450, 600], [10, 20, 30, 40, 50]) # None is left out
     check_points(panel(figure, "learning rate").lines[0], STEPS, [1e-3] * 13)
-    check_points(panel(figure, "threshold").lines[0], STEPS, [row["closing"] for row in rows])
-    for ax, words in ((jigsaw, ("accuracy", "chance")), (pixels, ("kept", "pseudo-label")),
+    check_points(panel(figure, "threshold").lines[0], STEPS, [row["gate_threshold"] for row in rows])
+    for ax, words in ((jigsaw, ("accuracy", "chance")), (pixels, ("share over", "pseudo-label")),
                       (cost, ("expected", "realised", "budget"))):
         check_distinct(ax.lines)
         for word in words: entry(ax, word)
@@ -498,7 +498,7 @@ def test_plot_route_gates():
 
 @figure_test
 def test_plot_route_architecture():
-    gates = {path: max(gate, .05) for path, gate in gates_of(SPACE).items()} # none closed: all are solid
+    gates = {edge: max(gate, .05) for edge, gate in gates_of(SPACE).items()} # none closed: all are solid
     figure = plot_route(SPACE, gates, Architecture(SPACE, ROUTE))
     assert len(figure.axes) == 3
     route = panel(figure, "route")
@@ -507,7 +507,7 @@ def test_plot_route_architecture():
     check_frame(route)
     check_route(route)
     check_key(route, route)
-    assert numbers(route.get_title()) == [5, 29, 4, 2, 8] # paths kept, in all; cells that compute, pass on, are absent
+    assert numbers(route.get_title()) == [5, 29, 4, 2, 8] # edges kept, in all; cells that compute, pass on, are absent
     kept, dropped = entry(route, "kept"), entry(route, "dropped")
     assert same_colour(kept.get_color(), edges_of(route)[0, 0, 1][-1].get_color())
     assert same_colour(dropped.get_color(), edges_of(route)[0, 0, 0][-1].get_color())
@@ -538,7 +538,7 @@ def test_plot_gate_history():
     assert grids[0].get_ylabel() == "stride"
     kinds = panel(figure, "kind")
     for kind in ("keep", "up", "down"):
-        each = [[gate for path, gate in gates.items() if path.kind == kind] for gates in snapshots.values()]
+        each = [[gate for edge, gate in gates.items() if edge.kind == kind] for gates in snapshots.values()]
         check_points(line(kinds, kind), STEPS, [sum(gates) / len(gates) for gates in each])
         entry(kinds, kind)
     check_distinct(kinds.lines)
@@ -687,12 +687,12 @@ def test_plot_cost_accuracy():
     assert len(figure.axes) == 2
     measured, strip = figure.axes
     check_points(line(measured, "searched"), [.52] * 3, [55, 57, 54])
-    check_points(line(measured, "all paths open"), [1.1], [56.6])
+    check_points(line(measured, "all edges open"), [1.1], [56.6])
     check_points(line(measured, "rival A"), [8.4], [52])
     assert len(measured.lines) == 3 # None is not drawn as 0
     check_distinct(measured.lines)
     names = list(legend_of(measured))
-    assert [name.split(" (")[0] for name in names] == ["all paths open", "searched", "rival A"] # from the best down
+    assert [name.split(" (")[0] for name in names] == ["all edges open", "searched", "rival A"] # from the best down
     assert numbers(names[0]) == [13.2] and numbers(names[1]) == [6.1, 3] and numbers(names[2]) == [48] # ms, runs
     assert {text.get_text()[:7]: text.xy[0] for text in strip.texts} == {"rival B": 11.9, "rival C": .61}
     assert sorted(x for mark in strip.lines for x in mark.get_xdata()) == [.61, 11.9]
@@ -749,8 +749,8 @@ def band(ax, word):
 
 @figure_test
 def test_plot_closed():
-    a, b, c, d = SPACE.paths()[:4]
-    def closed(*paths): return {path: float(path not in paths) for path in SPACE.paths()}
+    a, b, c, d = SPACE.edges()[:4]
+    def closed(*edges): return {edge: float(edge not in edges) for edge in SPACE.edges()}
     figure = plot_closed(SPACE, [(0, closed()), (100, closed(a, b, c)), (200, closed(a, d))])
     ax, = figure.axes
     assert band(ax, "open:") == [(0, 29), (0, 26), (0, 25)]
@@ -760,29 +760,29 @@ def test_plot_closed():
     assert [name.split(":")[0] for name in names] == ["closed", "open again", "open"] # as they lie
     assert [numbers(name) for name in names] == [[2], [2], [25]]
     assert len({(to_rgb(area.get_facecolor()[0]), area.get_hatch()) for area in ax.collections}) == 3
-    assert numbers(ax.get_title()) == [29, 3, 2] # paths; most of them closed, open again
-    assert ax.get_xlabel() == "step" and ax.get_ylabel() == "paths" and ax.get_ylim() == (0, 29)
+    assert numbers(ax.get_title()) == [29, 3, 2] # edges; most of them closed, open again
+    assert ax.get_xlabel() == "step" and ax.get_ylabel() == "edges" and ax.get_ylim() == (0, 29)
     return figure
 
 
 @figure_test
 def test_plot_operations():
-    kept = {Path(0, 0, "identity"): .6, Path(1, 1, "sep_conv_3x3"): .5, Path(1, 1, "sep_conv_5x5"): .8}
+    kept = {Edge(0, 0, "identity"): .6, Edge(1, 1, "sep_conv_3x3"): .5, Edge(1, 1, "sep_conv_5x5"): .8}
     gates = candidates_of(SEARCHED)
     figure = plot_operations(SEARCHED, gates, Architecture(SEARCHED, ROUTE, operations=kept))
     matrix, route, _ = figure.axes
     shown = {(x, y): value for (y, x), value in np.ndenumerate(np.ma.filled(matrix.images[0].get_array(), np.nan))}
-    place = {path: (path.layer, 3 * path.scale + CANDIDATES.index(path.kind))
-             for path in gates if path.kind in CANDIDATES}
+    place = {edge: (edge.layer, 3 * edge.scale + CANDIDATES.index(edge.kind))
+             for edge in gates if edge.kind in CANDIDATES}
     assert {at for at, value in shown.items() if value == value} == set(place.values()) # no cell, no value
     written = {text.get_position(): text.get_text() for text in matrix.texts}
-    for path, at in place.items():
-        assert shown[at] == gates[path] and abs(float(written[at]) - gates[path]) <= .005
+    for edge, at in place.items():
+        assert shown[at] == gates[edge] and abs(float(written[at]) - gates[edge]) <= .005
     colour = matrix.images[0].to_rgba
     assert all(not same_colour(colour([0.])[0], colour([gate])[0]) for gate in gates.values() if gate)
     assert same_colour(colour([0.])[0], entry(matrix, "0 for").get_facecolor())
     frames = {(box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2) for box in matrix.patches}
-    assert {tuple(np.round(at, 6)) for at in frames} == {place[path] for path in kept}
+    assert {tuple(np.round(at, 6)) for at in frames} == {place[edge] for edge in kept}
     assert same_colour(entry(matrix, "kept").get_edgecolor(), matrix.patches[0].get_edgecolor())
     check_ticks(matrix.yaxis, dict(enumerate(4 * CANDIDATES)))
     check_ticks(matrix.child_axes[0].yaxis, dict(zip((1, 4, 7, 10), FRAMED)))
@@ -799,7 +799,7 @@ def test_plot_operations():
     assert {cell: len(own) for cell, own in boxes.items()} == dict.fromkeys(COMPUTING, 3)
     for cell, own in boxes.items():
         for name, box in zip(CANDIDATES, sorted(own, key=lambda box: box.get_y())):
-            there = Path(*cell, name) in kept
+            there = Edge(*cell, name) in kept
             assert same_colour(box.get_facecolor(), entry(route, name if there else "not kept").get_facecolor())
             x, y = box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2
             inside = [text.get_text() for text in route.texts if np.allclose(text.get_position(), (x, y))]
@@ -869,7 +869,7 @@ def test_summary_figure():
 
 @figure_test
 def test_explore_budget():
-    gates = gates_along(ROUTE | {Path(0, 0, "keep"): .1})
+    gates = gates_along(ROUTE | {Edge(0, 0, "keep"): .1})
     statistics = GateStatistics(gates, gates, torch.zeros(1), torch.zeros(1))
     explorer = explore_budget(cost_table(SPACE), statistics, budget=.6)
     figure = picture_of(explorer)
@@ -877,8 +877,8 @@ def test_explore_budget():
     route = panel(figure, "route")
     check_frame(figure.axes[0])
     check_frame(route)
-    # All six paths fit: 141 of 349.14 million. Cells (1, 0) to (4, 0) now pass on what arrives.
-    check_route(route, ROUTE | {Path(0, 0, "keep"): .1}, COMPUTING, PASSING | {(layer, 0) for layer in (1, 2, 3, 4)})
+    # All six edges fit: 141 of 349.14 million. Cells (1, 0) to (4, 0) now pass on what arrives.
+    check_route(route, ROUTE | {Edge(0, 0, "keep"): .1}, COMPUTING, PASSING | {(layer, 0) for layer in (1, 2, 3, 4)})
     assert "0.1410 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
     assert explorer.controls["budget"].min == 17 # stem, decoder and classifier alone: 58 of 349.14 million
     cheap = picture_of(explorer, {"budget": 30})
@@ -889,7 +889,7 @@ def test_explore_budget():
 
 @figure_test
 def test_edit_architecture():
-    path = Path(3, 2, "up")
+    edge = Edge(3, 2, "up")
     explorer = edit_architecture(Architecture(SPACE, ROUTE), cost_table(SPACE))
     figure = picture_of(explorer)
     ax, = figure.axes
@@ -898,8 +898,8 @@ def test_edit_architecture():
     check_key(ax, ax)
     # Stem and classifier 58, cells with what leaves them 19 + 18 + 20 + 18, two steps of the decoder 4 + 3
     assert "0.1400 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
-    closed = picture_of(explorer, {path: False})
-    kept = {p: weight for p, weight in ROUTE.items() if p not in (path, Path(4, 1, "keep"))}
+    closed = picture_of(explorer, {edge: False})
+    kept = {p: weight for p, weight in ROUTE.items() if p not in (edge, Edge(4, 1, "keep"))}
     check_route(closed.axes[0], kept, COMPUTING - {(4, 1)}, PASSING) # what it fed has gone, too
     assert "0.1190 GFLOPs" in closed.get_suptitle() # less 3, and less 18
     return figure
@@ -985,13 +985,13 @@ def with_iou(name, iou):
 
 
 def without(architecture, **parts):
-    "The architecture without its last path, or with other parts."
-    return replace(architecture, **(parts or {"paths": dict(list(architecture.paths.items())[:-1])}))
+    "The architecture without its last edge, or with other parts."
+    return replace(architecture, **(parts or {"edges": dict(list(architecture.edges.items())[:-1])}))
 
 
 def dotted_as_solid(figure):
     for edge in figure.axes[0].lines:
-        if edge.get_linestyle() == ":": edge.set_linestyle("-")
+        if mark.get_linestyle() == ":": edge.set_linestyle("-")
 
 
 def exchanged_labels(figure):
@@ -1030,12 +1030,12 @@ CHANGES = {
                                    draw(filled_in(rows, "val_miou"), **levels)),
     "per cent that are not said": (test_plot_history_shares, plot_history, afterwards(lambda figure: figure.axes[-1]
         .set_title("validation mIoU"))),
-    "a path closed": (test_plot_route_gates, plot_route, lambda draw, space, gates:
-                      draw(space, {**gates, Path(0, 0, "keep"): 0.})),
-    "closed paths that look open": (test_plot_route_gates, plot_route, afterwards(dotted_as_solid)),
+    "a edge closed": (test_plot_route_gates, plot_route, lambda draw, space, gates:
+                      draw(space, {**gates, Edge(0, 0, "keep"): 0.})),
+    "closed edges that look open": (test_plot_route_gates, plot_route, afterwards(dotted_as_solid)),
     "an axis without its name": (test_plot_route_gates, plot_route, afterwards(lambda figure: figure.axes[0]
         .set_xlabel(""))),
-    "a kept path dropped": (test_plot_route_architecture, plot_route, lambda draw, space, gates, found:
+    "a kept edge dropped": (test_plot_route_architecture, plot_route, lambda draw, space, gates, found:
                             draw(space, gates, without(found))),
     "a route without its key": (test_plot_route_architecture, plot_route, afterwards(lambda figure: figure.axes[1]
         .get_legend().remove())),
@@ -1059,7 +1059,7 @@ CHANGES = {
                                     draw(weak, strong, own, taught, *args)),
     "another budget": (test_draw_progress, draw_progress, lambda draw, config, rows, dpi:
                        draw(replace(config, budget=.9), rows, dpi)),
-    "gates of other paths": (test_draw_progress, draw_progress, lambda draw, config, rows, dpi:
+    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, config, rows, dpi:
                              draw(config, [{**row, "gates": row["gates"][::-1]} for row in rows], dpi)),
     "a lower IoU": (test_plot_class_iou, plot_class_iou, with_iou("car", .56)),
     "an IoU of None drawn as 0": (test_plot_class_iou, plot_class_iou, with_iou("fence", 0.)),
@@ -1075,7 +1075,7 @@ CHANGES = {
                           draw(shares[1:], **lines)),
     "no line at the budget": (test_plot_cost_distribution, plot_cost_distribution, lambda draw, *args, budget, expected:
                               draw(*args, expected=expected)),
-    "a path that opens again left out": (test_plot_closed, plot_closed, lambda draw, space, snapshots:
+    "a edge that opens again left out": (test_plot_closed, plot_closed, lambda draw, space, snapshots:
                                          draw(space, snapshots[:2] + [(200, snapshots[1][1])])),
     "areas that look alike": (test_plot_closed, plot_closed, afterwards(lambda figure: [
         area.set(facecolor="0.8", hatch="") for area in figure.axes[0].collections])),
@@ -1091,7 +1091,7 @@ CHANGES = {
     "fractions in place of per cent": (test_summary_figure, summary_figure, lambda draw, *args, percent: draw(*args)),
     "a smaller budget": (test_explore_budget, explore_budget, lambda draw, *args, budget: draw(*args, budget=.3)),
     "a cost that is not said": (test_explore_budget, picture_of, afterwards(lambda figure: figure.suptitle("a route"))),
-    "a path that was shut before": (test_edit_architecture, edit_architecture, lambda draw, found, table:
+    "a edge that was shut before": (test_edit_architecture, edit_architecture, lambda draw, found, table:
                                     draw(without(found), table)),
     "another fraction": (test_explore_split, explore_split, lambda draw, data, fraction: draw(data, 1 / 4)),
     "colours of other classes": (test_explore_split, picture_of, afterwards(lambda figure: [

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator, state
 
 from selfsupnas.train.batches import load_training_data, make_batches
-from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.space.budget import measure_costs
-from selfsupnas.metrics import evaluate
+from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.space.gate import hold_gates
 from selfsupnas.data.loaders import to_device
 from selfsupnas.tasks.losses import pixel_cross_entropy
@@ -49,19 +49,19 @@ def one_pass(config, data, device):
     accelerator = Accelerator(cpu=device == "cpu")
     torch.manual_seed(0)
     parts = make_parts(build_supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
-    parts["trainee"].train()
+    parts["multitask"].train()
     batches = {name: to_device(b, accelerator.device) for name, b in next(make_batches(config, data)).items()}
     weights = step_weights(config, 1., None)
     permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
-    terms, _ = objective(parts["trainee"], parts["trainee"], parts["teacher"], batches, weights, config, permutations, seed_step(0, 0))
+    terms, _ = objective(parts["multitask"], parts["multitask"], parts["teacher"], batches, weights, config, permutations, seed_step(0, 0))
     sum(weights[name] * term for name, term in terms.items()).backward()
     state.AcceleratorState._reset_state(True)
-    return terms, {name: p.grad for name, p in parts["trainee"].named_parameters() if p.grad is not None}
+    return terms, {name: p.grad for name, p in parts["multitask"].named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("kind", ["fixmatch", "mean_teacher", "cps"]) # unimatch draws which features it drops
 def test_the_objective_and_its_gradients_are_the_processors(config, exact, kind):
-    config = dataclasses.replace(config, consistency=kind, w_cost=0., w_harden=0.)
+    config = dataclasses.replace(config, consistency=kind, w_cost=0., w_binary=0.)
     data = load_training_data(config)
     (terms, gradients), (there, theirs) = (one_pass(config, data, device) for device in ("cuda", "cpu"))
     assert all(term.is_cuda for term in terms.values()) and set(terms) == set(there) == {"sup", "jig", "semi"}
@@ -125,10 +125,10 @@ def test_a_retrained_network_is_measured_alike_on_both(config, tmp_path):
                           **{k: SMALL[k] for k in ("size", "batch_labelled", "batch_unlabelled", "batch_jigsaw", "logs", "steps")}))
     network = load_network(folder)
     assert not next(network.parameters()).is_cuda
-    both = [evaluate(network.to(device), found.data.val, progress=False) for device in ("cpu", "cuda")]
+    both = [evaluate_segmenter(network.to(device), found.data.val, progress=False) for device in ("cpu", "cuda")]
     assert abs(both[0].miou - both[1].miou) < 0.01 and abs(both[0].pixel_accuracy - both[1].pixel_accuracy) < 0.01
-    record = benchmark(EvaluateConfig(folder=str(tmp_path/"evaluate"), network=folder, baselines=("unet_resnet18",)))
-    assert record.record.figures["device"] == "cuda" and json.dumps(record.record.figures["rows"])
+    record = evaluate(EvaluateConfig(folder=str(tmp_path/"evaluate"), network=folder, baselines=("unet_resnet18",)))
+    assert record.record.metrics["device"] == "cuda" and json.dumps(record.record.metrics["rows"])
 
 
 def test_batches_are_pinned_and_arrive(config):

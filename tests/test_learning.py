@@ -8,7 +8,7 @@ from selfsupnas.space.architecture import Architecture
 from selfsupnas.rivals import build_baseline
 from selfsupnas.train.batches import load_training_data
 from selfsupnas.train.config import TrainingConfig
-from selfsupnas.metrics import evaluate
+from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.stages.searching import SearchConfig, search
@@ -41,7 +41,7 @@ def shapes(tmp_path_factory):
 
 def searched():
     space = SearchSpace(4, layers=3, channels=16)
-    return StaticNetwork(Architecture(space, dict.fromkeys(space.paths(), 1.)))
+    return StaticNetwork(Architecture(space, dict.fromkeys(space.edges(), 1.)))
 
 
 def unet():
@@ -59,12 +59,12 @@ def test_a_network_overfits_four_images(shapes, tmp_path, build, steps):
     data = load_training_data(config)
     torch.manual_seed(0)
     trained = train(build(), config, data)
-    assert evaluate(trained.model, data.val, progress=False).miou > .95
+    assert evaluate_segmenter(trained.model, data.val, progress=False).miou > .95
 
 
 def test_a_short_search_ends_at_its_budget(tmp_path):
     "In multiply-adds that are executed for validation images, as a share of the whole grid's."
     config = SearchConfig(folder=str(tmp_path), size=(64, 80), layers=4, channels=8, steps=120, budget=.5, batch_labelled=4, batch_unlabelled=2, batch_jigsaw=2, logs=2)
-    figures = search(config).record.figures
-    assert abs(figures["realised_share"] - config.budget) < .05
-    assert 0 < figures["derived_cost"] <= figures["budget_cost"] == config.budget * figures["full_cost"]
+    metrics = search(config).record.metrics
+    assert abs(metrics["realised_share"] - config.budget) < .05
+    assert 0 < metrics["derived_cost"] <= metrics["budget_cost"] == config.budget * metrics["full_cost"]

@@ -11,7 +11,7 @@ from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import load_dataset
-from selfsupnas.metrics import evaluate
+from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.retraining import load_network
 from selfsupnas.stages.searching import unchosen
 from selfsupnas.data.splits import save_split
@@ -100,9 +100,9 @@ def test_images_of_many_sizes_go_through_all_three_stages(root, tmp_path, comman
     record = RunRecord.load(tmp_path/"voc"/"evaluate"/"evaluate-record.json")
     network = load_network(tmp_path/"voc"/"retrain")
     report = unchosen(load_dataset("voc_aug", "val", root), network.architecture) # two of the four chose the route
-    assert record.figures["split"] == "val" and record.figures["images"] == len(report) == 2 and record.figures["size"] == [64, 64]
-    by_hand = evaluate(network, report, progress=False)
-    assert record.figures["rows"]["searched"]["miou"] == pytest.approx(by_hand.miou, abs=1e-3) and "On the val images" in done.stdout
+    assert record.metrics["split"] == "val" and record.metrics["images"] == len(report) == 2 and record.metrics["size"] == [64, 64]
+    by_hand = evaluate_segmenter(network, report, progress=False)
+    assert record.metrics["rows"]["searched"]["miou"] == pytest.approx(by_hand.miou, abs=1e-3) and "On the val images" in done.stdout
 
 
 def test_a_process_that_leaves_a_loader_unfinished_ends():

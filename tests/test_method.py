@@ -6,12 +6,12 @@ import torch
 
 from selfsupnas.train.batches import load_training_data, make_batches
 from selfsupnas.tasks.consistency import CONSISTENCY
-from selfsupnas.metrics import evaluate
-from selfsupnas.stages.pareto import FrontConfig, front
+from selfsupnas.metrics import evaluate_segmenter
+from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.data.loaders import to_device
-from selfsupnas.train.step import make_trainee, objective
+from selfsupnas.train.step import build_multitask_model, objective
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.stages.searching import SearchConfig, halves, load_supernet, make_space, make_turns, search
+from selfsupnas.stages.searching import SearchConfig, halves, load_supernet, make_space, make_phases, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.loop import train
@@ -30,16 +30,16 @@ VARIANTS = {"mean_teacher": dict(consistency="mean_teacher"), "unimatch": dict(c
                 "sep_conv_5x5", "dil_sep_conv_3x3", "mbconv_3x3", "mbconv_5x5", "conv_3x3", "avg_pool_3x3", "max_pool_3x3", "identity")),
             "static gates": dict(gate="static"), "alternating": dict(update="alternating"), "drop path": dict(drop_path=0.3),
             "parameters": dict(cost="parameters"), "latency": dict(cost="latency"), "expected": dict(budget_of="expected"),
-            "no cost": dict(w_cost=0., w_harden=0.)}
+            "no cost": dict(w_cost=0., w_binary=0.)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_every_kind_searches_and_leaves_what_can_be_loaded(config, variant):
     config = dataclasses.replace(config, **variant)
     found = search(config)
-    figures, last = found.record.figures, found.trained.history[-1]
-    assert figures["derived_cost"] <= figures["budget_cost"]
-    assert figures["supernet_val_miou"] == pytest.approx(evaluate(found.trained.model, found.data.val, progress=False).miou, abs=1e-3)
+    metrics, last = found.record.metrics, found.trained.history[-1]
+    assert metrics["derived_cost"] <= metrics["budget_cost"]
+    assert metrics["supernet_val_miou"] == pytest.approx(evaluate_segmenter(found.trained.model, found.data.val, progress=False).miou, abs=1e-3)
     assert last["semi"] > 0 and last["jig"] > 0
     x = torch.randn(1, 3, 64, 80)
     with torch.no_grad(): assert torch.allclose(load_supernet(config.folder)(x), found.trained.model(x), atol=1e-4)
@@ -59,30 +59,30 @@ def test_the_pretext_alone_drives_a_search_and_no_label_is_read(config):
         part = dataclasses.replace(data, train=train_set)
         return train(build_supernet(found.table.space), dataclasses.replace(config, folder=config.folder + "-2"), part).history
     found = search(config)
-    assert not data.split.labelled and found.record.figures["supernet_val_miou"] is None
-    assert "sup" not in found.trained.history[-1] and found.record.figures["derived_cost"] <= found.record.figures["budget_cost"]
+    assert not data.split.labelled and found.record.metrics["supernet_val_miou"] is None
+    assert "sup" not in found.trained.history[-1] and found.record.metrics["derived_cost"] <= found.record.metrics["budget_cost"]
     assert run(data.train) == run(Bare())
 
 
 def terms_of(config, weights):
-    "Trainee, teacher and the terms of one step in which only some terms have weight."
+    "MultiTaskModel, teacher and the terms of one step in which only some terms have weight."
     data = load_training_data(config)
     space = search_space(config, data)
     torch.manual_seed(0)
-    trainee = make_trainee(build_supernet(space), config)
-    teacher = EMATeacher(trainee)
+    multitask = build_multitask_model(build_supernet(space), config)
+    teacher = EMATeacher(multitask)
     batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
-    terms, _ = objective(trainee, trainee, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
+    losses, _ = objective(multitask, multitask, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
                          permutation_set(config.jigsaw_n), torch.Generator().manual_seed(0))
-    return trainee, teacher, terms
+    return multitask, teacher, losses
 
 
 def search_space(config, data): return make_space(config, data.train.spec.num_classes)
 
 
-def reached_by(trainee, term):
-    trainee.zero_grad(); term.backward()
-    return {name for name, p in trainee.named_parameters() if p.grad is not None and p.grad.any()}
+def reached_by(multitask, term):
+    multitask.zero_grad(); term.backward()
+    return {name for name, p in multitask.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 @pytest.mark.parametrize("kind", CONSISTENCY)
@@ -92,9 +92,9 @@ def test_gradients_reach_exactly_the_right_parameters(config, kind):
     model, head, peer = ({n for n in names if n.startswith(part)} for part in ("model.", "head.", "peer."))
     assert any(".gate." in n for n in model) and bool(peer) == (kind == "cps")
     for term, weights in (("sup", {"sup": 1}), ("jig", {"jig": 1}), ("semi", {"semi": 1})):
-        trainee, teacher, terms = terms_of(config, weights)
-        assert set(terms) == {term}
-        got = reached_by(trainee, terms[term])
+        multitask, teacher, losses = terms_of(config, weights)
+        assert set(losses) == {term}
+        got = reached_by(multitask, losses[term])
         if term == "jig": assert got & head == head and not got & peer and not any("classifier" in n for n in got)
         else: assert not got & head and {n for n in got if n.startswith("peer.")} == peer
         if term != "jig": assert got >= model, sorted(model - got)[:5]
@@ -110,11 +110,11 @@ def test_alternating_turns_split_data_and_parameters(config):
     assert not set(a.both) & set(b.both) and set(a.both) | set(b.both) == set(data.both)
     model = build_supernet(search_space(config, data))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(model, dataclasses.replace(config, steps=1), data, turns=make_turns(data, config))
+    train(model, dataclasses.replace(config, steps=1), data, phases=make_phases(data, config))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and not any(".gate." in n for n in moved), "the first turn is the weights'"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(model, dataclasses.replace(config, steps=1, folder=config.folder + "-reversed"), data, turns=make_turns(data, config)[::-1])
+    train(model, dataclasses.replace(config, steps=1, folder=config.folder + "-reversed"), data, phases=make_phases(data, config)[::-1])
     assert {n.split(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"gate"}
 
 
@@ -125,7 +125,7 @@ def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
     data = load_training_data(config)
     def run(config):
         torch.manual_seed(0)
-        return train(build_supernet(search_space(config, data)), config, data, turns=make_turns(data, config))
+        return train(build_supernet(search_space(config, data)), config, data, phases=make_phases(data, config))
     whole, plain = run(dataclasses.replace(config, folder=config.folder + "-whole")), training.to_device
     calls = []
     def interrupt(*args):
@@ -142,13 +142,13 @@ def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
 
 def test_a_front_of_a_search_without_labels_is_trained_with_them(config, tmp_path):
     search(dataclasses.replace(config, w_sup=0., w_semi=0.))
-    found = front(FrontConfig(folder=str(tmp_path/"front"), search=config.folder, budgets=(0.8,), steps=2, random=1, baselines=("lraspp_mobilenet_v3_large",)))
+    found = pareto(ParetoConfig(folder=str(tmp_path/"pareto"), search=config.folder, budgets=(0.8,), steps=2, random=1, baselines=("lraspp_mobilenet_v3_large",)))
     assert {row["kind"] for row in found.rows} == {"dynamic", "derived", "random", "baseline"}
-    assert found.record.figures["ranks"]["0.8"]["of"] == 2 and len(found.data.split.labelled) == 10
+    assert found.record.metrics["ranks"]["0.8"]["of"] == 2 and len(found.data.split.labelled) == 10
 
 
 @pytest.mark.parametrize("wrong", [dict(w_sup=0.), dict(w_sup=0., w_semi=0., w_jig=0.), dict(jigsaw_head="magic"), dict(drop_path=1.), dict(consistency="magic"),
-                                   dict(gate="hard"), dict(cost="watts"), dict(update="never"), dict(keep_operations=1), dict(w_harden=float("nan"))], ids=str)
+                                   dict(gate="hard"), dict(cost="watts"), dict(update="never"), dict(keep_operations=1), dict(w_binary=float("nan"))], ids=str)
 def test_bad_parameters_are_refused_before_anything_runs(wrong):
     with pytest.raises(ValueError) as refused: SearchConfig(**wrong)
     assert any(name in str(refused.value) for name in wrong)

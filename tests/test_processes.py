@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 ROUNDING = 1e-7 # over all steps
 STEPS = int(os.environ.get("SELFSUPNAS_STEPS", 12))
 SMALL = dict(size=(64, 80), layers=4, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=STEPS, steps=STEPS, budget=.6,
-             ramp=(0., .2), cost_ramp=(0., .5), harden_ramp=(.2, .6), threshold=.1, optimiser="sgd", lr=.003) # a threshold near chance: some pseudo-labels from the start
+             ramp=(0., .2), cost_ramp=(0., .5), binary_ramp=(.2, .6), threshold=.1, optimiser="sgd", lr=.003) # a threshold near chance: some pseudo-labels from the start
 SHORT = dict(steps=6, logs=6)
 CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adaptive_threshold=True),
          "unimatch": dict(SHORT, consistency="unimatch", jigsaw_head="position"), "cps": dict(SHORT, consistency="cps", w_jig=0.),
@@ -30,9 +30,9 @@ def run_case(name, folder):
     from selfsupnas.data import augment; from selfsupnas.tasks import consistency; from selfsupnas import metrics as evaluation; from selfsupnas.data import loaders; from selfsupnas.train import step as objective; from selfsupnas.train import loop as training
     from selfsupnas.train.batches import load_training_data
     from selfsupnas.core import write_json
-    from selfsupnas.metrics import evaluate
+    from selfsupnas.metrics import evaluate_segmenter
     from selfsupnas.distributed import world
-    from selfsupnas.stages.searching import BudgetTerms, SearchConfig, make_table, make_turns
+    from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table, make_phases
     from selfsupnas.space.supernet import build_supernet
     # rounding apart, nothing may differ; small gated networks amplify it about threefold a step, so that it must be small
     torch.set_default_dtype(torch.float64)
@@ -46,13 +46,13 @@ def run_case(name, folder):
     def run():
         torch.manual_seed(config.seed)
         model = build_supernet(table.space)
-        with torch.no_grad(): # some gates shut from the start: paths that one process alone takes
-            for gate in (m for m in model.modules() if hasattr(m, "closing")): gate.logits.bias.normal_(0., .2)
-        return training.train(model, config, data, BudgetTerms(model, table, config), make_turns(data, config))
+        with torch.no_grad(): # some gates shut from the start: edges that one process alone takes
+            for gate in (m for m in model.modules() if hasattr(m, "threshold")): gate.logits.bias.normal_(0., .2)
+        return training.train(model, config, data, BudgetLosses(model, table, config), make_phases(data, config))
     if name == "stopped" and world().number == 1: stop_at(training, 3)
     try: trained = run()
     except KeyboardInterrupt: trained = run()
-    metrics = evaluate(trained.model, data.val, progress=False)
+    metrics = evaluate_segmenter(trained.model, data.val, progress=False)
     if world().first:
         write_json(f"{folder}/{name}.json", {"processes": world().count, "history": trained.history, "confusion": metrics.confusion.tolist(), "miou": metrics.miou})
 
@@ -91,7 +91,7 @@ def test_two_processes_are_one(runs, name):
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["history"]) == len(two["history"]) == CASES[name].get("steps", STEPS)
     ours, theirs = curves(two), curves(one)
-    assert ours.keys() == theirs.keys() and {"sup", "semi", "cost", "harden", "realised", "closing"} <= ours.keys()
+    assert ours.keys() == theirs.keys() and {"sup", "semi", "cost", "binary", "realised", "gate_threshold"} <= ours.keys()
     known = [k for k in ours if not np.isnan(theirs[k]).all()]
     print(name, {k: f"{np.nanmax(np.abs(ours[k] - theirs[k])):.1e}" for k in known}, "mIoU", one["miou"], two["miou"])
     for k in known: np.testing.assert_allclose(ours[k], theirs[k], rtol=0, atol=ROUNDING, err_msg=k)
@@ -172,20 +172,20 @@ def test_a_stage_in_two_processes_leaves_what_it_leaves_in_one(stages, way):
     from selfsupnas.core import RunRecord
     one, two = (RunRecord.load(stages/place/"search-record.json") for place in ("one", way))
     assert (one.hardware["processes"], two.hardware["processes"]) == (1, 2)
-    assert_alike(one.figures, two.figures)
+    assert_alike(one.metrics, two.metrics)
     assert files_of(stages/"one") == files_of(stages/way)
 
 
 def test_a_front_in_two_processes_is_that_of_one(stages, tmp_path):
     from selfsupnas.core import RunRecord
-    from selfsupnas.stages.pareto import FrontConfig, front
+    from selfsupnas.stages.pareto_front import ParetoConfig, pareto
     asked = dict(search=str(stages/"one"), budgets=(.6,), steps=2, random=1)
-    front(FrontConfig(folder=str(tmp_path/"one"), **asked))
-    torchrun("front", tmp_path/"two", asked)
-    one, two = (RunRecord.load(tmp_path/place/"front-record.json") for place in ("one", "two"))
+    pareto(ParetoConfig(folder=str(tmp_path/"one"), **asked))
+    torchrun("pareto", tmp_path/"two", asked)
+    one, two = (RunRecord.load(tmp_path/place/"pareto-record.json") for place in ("one", "two"))
     assert (one.hardware["processes"], two.hardware["processes"]) == (1, 2)
-    assert [row["kind"] for row in one.figures["rows"]] == ["dynamic", "derived", "random"] and len(two.figures["rows"]) == 3
-    for ours, theirs in zip(one.figures["rows"], two.figures["rows"]): assert_alike(ours, theirs)
+    assert [row["kind"] for row in one.metrics["rows"]] == ["dynamic", "derived", "random"] and len(two.metrics["rows"]) == 3
+    for ours, theirs in zip(one.metrics["rows"], two.metrics["rows"]): assert_alike(ours, theirs)
     assert files_of(tmp_path/"one") == files_of(tmp_path/"two")
 
 

@@ -16,7 +16,7 @@ from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.space.cost import count_flops
 from selfsupnas.space.derivation import derive
 from selfsupnas.metrics import Metrics, confusion_matrix
-from selfsupnas.stages.pareto import FrontConfig
+from selfsupnas.stages.pareto_front import ParetoConfig
 from selfsupnas.space.gate import CLOSED, gate_activation, hold_gates, put, take, watch_gates
 from selfsupnas.space.grid import SearchSpace, trace_route
 from selfsupnas.tasks.jigsaw import cut_and_shuffle, jigsaw_accuracy, join_cells, solve_positions, split_cells, unshuffle
@@ -26,7 +26,7 @@ from selfsupnas.data.files import PairDataset, SegmentationSpec
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig
 from selfsupnas.stages.searching import SearchConfig
-from selfsupnas.space.supernet import gates_by_path, gates_from_paths, build_supernet
+from selfsupnas.space.supernet import gates_by_edge, gates_from_edges, build_supernet
 from selfsupnas.data.splits import LabelSplit, label_count, load_split, save_split
 from selfsupnas.parameters import parse_value
 
@@ -61,14 +61,14 @@ def random_network(build, seed):
 def weighed(draw, space, least=.05):
     "Any part of what a space has gates for, with weights."
     numbers = st.integers(round(least * 1e6), 10**6).map(lambda n: n / 1e6) # as the JSON keeps them
-    return {path: draw(numbers) for path in space.gated() if draw(st.booleans())}
+    return {edge: draw(numbers) for edge in space.gated() if draw(st.booleans())}
 
 
 @st.composite
 def architectures(draw, of=spaces):
     space = draw(of)
     kept = draw(weighed(space))
-    return Architecture(space, {p: w for p, w in kept.items() if p in set(space.paths())}, {"seed": draw(seeds)}, {p: w for p, w in kept.items() if p not in set(space.paths())})
+    return Architecture(space, {p: w for p, w in kept.items() if p in set(space.edges())}, {"seed": draw(seeds)}, {p: w for p, w in kept.items() if p not in set(space.edges())})
 
 
 def close(a, b): return a.shape == b.shape and torch.allclose(a, b, atol=1e-4 * max(1, float(b.abs().max())), rtol=0)
@@ -124,60 +124,60 @@ def test_the_table_says_what_fvcore_counts(architecture):
 @examples(100)
 @given(st.data(), few_spaces)
 def test_another_path_never_costs_less(data, space):
-    "Where a cell has none, it passes its input along `keep`: then `keep` is the path to open first, for another would take the input elsewhere."
+    "Where a cell has none, it passes its input along `keep`: then `keep` is the edge to open first, for another would take the input elsewhere."
     kept = set(data.draw(weighed(space)))
-    path = data.draw(st.sampled_from(space.gated()))
-    assume(path.kind in ("keep", *space.operations) or trace_route(space, kept).get(path[:2], "absent") != ())
+    edge = data.draw(st.sampled_from(space.gated()))
+    assume(edge.kind in ("keep", *space.operations) or trace_route(space, kept).get(edge[:2], "absent") != ())
     table = table_of(space)
-    assert static_cost(table, kept | {path}) >= static_cost(table, kept)
-    if path not in reached(space, kept | {path}): assert static_cost(table, kept | {path}) == static_cost(table, kept)
+    assert static_cost(table, kept | {edge}) >= static_cost(table, kept)
+    if edge not in reached(space, kept | {edge}): assert static_cost(table, kept | {edge}) == static_cost(table, kept)
 
 
 @examples(60)
 @given(st.data(), few_spaces, st.floats(0, 1))
 def test_what_is_derived_is_within_the_budget_and_part_of_what_was_open(data, space, share):
-    table, importance = table_of(space), {path: 0. for path in space.gated()} | data.draw(weighed(space))
+    table, importance = table_of(space), {edge: 0. for edge in space.gated()} | data.draw(weighed(space))
     least = static_cost(table, [])
     budget = least + share * (table.full - least)
     found = derive_greedily(space, importance, lambda kept: static_cost(table, kept), budget)
     assert static_cost(table, found.kept) <= budget
-    assert all(importance[path] > 0 and weight == importance[path] for path, weight in found.kept.items()) and reached(space, found.kept) == set(found.kept)
-    if share == 1: assert set(found.kept) == reached(space, {path for path in space.gated() if importance[path]})
+    assert all(importance[edge] > 0 and weight == importance[edge] for edge, weight in found.kept.items()) and reached(space, found.kept) == set(found.kept)
+    if share == 1: assert set(found.kept) == reached(space, {edge for edge in space.gated() if importance[edge]})
 
 
 @examples(30)
 @given(st.data(), few_spaces, st.floats(0, 1), st.integers(1, 3))
 def test_the_exact_derivation_keeps_what_the_greedy_one_keeps_and_more(data, space, share, k):
-    table, importance = table_of(space), {path: 0. for path in space.gated()} | data.draw(weighed(space))
+    table, importance = table_of(space), {edge: 0. for edge in space.gated()} | data.draw(weighed(space))
     least = static_cost(table, [])
     budget = least + share * (table.full - least)
     found = derive(space, importance, table, budget, k)
     greedy = derive_greedily(space, importance, lambda kept: static_cost(table, kept), budget)
-    worth = [sum(importance[path] for path in one.kept) for one in found]
-    assert 1 <= len(found) <= k and worth[0] >= sum(importance[path] for path in greedy.kept) - 1e-6 and worth == sorted(worth, reverse=True)
+    worth = [sum(importance[edge] for edge in one.kept) for one in found]
+    assert 1 <= len(found) <= k and worth[0] >= sum(importance[edge] for edge in greedy.kept) - 1e-6 and worth == sorted(worth, reverse=True)
     for one in found:
         assert static_cost(table, one.kept) <= budget
-        assert all(importance[path] > 0 and weight == importance[path] for path, weight in one.kept.items()) and reached(space, one.kept) == set(one.kept)
-    for a, b in itertools.combinations(found, 2): assert len(a.paths.keys() ^ b.paths.keys()) >= .1 * len(space.paths())
+        assert all(importance[edge] > 0 and weight == importance[edge] for edge, weight in one.kept.items()) and reached(space, one.kept) == set(one.kept)
+    for a, b in itertools.combinations(found, 2): assert len(a.edges.keys() ^ b.edges.keys()) >= .1 * len(space.edges())
 
 
 @examples(40)
 @given(architectures(few_spaces))
 def test_a_route_of_the_supernet_costs_the_network_and_its_gates(architecture):
     space = architecture.space
-    table, gates = table_of(space), {path: torch.full((2,), float(architecture.kept.get(path, 0))) for path in space.gated()}
+    table, gates = table_of(space), {edge: torch.full((2,), float(architecture.kept.get(edge, 0))) for edge in space.gated()}
     of_gates = sum(table.gates[scale][len(space.gated_at(layer, scale))] for layer, scale in architecture.live)
     assert realised_cost(table, gates).tolist() == [static_cost(table, architecture.kept) + of_gates] * 2
-    if space.layers >= 3: assert float(expected_cost(table, {path: torch.ones(1).double() for path in gates})) == pytest.approx(table.full)
+    if space.layers >= 3: assert float(expected_cost(table, {edge: torch.ones(1).double() for edge in gates})) == pytest.approx(table.full)
 
 
 # -- Gates
 
 @examples(100)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=1), st.floats(CLOSED, .9), st.floats(0, 1))
-def test_a_gate_is_shut_or_open_and_nothing_between(logits, closing, leak):
-    gates = gate_activation(torch.tensor(logits), leak, closing)
-    assert bool(((gates == 0) | (gates > closing)).all()) and bool((gates <= 1).all())
+def test_a_gate_is_shut_or_open_and_nothing_between(logits, threshold, leak):
+    gates = gate_activation(torch.tensor(logits), leak, threshold)
+    assert bool(((gates == 0) | (gates > threshold)).all()) and bool((gates <= 1).all())
 
 
 @examples(60)
@@ -194,7 +194,7 @@ def test_put_is_the_inverse_of_take(rows, seed):
 def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space, seed):
     network, whole = random_network(lambda: build_supernet(space), seed), all_open(space)
     images = torch.randn(2, 3, 40, 57)
-    with torch.no_grad(), hold_gates(network, gates_from_paths(space, whole.kept)):
+    with torch.no_grad(), hold_gates(network, gates_from_edges(space, whole.kept)):
         assert close(inherit(StaticNetwork(whole), network.state_dict()).eval()(images), network(images))
 
 
@@ -203,7 +203,7 @@ def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space,
 def test_held_to_an_architecture_the_supernet_is_the_network_that_inherits_it(architecture, seed):
     network = random_network(lambda: build_supernet(architecture.space), seed)
     images = torch.randn(2, 3, 40, 57)
-    with torch.no_grad(), hold_gates(network, gates_from_paths(architecture.space, architecture.kept)):
+    with torch.no_grad(), hold_gates(network, gates_from_edges(architecture.space, architecture.kept)):
         assert close(inherit(StaticNetwork(architecture), network.state_dict()).eval()(images), network(images))
 
 
@@ -213,13 +213,13 @@ def test_images_of_a_batch_do_not_meet(data, space, seed):
     "Each with gates of its own, some of them shut: what an image gets is what it gets alone; what does not reach a cell has gates of 0."
     network = random_network(lambda: build_supernet(space), seed)
     images = torch.randn(3, 3, 40, 57)
-    held = [gates_from_paths(space, data.draw(weighed(space))) for _ in images]
+    held = [gates_from_edges(space, data.draw(weighed(space))) for _ in images]
     with torch.no_grad():
         with hold_gates(network, {name: torch.stack([h[name] for h in held]) for name in held[0]}), watch_gates(network) as seen: together = network(images)
         for k, one in enumerate(held):
             with hold_gates(network, one): assert close(together[k:k + 1], network(images[k:k + 1]))
-    route = [trace_route(space, [p for p, g in gates_by_path(space, seen).items() if g[k] > 0]) for k in range(3)]
-    for path, gate in gates_by_path(space, seen).items(): assert all(path[:2] in route[k] or gate[k] == 0 for k in range(3))
+    route = [trace_route(space, [p for p, g in gates_by_edge(space, seen).items() if g[k] > 0]) for k in range(3)]
+    for edge, gate in gates_by_edge(space, seen).items(): assert all(edge[:2] in route[k] or gate[k] == 0 for k in range(3))
 
 
 # -- There and back
@@ -241,11 +241,11 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("properties")
 
 
 @examples(40)
-@given(name=st.text(max_size=9), parameters=objects, figures=objects, timings=objects, seed=seeds)
-def test_a_record_comes_back_from_its_file(folder, name, parameters, figures, timings, seed):
-    record = RunRecord("toy", name, parameters, seed, figures, timings, {}, {}, None)
+@given(name=st.text(max_size=9), parameters=objects, metrics=objects, timings=objects, seed=seeds)
+def test_a_record_comes_back_from_its_file(folder, name, parameters, metrics, timings, seed):
+    record = RunRecord("toy", name, parameters, seed, metrics, timings, {}, {}, None)
     assert RunRecord.load(record.save(folder)) == record
-    with pytest.raises(ValueError): dataclasses.replace(record, figures={**figures, "miou": math.nan}).save(folder)
+    with pytest.raises(ValueError): dataclasses.replace(record, metrics={**metrics, "miou": math.nan}).save(folder)
     assert RunRecord.load(folder/"toy-record.json") == record
 
 
@@ -276,7 +276,7 @@ VALUES = {int: st.integers(-10**6, 10**6), float: st.floats(allow_nan=False, all
     lambda s: s not in ("true", "false", "null", "None", "True", "False")), type(None): st.none(), tuple[int, int]: st.tuples(*[st.integers(1, 999)] * 2),
     tuple[float, float]: st.tuples(*[st.floats(-9, 9)] * 2), tuple[float, float, float, float]: st.tuples(*[st.floats(-9, 9)] * 4),
     tuple[float, ...]: st.lists(st.floats(-9, 9), max_size=4).map(tuple), tuple[str, ...]: st.lists(st.text(string.ascii_letters, min_size=1), max_size=4).map(tuple)}
-KINDS = list({f"{kind}": kind for cls in (SearchConfig, RetrainConfig, EvaluateConfig, FrontConfig) for kind in typing.get_type_hints(cls).values()}.values())
+KINDS = list({f"{kind}": kind for cls in (SearchConfig, RetrainConfig, EvaluateConfig, ParetoConfig) for kind in typing.get_type_hints(cls).values()}.values())
 
 
 @examples(200)

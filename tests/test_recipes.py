@@ -115,7 +115,7 @@ def test_a_recipe_can_be_timed(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes_module, "recipe_config", small)
     record = recipes_module.measure_recipe("voc_aug-16", stage, tmp_path, steps=2)
     made = RunRecord.load(tmp_path/"rate-record.json")
-    assert made.figures == record.figures and made.parameters["measured"] == 2 and made.parameters["crop"] == [64, 64]
-    assert record.figures["multiply_adds"] / record.figures["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
+    assert made.metrics == record.metrics and made.parameters["measured"] == 2 and made.parameters["crop"] == [64, 64]
+    assert record.metrics["multiply_adds"] / record.metrics["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
     line, = recipes_module.measured_text(record, recipe_estimate("voc_aug-16", stage))
     assert "2 steps" in line and "hours" in line and "GB" not in line

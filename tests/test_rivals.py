@@ -10,11 +10,11 @@ from torch import nn
 from selfsupnas import rivals as baselines
 from selfsupnas.space.architecture import Architecture, load_architecture, save_architecture
 from selfsupnas.rivals import BASELINES, GRID_RIVALS, SCALABLE, all_open, batch_norm_scales, build_baseline, fit_channels, open_parts
-from selfsupnas.stages.evaluation import EvaluateConfig, benchmark
+from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.train.checkpoint import read_weights, save_weights
 from selfsupnas.space.cost import count_cost
 from selfsupnas.export import export_program, export_run
-from selfsupnas.space.grid import Path, SearchSpace
+from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.stages.retraining import RetrainConfig, load_network, load_retrain, retrain
 from selfsupnas.space.supernet import build_supernet
@@ -59,7 +59,7 @@ def test_a_rival_of_the_grid_costs_what_was_asked(name, space, size, gflops):
     assert set(found.kept.values()) == {1.}
     changed = {key: value for key, value in dataclasses.asdict(found.space).items() if value != getattr(space, key)}
     assert set(changed) <= {"thinner": {"channels"}, "fine": {"channels"}, "shallower": {"channels", "layers"}, "batch_norm_route": set()}[name]
-    if name == "fine": assert {path.scale for path in found.paths} <= {0, 1} and found.coarsest <= 1
+    if name == "fine": assert {edge.scale for edge in found.edges} <= {0, 1} and found.coarsest <= 1
     else: assert found.space.channels <= space.channels and found.space.layers <= space.layers
 
 
@@ -80,7 +80,7 @@ def test_a_rival_is_the_same_again_and_leaves_out_as_few_paths_as_it_can():
     table = baselines.measure_costs(found.space, size)
     def cost(kept): return baselines.static_cost(table, kept)
     drawn = [baselines.random_architecture(found.space, cost, asked, seed, .03) for seed in range(10)]
-    assert len(found.paths) == max(len(route.paths) for route in drawn) < len(whole.paths)
+    assert len(found.edges) == max(len(route.edges) for route in drawn) < len(whole.edges)
     narrower = all_open(dataclasses.replace(found.space, channels=found.space.channels - 2))
     assert count_cost(StaticNetwork(narrower), size).flops < .97 * asked, "no narrower grid would do"
 
@@ -89,7 +89,7 @@ def test_the_cost_of_0_6_gflops_is_met():
     asked = .6
     found = grid_rival("thinner", SearchSpace(11, 16, 64), (128, 160), 1e9 * asked)
     assert abs(count_cost(StaticNetwork(found), (128, 160)).gflops / asked - 1) <= .03
-    assert found.space.layers == 16 and len(found.paths) > .6 * len(found.space.paths())
+    assert found.space.layers == 16 and len(found.edges) > .6 * len(found.space.edges())
 
 
 def test_the_whole_grid_is_its_own_thinner_and_shallower_rival():
@@ -147,12 +147,12 @@ def test_a_grid_that_is_too_coarse_for_a_cost_says_so():
 
 def test_importance_is_the_mean_absolute_scale():
     state = {name: value.clone() for name, value in build_supernet(SMALL).state_dict().items()}
-    state["cells.1_0.paths.down.1.weight"] = torch.linspace(-1, 1, 16)
-    state["cells.1_1.paths.up.project.1.weight"] = torch.full((8,), -.25)
+    state["cells.1_0.edges.down.1.weight"] = torch.linspace(-1, 1, 16)
+    state["cells.1_1.edges.up.project.1.weight"] = torch.full((8,), -.25)
     state["cells.1_1.operations.sep_conv_3x3.0.2.weight"] = torch.full((16,), .5)
     state["cells.1_1.operations.sep_conv_3x3.2.2.weight"] = torch.full((16,), -.1)
     found, ones = batch_norm_scales(SMALL, state), dict.fromkeys(SMALL.gated(), 1.)
-    by_hand = ones | {Path(1, 0, "down"): sum(abs(-1 + 2 * i / 15) for i in range(16)) / 16, Path(1, 1, "up"): .25, Path(1, 1, "keep"): .3}
+    by_hand = ones | {Edge(1, 0, "down"): sum(abs(-1 + 2 * i / 15) for i in range(16)) / 16, Edge(1, 1, "up"): .25, Edge(1, 1, "keep"): .3}
     assert found == pytest.approx(by_hand)
 
 
@@ -161,14 +161,14 @@ def test_candidates_have_their_own_scales_and_what_has_none_counts_1():
     state = {name: value.clone() for name, value in build_supernet(space).state_dict().items()}
     state["cells.2_1.operations.conv_3x3.1.weight"] = torch.full((32,), .2)
     found = batch_norm_scales(space, state)
-    changed = {Path(2, 1, "conv_3x3"): .2, Path(2, 1, "keep"): .2}
+    changed = {Edge(2, 1, "conv_3x3"): .2, Edge(2, 1, "keep"): .2}
     assert found == pytest.approx(dict.fromkeys(space.gated(), 1.) | changed)
 
 
 def test_paths_of_no_scale_are_not_taken():
-    state = {name: torch.zeros_like(value) if ".paths.down.1.weight" in name else value for name, value in build_supernet(SMALL).state_dict().items()}
-    asked = count_cost(StaticNetwork(Architecture(SMALL, {Path(layer, 0, "keep"): 1. for layer in range(4)})), (64, 80)).flops
-    assert set(GRID_RIVALS["batch_norm_route"](SMALL, (64, 80), asked, state).paths) == {Path(layer, 0, "keep") for layer in range(4)}
+    state = {name: torch.zeros_like(value) if ".edges.down.1.weight" in name else value for name, value in build_supernet(SMALL).state_dict().items()}
+    asked = count_cost(StaticNetwork(Architecture(SMALL, {Edge(layer, 0, "keep"): 1. for layer in range(4)})), (64, 80)).flops
+    assert set(GRID_RIVALS["batch_norm_route"](SMALL, (64, 80), asked, state).edges) == {Edge(layer, 0, "keep") for layer in range(4)}
 
 
 @pytest.mark.parametrize("other", [dataclasses.replace(SMALL, channels=16), dataclasses.replace(SMALL, layers=2)])
@@ -254,20 +254,20 @@ def test_a_rival_trains_and_comes_back(place, name, capsys):
     asked = config(place, name)
     check_inputs("retrain", asked)
     made = retrain(asked)
-    figures, found = made.record.figures, load_architecture(place/"search")
+    metrics, found = made.record.metrics, load_architecture(place/"search")
     target = count_cost(StaticNetwork(found), (64, 80)).gflops
-    assert figures["asked_gflops"] == target and abs(figures["gflops"] / target - 1) <= .03
+    assert metrics["asked_gflops"] == target and abs(metrics["gflops"] / target - 1) <= .03
     state = made.trained.model.state_dict()
     for network in (load_network(asked.folder), load_retrain(asked.folder).trained.model):
         assert all(torch.equal(value, state[key].cpu()) for key, value in network.state_dict().items())
     kept = place/"runs"/name/"architecture.json"
-    if name in SCALABLE: assert not kept.exists() and figures["channels"] == list(made.trained.model.network.channels)
+    if name in SCALABLE: assert not kept.exists() and metrics["channels"] == list(made.trained.model.network.channels)
     else: assert load_architecture(kept).provenance["rival"] == name and load_network(asked.folder).architecture.space.num_classes == 3
     capsys.readouterr()
     retrain(asked)
     assert "finished" in capsys.readouterr().out, "the same run"
-    rows = benchmark(EvaluateConfig(folder=str(place/"evaluate"/name), network=asked.folder, split="val", baselines=(), latency_repeats=1)).record.figures["rows"]
-    assert next(iter(rows)) == name and rows[name]["gflops"] == figures["gflops"]
+    rows = evaluate(EvaluateConfig(folder=str(place/"evaluate"/name), network=asked.folder, split="val", baselines=(), latency_repeats=1)).record.metrics["rows"]
+    assert next(iter(rows)) == name and rows[name]["gflops"] == metrics["gflops"]
 
 
 def test_the_two_kinds_travel_as_networks_of_their_kind(place):
@@ -279,7 +279,7 @@ def test_the_two_kinds_travel_as_networks_of_their_kind(place):
 
 def test_a_cost_in_gflops(place):
     made = retrain(config(place, "narrow_unet", folder=str(place/"runs"/"gflops"), equal_cost=None, gflops=.004))
-    assert made.record.figures["asked_gflops"] == .004 and .97 <= made.record.figures["gflops"] / .004 <= 1
+    assert made.record.metrics["asked_gflops"] == .004 and .97 <= made.record.metrics["gflops"] / .004 <= 1
     assert set(made.record.inputs) == {"root"}
 
 
@@ -333,18 +333,18 @@ def test_a_rival_is_measured_on_the_images_of_what_it_is_compared_with(place, tm
     found = load_architecture(place/"search")
     save_architecture(dataclasses.replace(found, provenance={**found.provenance, "data": "data", "chosen_on": ["val/1"]}), tmp_path/"architecture.json")
     made = retrain(config(place, name, folder=str(tmp_path/name), equal_cost=str(tmp_path)))
-    assert made.record.figures["val_images"] == 1 and len(made.data.val) == 2
+    assert made.record.metrics["val_images"] == 1 and len(made.data.val) == 2
     if name == "thinner": # a stage later, too
-        images = benchmark(EvaluateConfig(folder=str(tmp_path/"evaluate"), network=str(tmp_path/name), split="val", baselines=(), latency_repeats=1)).record.figures["images"]
+        images = evaluate(EvaluateConfig(folder=str(tmp_path/"evaluate"), network=str(tmp_path/name), split="val", baselines=(), latency_repeats=1)).record.metrics["images"]
         assert images == 1
 
 
 def test_rivals_of_a_run_that_began_with_jigsaws_begin_with_labels(place, tmp_path):
     from selfsupnas.stages.evaluation import train_baseline
-    from selfsupnas.stages.pareto import FrontConfig, member_config
+    from selfsupnas.stages.pareto_front import ParetoConfig, member_config
     from selfsupnas.stages.searching import SearchConfig
     searched = SearchConfig(data="folder", root=str(place/"data"), sup_start=.5, w_semi=0.)
-    assert member_config(FrontConfig(folder=str(tmp_path)), searched, "derived-0.5").sup_start == 0
+    assert member_config(ParetoConfig(folder=str(tmp_path)), searched, "derived-0.5").sup_start == 0
     first = config(place, str(place/"search"), equal_cost=None, folder=str(tmp_path/"run"), sup_start=.5, w_semi=0.)
     retrain(first)
     asked = EvaluateConfig(folder=str(tmp_path/"evaluate"), network=first.folder)

@@ -90,7 +90,7 @@ def table():
 
 
 def short_notebook(path):
-    "The parameters and the search of the run notebook, without its figures."
+    "The parameters and the search of the run notebook, without its metrics."
     cells = [cell for cell in nbformat.read(ROOT/"nbs"/"runs"/"search.ipynb", 4).cells if cell.cell_type == "code"][:3]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
 

@@ -97,12 +97,8 @@ def test_no_module_imports_what_it_does_not_use():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_a_cell_fits_a_screen(path):
-    for source, cell in cells(path):
-        lines = source.splitlines()
-        code = [line for line in lines if not re.match(r"    \w+: [^=]+ = .*# ", line)] # a field with its comment is a line of a list
-        assert len(code) <= 60 or "parameters" in cell["metadata"].get("tags", []), lines[:2] # that is a list, not code
-        assert not [line for line in lines if len(line) > 100], "wider than 100 columns"
+def test_a_line_fits_a_screen(path):
+    assert not [line for source, _ in cells(path) for line in source.splitlines() if len(line) > 100], "wider than 100 columns"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

@@ -12,7 +12,7 @@ from selfsupnas.train.config import STATISTICS, TrainingConfig
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.tasks.jigsaw import cut_and_shuffle
 from selfsupnas.data.loaders import to_device
-from selfsupnas.train.step import make_trainee, objective, run_passes
+from selfsupnas.train.step import build_multitask_model, objective, run_passes
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig, retrain
 from selfsupnas.stages.searching import SearchConfig, search
@@ -34,19 +34,19 @@ def network(config, classes):
 
 
 def one_step(config, threshold=None, **weights):
-    "Terms, figures and all that they were made of; in evaluation mode, so that no image sees another."
+    "Terms, metrics and all that they were made of; in evaluation mode, so that no image sees another."
     data = load_training_data(config)
-    trainee = make_trainee(network(config, data.train.spec.num_classes), config).eval()
+    multitask = build_multitask_model(network(config, data.train.spec.num_classes), config).eval()
     with torch.no_grad(): # logits far enough apart that a threshold divides them
-        trainee.model.classifier.weight *= 4000
-    teacher = EMATeacher(trainee)
+        multitask.model.classifier.weight *= 4000
+    teacher = EMATeacher(multitask)
     with torch.no_grad():
         for p in teacher.model.parameters(): p += .001 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
     with torch.no_grad():
-        terms, figures = objective(trainee, trainee, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
+        losses, metrics = objective(multitask, multitask, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
                                    permutation_set(config.jigsaw_n), torch.Generator().manual_seed(5), threshold=threshold)
-    return terms, figures, trainee, teacher, batches
+    return losses, metrics, multitask, teacher, batches
 
 
 def mixed_by_hand(x, box, hole, blank):
@@ -79,12 +79,12 @@ RECIPES = {"averaged": dict(consistency="mean_teacher"), "summed": dict(consiste
 def test_the_consistency_term_is_what_a_hand_computes(config, name):
     config = dataclasses.replace(config, **RECIPES[name])
     threshold = {"relative": RelativeThreshold(config.threshold), "class": ClassThreshold(config.threshold, .5)}.get(config.threshold_kind)
-    terms, figures, trainee, teacher, batches = one_step(config, threshold, semi=1)
+    losses, metrics, multitask, teacher, batches = one_step(config, threshold, semi=1)
     batch, (box, hole) = batches["unlabelled"], drawn(config, batches["unlabelled"]["weak"], torch.Generator().manual_seed(5))
     with torch.no_grad():
         view = mixed_by_hand(batch["strong"], box, hole, 0.)
-        student, taught = trainee.model(view).double().softmax(1), teacher.model.model(batch["weak"]).double()
-        own = trainee.model(batches["labelled"]["image"]).double().softmax(1)
+        student, taught = multitask.model(view).double().softmax(1), teacher.model.model(batch["weak"]).double()
+        own = multitask.model(batches["labelled"]["image"]).double().softmax(1)
     goal, valid = mixed_by_hand(taught, box, None, 0.), mixed_by_hand(batch["valid"], box, hole, False)
     tau = [config.threshold] * goal.shape[1]
     if config.threshold_kind == "relative":
@@ -104,34 +104,34 @@ def test_the_consistency_term_is_what_a_hand_computes(config, name):
         kept[over] += 1
         if config.consistency == "fixmatch": total -= math.log(p[k]) * over
         else: total += (p - q).square().sum().item() / (1 if config.squares == "summed" else len(p))
-    assert terms["semi"].item() == pytest.approx(total / valid.sum().item(), rel=1e-3)
-    assert figures["kept"].item() == pytest.approx(kept[1] / sum(kept), abs=2e-4)
-    assert figures["pseudo_counts"].view(4, -1).sum(1).tolist()[0] == valid.sum()
+    assert losses["semi"].item() == pytest.approx(total / valid.sum().item(), rel=1e-3)
+    assert metrics["pseudo_share"].item() == pytest.approx(kept[1] / sum(kept), abs=2e-4)
+    assert metrics["pseudo_counts"].view(4, -1).sum(1).tolist()[0] == valid.sum()
     if config.consistency == "fixmatch": assert 0 < kept[1] < sum(kept), "the threshold divides the pixels"
 
 
 def test_strong_views_of_labelled_images_have_their_labels_mixed_alike(config):
     config = dataclasses.replace(config, w_strong=1., w_semi=0., cutmix_p=1., cutout_p=.6)
-    terms, _, trainee, _, batches = one_step(config, strong=1)
+    losses, _, multitask, _, batches = one_step(config, strong=1)
     batch, (box, hole) = batches["labelled"], drawn(config, batches["labelled"]["image"], torch.Generator().manual_seed(5))
-    with torch.no_grad(): logits = trainee.model(mixed_by_hand(batch["strong"], box, hole, 0.))
+    with torch.no_grad(): logits = multitask.model(mixed_by_hand(batch["strong"], box, hole, 0.))
     labels = mixed_by_hand(batch["label"], box, hole, 255)
-    assert set(terms) == {"strong"}
-    torch.testing.assert_close(terms["strong"], F.cross_entropy(logits, labels, ignore_index=255), rtol=1e-4, atol=1e-5)
+    assert set(losses) == {"strong"}
+    torch.testing.assert_close(losses["strong"], F.cross_entropy(logits, labels, ignore_index=255), rtol=1e-4, atol=1e-5)
     assert not torch.equal(batch["strong"], batch["image"]) and "unlabelled" not in batches
 
 
 @pytest.mark.parametrize("share", [0., .5])
 def test_a_share_of_jigsaws_keeps_its_order(config, share):
     config = dataclasses.replace(config, jigsaw_share=share, w_semi=0., batch_jigsaw=8)
-    terms, _, trainee, _, batches = one_step(config, jig=1)
+    losses, _, multitask, _, batches = one_step(config, jig=1)
     draws, permutations = torch.Generator().manual_seed(5), permutation_set(2)
     target = torch.randint(24, (8,), generator=draws)
     target[torch.rand(8, generator=draws) >= share] = 0 # the first is the order itself
     assert permutations[0].tolist() == [0, 1, 2, 3] and (share or not target.any())
     shuffled, _ = cut_and_shuffle(batches["jigsaw"]["image"], permutations, draws, target)
-    with torch.no_grad(): logits = trainee.head(trainee.model.encode(shuffled)[1])
-    torch.testing.assert_close(terms["jig"], F.cross_entropy(logits, target), rtol=1e-4, atol=1e-5)
+    with torch.no_grad(): logits = multitask.head(multitask.model.encode(shuffled)[1])
+    torch.testing.assert_close(losses["jig"], F.cross_entropy(logits, target), rtol=1e-4, atol=1e-5)
     if share: assert 0 < (target == 0).sum() < 8
     with pytest.raises(ValueError, match="share"): cut_and_shuffle(batches["jigsaw"]["image"], permutations[1:], draws, share=.5)
 
@@ -158,7 +158,7 @@ def test_a_stage_of_jigsaws_alone_moves_no_classifier(config):
     plain = training.take_step
     def watched(loss, accelerator, parts, *more):
         done = plain(loss, accelerator, parts, *more)
-        seen.append((torch.equal(parts["trainee"].model.classifier.weight, before), parts["trainee"].head.classify.weight.clone()))
+        seen.append((torch.equal(parts["multitask"].model.classifier.weight, before), parts["multitask"].head.classify.weight.clone()))
         return done
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "take_step", watched)
@@ -185,7 +185,7 @@ def test_a_teacher_starts_again_where_that_step_is_refused(config, monkeypatch):
     config, plain, seen = dataclasses.replace(config, ema_start=.5, bad_loss="skip"), training.take_step, []
     def poisoned(loss, accelerator, parts, *more):
         bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
-        seen.append((bad, all(torch.equal(a, b) for a, b in zip(parts["teacher"].model.parameters(), parts["trainee"].parameters()))))
+        seen.append((bad, all(torch.equal(a, b) for a, b in zip(parts["teacher"].model.parameters(), parts["multitask"].parameters()))))
         return bad
     monkeypatch.setattr(training, "take_step", poisoned)
     data = load_training_data(config)
@@ -203,9 +203,9 @@ def test_averaged_statistics_come_back_after_a_step_that_is_not_finite(config, m
     config = dataclasses.replace(config, ema_buffers="averaged", bad_loss="skip", statistics="clean", threshold_kind="class")
     plain, seen = training.take_step, []
     def poisoned(loss, accelerator, parts, *more):
-        kept = [b.clone() for b in parts["trainee"].buffers()], copy.deepcopy(parts["threshold"].state_dict()) if seen else None
+        kept = [b.clone() for b in parts["multitask"].buffers()], copy.deepcopy(parts["threshold"].state_dict()) if seen else None
         bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
-        seen.append((bad, kept, [b.clone() for b in parts["trainee"].buffers()]))
+        seen.append((bad, kept, [b.clone() for b in parts["multitask"].buffers()]))
         return bad
     monkeypatch.setattr(training, "take_step", poisoned)
     data = load_training_data(config)
@@ -223,12 +223,12 @@ def test_perturbed_views_and_cells_that_run_again(statistics, again):
     "The plain loop of the chapter on objective, with perturbed features, shut gates and cells that run again."
     torch.manual_seed(0)
     config = TrainingConfig(w_jig=.5, consistency="unimatch", recompute=again)
-    trainee = make_trainee(build_supernet(SearchSpace(5, **SPACE)), config)
+    multitask = build_multitask_model(build_supernet(SearchSpace(5, **SPACE)), config)
     with torch.no_grad():
-        for m in trainee.modules():
-            if hasattr(m, "closing"): m.logits.bias.normal_(.1, .3)
+        for m in multitask.modules():
+            if hasattr(m, "threshold"): m.logits.bias.normal_(.1, .3)
     views = {name: torch.randn(n, 3, 64, 80) for name, n in (("labelled", 2), ("strong", 2), ("strong2", 2), ("weak", 2), ("jigsaw", 2))}
-    ours, loop = copy.deepcopy(trainee), copy.deepcopy(trainee)
+    ours, loop = copy.deepcopy(multitask), copy.deepcopy(multitask)
     loop.model.recompute = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("selfsupnas.train.step.perturb_features", lambda x: x * .5)
@@ -260,8 +260,8 @@ def test_perturbed_views_and_cells_that_run_again(statistics, again):
 
 def test_perturbed_features_apart_move_nothing():
     torch.manual_seed(0)
-    trainee = make_trainee(build_supernet(SearchSpace(5, **SPACE)), TrainingConfig(w_jig=0., consistency="unimatch"))
-    with_them, without, images = copy.deepcopy(trainee), copy.deepcopy(trainee), torch.randn(4, 3, 64, 80)
+    multitask = build_multitask_model(build_supernet(SearchSpace(5, **SPACE)), TrainingConfig(w_jig=0., consistency="unimatch"))
+    with_them, without, images = copy.deepcopy(multitask), copy.deepcopy(multitask), torch.randn(4, 3, 64, 80)
     out = with_them(images, 4, perturb=2, apart=True)
     torch.testing.assert_close(out["logits"], without(images, 4)["logits"])
     for a, b in zip(with_them.buffers(), without.buffers()): torch.testing.assert_close(a, b)
@@ -301,13 +301,13 @@ def test_what_no_run_could_be_made_with_is_refused(wrong, named):
 def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     small = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=1, steps=2, ramp=(0., 0.), threshold=0.)
     search(SearchConfig(folder=str(tmp_path/"search"), layers=3, channels=8, budget=.8, **small))
-    found = json.loads((tmp_path/"search/search-record.json").read_text())["figures"]
+    found = json.loads((tmp_path/"search/search-record.json").read_text())["metrics"]
     done = retrain(RetrainConfig(folder=str(tmp_path/"retrain"), architecture=str(tmp_path/"search"), recalibrate=4, statistics="clean", **small))
-    figures = done.record.figures
-    for name in ("train_miou", "train_val_gap", "student_val_miou"): assert 0 <= abs(figures[name]) <= 1 and name in found, name
-    assert figures["train_val_gap"] == pytest.approx(figures["train_miou"] - figures["val_miou"])
-    assert {"val_miou_before_recalibration", "student_recalibrated_val_miou", "jigsaw_val_accuracy", "jigsaw_chance"} <= figures.keys()
-    by_class = figures["pseudo_label_by_class"]
+    metrics = done.record.metrics
+    for name in ("train_miou", "train_val_gap", "student_val_miou"): assert 0 <= abs(metrics[name]) <= 1 and name in found, name
+    assert metrics["train_val_gap"] == pytest.approx(metrics["train_miou"] - metrics["val_miou"])
+    assert {"val_miou_before_recalibration", "student_recalibrated_val_miou", "jigsaw_val_accuracy", "jigsaw_chance"} <= metrics.keys()
+    by_class = metrics["pseudo_label_by_class"]
     assert set(by_class) == set(done.data.train.spec.classes)
     known = [entry for entry in by_class.values() if entry["share"] is not None]
     assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
@@ -321,12 +321,12 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
 
 
 def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
-    "A student whose paths drop and whose batch norm is that of several processes, and a rival with dropout."
+    "A student whose edges drop and whose batch norm is that of several processes, and a rival with dropout."
     from selfsupnas.rivals import build_baseline
     from selfsupnas.distributed import SynchronisedNorm
     from selfsupnas.stages.retraining import recalibrate
     from selfsupnas.stages.searching import plain_images, recalibrated
-    from selfsupnas.train.loop import Trained
+    from selfsupnas.train.loop import TrainResult
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)
     first, second = (build_supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
@@ -334,10 +334,10 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     second.drop_path(.9)
     for module in second.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
-    from selfsupnas.metrics import ImageSubset, evaluate
+    from selfsupnas.metrics import ImageSubset, evaluate_segmenter
     report = ImageSubset(data.val, data.val.ids[:8])
-    figures = recalibrate(Trained(first, None, second, [], 0., None), config, data, report)
-    assert figures["student_recalibrated_val_miou"] == pytest.approx(evaluate(plain, report, progress=False).miou, abs=1e-9)
+    metrics = recalibrate(TrainResult(first, None, second, [], 0., None), config, data, report)
+    assert metrics["student_recalibrated_val_miou"] == pytest.approx(evaluate_segmenter(plain, report, progress=False).miou, abs=1e-9)
     rival = build_baseline("deeplabv3_mobilenet_v3_large", 5)
     once, again = (recalibrated(copy.deepcopy(rival), images) for _ in range(2))
     for (name, a), b in zip(once.named_buffers(), again.buffers()): assert torch.equal(a, b), name

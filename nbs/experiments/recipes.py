@@ -65,9 +65,9 @@ def one_run(name: str, parameters: dict, folder: Path, records: Path) -> str:
     target = records/name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(place/"retrain-record.json", target)
-    figures = done.record.figures
-    return (f"{name}: val mIoU {figures['val_miou']:.4f}, as trained "
-            f"{figures['val_miou_before_recalibration']:.4f}, {time.time() - start:.0f} s")
+    metrics = done.record.metrics
+    return (f"{name}: val mIoU {metrics['val_miou']:.4f}, as trained "
+            f"{metrics['val_miou_before_recalibration']:.4f}, {time.time() - start:.0f} s")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -2,7 +2,7 @@
 from selfsupnas import lazily
 
 __getattr__, __dir__ = lazily(__name__, {
-    "grid": "Path SearchSpace",
+    "grid": "Edge SearchSpace",
     "operations": "OPERATIONS",
     "supernet": "build_supernet RoutingNetwork",
     "architecture": "Architecture draw_architecture load_architecture save_architecture",

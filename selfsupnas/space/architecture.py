@@ -10,52 +10,52 @@ __all__ = ['SCHEMA', 'Architecture', 'reached', 'useful', 'check_json', 'check_s
 # %% ../../nbs/space/06_architecture.ipynb #e8c69e9b
 import dataclasses, math
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Callable, Mapping
 
 import selfsupnas
-from ..core import FrozenDict, from_parameters, hash_fields, read_json, write_json
-from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale,
-                                   kept_operations, shut_path, trace_route)
+from ..core import FrozenDict, from_parameters, hash_fields, read_json, renamed, write_json
+from .grid import (STEP, STRIDES, Edge, SearchSpace, coarsest_scale,
+                                   kept_operations, close_edge, trace_route)
 
 # %% ../../nbs/space/06_architecture.ipynb #1aed8537
 @dataclass(frozen=True)
 class Architecture:
-    """A route through the grid. Raises ValueError for paths that the grid lacks and weights that
+    """A route through the grid. Raises ValueError for edges that the grid lacks and weights that
     are not positive."""
     space: SearchSpace
-    paths: Mapping[Path, float] # kept path -> weight in (0, 1]
+    edges: Mapping[Edge, float] # kept edge -> weight in (0, 1]
     provenance: dict = field(default_factory=dict, compare=False) # its run, seed, budget...
-    operations: Mapping[Path, float] = field(default_factory=dict) # kept candidate -> weight
+    operations: Mapping[Edge, float] = field(default_factory=dict) # kept candidate -> weight
     __hash__ = hash_fields
 
     def __post_init__(self):
         unknown = (set(self.operations) - self.space.known
                    | {p for p in self.operations if p.kind in STEP})
         if unknown: raise ValueError(f"{min(unknown)} is not a searched candidate of {self.space}")
-        unknown = set(self.paths) - set(self.space.paths())
-        if unknown: raise ValueError(f"{min(unknown)} is not a path of {self.space}")
-        everything = {**self.paths, **self.operations}
-        for path, weight in everything.items():
+        unknown = set(self.edges) - set(self.space.edges())
+        if unknown: raise ValueError(f"{min(unknown)} is not a edge of {self.space}")
+        everything = {**self.edges, **self.operations}
+        for edge, weight in everything.items():
             if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"{path} has weight {weight}; it must be over 0")
+                raise ValueError(f"{edge} has weight {weight}; it must be over 0")
         left = reached(self.space, everything)
-        for name, kept in (("paths", self.paths), ("operations", self.operations)):
+        for name, kept in (("edges", self.edges), ("operations", self.operations)):
             object.__setattr__(self, name,
                                FrozenDict({p: float(kept[p]) for p in self.space.gated()
                                            if p in kept and p in left}))
 
     @property
-    def live(self) -> dict: # (layer, scale) -> kinds of path; () = passes its input on
-        return trace_route(self.space, self.paths)
+    def live(self) -> dict: # (layer, scale) -> kinds of edge; () = passes its input on
+        return trace_route(self.space, self.edges)
 
     @property
     def coarsest(self) -> int: return coarsest_scale(self.space, self.live)
 
     @property
     def kept(self) -> dict:
-        # Path -> weight: paths and candidates together, as costs and gates take them
-        return {**self.paths, **self.operations}
+        # Edge -> weight: edges and candidates together, as costs and gates take them
+        return {**self.edges, **self.operations}
 
     def operations_at(self, layer: int, scale: int) -> tuple[str, ...]:
         # names; () = the cell's input itself
@@ -63,18 +63,18 @@ class Architecture:
 
     def unweighted(self) -> "Architecture":
         "The same network with all weights 1: for training from scratch."
-        return dataclasses.replace(self, paths=dict.fromkeys(self.paths, 1.),
+        return dataclasses.replace(self, edges=dict.fromkeys(self.edges, 1.),
                                    operations=dict.fromkeys(self.operations, 1.))
 
-def reached(space: SearchSpace, paths) -> set: # those of `paths`, a set or mapping, that are of use
-    """Paths that something arrives at, and candidates of cells that compute: what is left when dead
+def reached(space: SearchSpace, edges) -> set: # those of `edges`, a set or mapping, that are of use
+    """Edges that something arrives at, and candidates of cells that compute: what is left when dead
     branches are cut."""
-    live = trace_route(space, paths)
-    return {path for path in paths if useful(live, path)}
+    live = trace_route(space, edges)
+    return {edge for edge in edges if useful(live, edge)}
 
-def useful(live: dict, path: Path) -> bool:
-    "Is the cell of a path live; of a candidate: does its cell compute?"
-    return path[:2] in live if path.kind in STEP else bool(live.get(path[:2]))
+def useful(live: dict, edge: Edge) -> bool:
+    "Is the cell of a edge live; of a candidate: does its cell compute?"
+    return edge[:2] in live if edge.kind in STEP else bool(live.get(edge[:2]))
 
 # %% ../../nbs/space/06_architecture.ipynb #1459d70f
 def check_json(data: dict, # an object that JSON gave
@@ -101,48 +101,49 @@ def check_schema(data, newest: int) -> None: # newest: the schema that this vers
                          f"schemas up to {newest}: install a later version")
 
 # %% ../../nbs/space/06_architecture.ipynb #689d8969
-SCHEMA = 1 # raised when the JSON changes its meaning
+SCHEMA = 2 # raised when the JSON changes its meaning; 1: of version 0.1, edges were named paths
 
 def architecture_to_json(architecture: Architecture) -> dict: # of what JSON can hold
     "The architecture as plain data, with its schema number."
     def entries(kept): return [[*p, round(w, 6)] for p, w in kept.items()]
     return {"schema": SCHEMA, "space": dataclasses.asdict(architecture.space),
-            "paths": entries(architecture.paths), "operations": entries(architecture.operations),
+            "edges": entries(architecture.edges), "operations": entries(architecture.operations),
             "provenance": architecture.provenance}
 
-def read_entries(entries: list, name: str) -> dict: # name: for the message; -> Path -> weight
+def read_entries(entries: list, name: str) -> dict: # name: for the message; -> Edge -> weight
     "Entries [layer, scale, kind, weight]; raises ValueError for others, and for one twice."
     kept = {}
     for entry in entries:
         kinds = [type(value) for value in entry] if isinstance(entry, list) else None
         if kinds not in ([int, int, str, float], [int, int, str, int]):
             raise ValueError(f"{name} must hold [layer, scale, kind, weight], not {entry!r}")
-        if (path := Path(*entry[:3])) in kept: raise ValueError(f"{name} hold {path} twice")
-        kept[path] = entry[3]
+        if (edge := Edge(*entry[:3])) in kept: raise ValueError(f"{name} hold {edge} twice")
+        kept[edge] = entry[3]
     return kept
 
 # %% ../../nbs/space/06_architecture.ipynb #470b0886
 def architecture_from_json(data) -> Architecture: # data: as `architecture_to_json` gives
     "The architecture that plain data describe; raises ValueError that says what is wrong in it."
     check_schema(data, SCHEMA)
-    check_json(data, {"schema": int, "space": dict, "paths": list, "operations": list,
+    if data["schema"] == 1: data = renamed(data)
+    check_json(data, {"schema": int, "space": dict, "edges": list, "operations": list,
                       "provenance": dict}, optional=("operations",)) # once there were none
     if "num_classes" not in data["space"]: raise ValueError("space: num_classes is missing")
     try: space = from_parameters(SearchSpace, data["space"])
     except (TypeError, ValueError) as e: raise ValueError(f"space: {e}") from None
     if not all(isinstance(name, str) for name in space.operations):
         raise ValueError(f"space: operations must be names, not {space.operations}")
-    return Architecture(space, read_entries(data["paths"], "paths"), data["provenance"],
+    return Architecture(space, read_entries(data["edges"], "edges"), data["provenance"],
                         read_entries(data.get("operations", []), "operations"))
 
-def save_architecture(architecture: Architecture, path) -> FilePath:
+def save_architecture(architecture: Architecture, path) -> Path:
     "Write the JSON, atomically."
     return write_json(path, architecture_to_json(architecture))
 
 def load_architecture(path) -> Architecture:
     """Read the JSON, or that in the folder of a search; raises FileNotFoundError, or ValueError
     that names the file and what is wrong in it."""
-    path = FilePath(path)
+    path = Path(path)
     if path.is_dir(): path = path/"architecture.json"
     if not path.exists():
         raise FileNotFoundError(f"no architecture at {path}; `selfsupnas search` writes one")
@@ -159,13 +160,13 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
     if ax is None:
         _, ax = plt.subplots(figsize=(1 + architecture.space.layers, 2.6), layout="constrained")
     space, live = architecture.space, architecture.live
-    def line(path, **style):
-        ax.plot([path.layer, path.layer + 1], [path.scale, path.scale + STEP[path.kind]], **style)
-    for path in space.paths(): line(path, color="0.9", lw=1, zorder=0)
-    for path, weight in architecture.paths.items():
-        line(path, color=colour, lw=1 + 3 * weight, zorder=1)
+    def line(edge, **style):
+        ax.plot([edge.layer, edge.layer + 1], [edge.scale, edge.scale + STEP[edge.kind]], **style)
+    for edge in space.edges(): line(edge, color="0.9", lw=1, zorder=0)
+    for edge, weight in architecture.edges.items():
+        line(edge, color=colour, lw=1 + 3 * weight, zorder=1)
     for (layer, scale), kinds in live.items():
-        if not kinds: line(Path(layer, scale, "keep"), color=colour, lw=1.5, ls=":", zorder=1)
+        if not kinds: line(Edge(layer, scale, "keep"), color=colour, lw=1.5, ls=":", zorder=1)
     for cell in space.cells():
         ax.plot(*cell, "o", ms=9, mec="0.3", mfc=colour if live.get(cell) else "w" if cell in live
                 else "0.93", zorder=2)
@@ -177,51 +178,51 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
 # %% ../../nbs/space/06_architecture.ipynb #ab9efe90
 def drop_cheapest(space: SearchSpace, kept: set, # all of use: see reached
                   importance: Mapping, cost: Callable, budget: float) -> set:
-    """`kept` without paths and candidates, and what they feed, until it costs `budget` or less;
+    """`kept` without edges and candidates, and what they feed, until it costs `budget` or less;
     each time those go that lose least importance for each unit of cost saved."""
     prices, savings = {}, {}
     while (now := cost(kept)) > budget:
         live = trace_route(space, kept)
         ends = [scale for scale in range(len(STRIDES)) if (space.layers, scale) in live]
-        for path in kept - prices.keys():
-            changed, last = shut_path(space, live, path)
-            dead = {path}.union(*(kept.intersection(space.by_cell[cell])
+        for edge in kept - prices.keys():
+            changed, last = close_edge(space, live, edge)
+            dead = {edge}.union(*(kept.intersection(space.by_cell[cell])
                                   for cell, kinds in changed.items() if not kinds))
             around = ends, [(cell, live.get(cell), kept_operations(space, *cell, kept), kinds)
                             for cell, kinds in changed.items()]
-            if path not in savings or savings[path][0] != around:
-                savings[path] = around, now - cost(kept - dead)
-            saved = savings[path][1]
+            if edge not in savings or savings[edge][0] != around:
+                savings[edge] = around, now - cost(kept - dead)
+            saved = savings[edge][1]
             lost = math.fsum(importance[p] for p in dead)
-            prices[path] = lost / saved if saved > 0 else math.inf, path, dead, last
-        _, path, dead, last = min(prices.values())
+            prices[edge] = lost / saved if saved > 0 else math.inf, edge, dead, last
+        _, edge, dead, last = min(prices.values())
         kept = kept - dead
         prices = {p: price for p, price in prices.items() if p in kept
-                  and (p.layer > last or price[3] < path.layer)}
+                  and (p.layer > last or price[3] < edge.layer)}
     return kept
 
 # %% ../../nbs/space/06_architecture.ipynb #ab9efe91
 def take_back(space: SearchSpace, kept: set, dropped: set, importance: Mapping, cost: Callable,
               budget: float) -> set:
     "`kept` with what still fits of `dropped`: the strongest that is reached, one after the other."
-    strongest = sorted(dropped, key=lambda path: (importance[path], path), reverse=True)
+    strongest = sorted(dropped, key=lambda edge: (importance[edge], edge), reverse=True)
     too_dear = set()
-    def fits(path):
-        if path in kept or path in too_dear or not useful(live, path): return False
-        if cost(kept | {path}) > budget: too_dear.add(path)
-        return path not in too_dear
+    def fits(edge):
+        if edge in kept or edge in too_dear or not useful(live, edge): return False
+        if cost(kept | {edge}) > budget: too_dear.add(edge)
+        return edge not in too_dear
     while True:
         live = trace_route(space, kept)
         back = next(filter(fits, strongest), None)
         if not back: return kept
         # A cell that passed its input along keep sends it elsewhere now, and what it fed may end:
-        # only then does another path become cheaper.
+        # only then does another edge become cheaper.
         if live[back[:2]] == () and back.kind != "keep": too_dear.clear()
         kept = kept | {back}
 
 # %% ../../nbs/space/06_architecture.ipynb #0b5873cc
 def derive_greedily(space: SearchSpace,
-           importance: Mapping[Path, float], # mean gate of everything in space.gated()
+           importance: Mapping[Edge, float], # mean gate of everything in space.gated()
            # set of what is open -> multiply-adds, or any cost that grows with it and is a sum over
            # the cells that compute, what is open in them, and the scales that reach the decoder
            cost: Callable,
@@ -229,29 +230,29 @@ def derive_greedily(space: SearchSpace,
            # of searched cells: at most so many candidates each; None: what the budget allows
            keep_operations: int | None = None,
           ) -> Architecture: # within the budget
-    """The strongest connected paths whose `cost` is within `budget`, greedily. Raises ValueError
+    """The strongest connected edges whose `cost` is within `budget`, greedily. Raises ValueError
     for a budget out of range."""
     missing = space.known - importance.keys()
     if missing:
-        raise ValueError(f"importance lacks {len(missing)} paths, {min(missing)} among them")
+        raise ValueError(f"importance lacks {len(missing)} edges, {min(missing)} among them")
     least = cost(frozenset())
     if not budget >= least:
         raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and "
                          "classifier alone")
-    allowed = ({path for path in space.known if importance[path] > 0}
+    allowed = ({edge for edge in space.known if importance[edge] > 0}
                - weaker_operations(space, importance, keep_operations))
     kept = drop_cheapest(space, reached(space, allowed), importance, cost, budget)
     kept = take_back(space, kept, allowed - kept, importance, cost, budget)
     return Architecture(space, {p: importance[p] for p in kept if p.kind in STEP},
                         operations={p: importance[p] for p in kept if p.kind not in STEP})
 
-def weaker_operations(space: SearchSpace, importance: Mapping[Path, float],
+def weaker_operations(space: SearchSpace, importance: Mapping[Edge, float],
                       keep: int | None) -> set:
     """In each searched cell, the candidates beyond the `keep` strongest; raises ValueError for
     fewer than one."""
     if keep is None or not space.search_operations: return set()
     if keep < 1: raise ValueError(f"a cell keeps 1 operation or more, not {keep}")
     def ranked(cell):
-        return sorted((Path(*cell, name) for name in space.operations),
+        return sorted((Edge(*cell, name) for name in space.operations),
                       key=lambda p: -importance[p])
     return {p for cell in space.cells() for p in ranked(cell)[keep:]}

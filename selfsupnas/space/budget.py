@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_PATH', 'NO_CELL', 'UNSEARCHED', 'GATELESS', 'CostTable', 'measure_costs', 'costs_of', 'with_costs', 'static_cost',
            'GridTensors', 'grid_tensors', 'in_order', 'look_up', 'weigh_parts', 'expected_cost', 'reached_cells',
-           'realised_cost', 'budget_loss', 'follow_budget', 'undecided']
+           'realised_cost', 'budget_loss', 'follow_budget', 'binarization_loss']
 
 # %% ../../nbs/space/09_budget.ipynb #9b0a2be9
 import dataclasses
@@ -21,7 +21,7 @@ from .cell import Down, Up
 from ..core import hash_fields
 from .cost import COSTS
 from .gate import CLOSED, make_gate
-from .grid import (STEP, STRIDES, Path, SearchSpace, coarsest_scale,
+from .grid import (STEP, STRIDES, Edge, SearchSpace, coarsest_scale,
                                    kept_operations, trace_route)
 from .operations import make_operation, try_operation
 from .supernet import feature_sizes, stem
@@ -35,7 +35,7 @@ class CostTable:
     kind: str # flops (multiply-adds, by fvcore), parameters, or latency (milliseconds, measured)
     stem: float
     operations: tuple # {name: cost} of a candidate
-    paths: tuple # {kind: cost} of a path
+    edges: tuple # {kind: cost} of a edge
     gates: tuple # {number of values: cost} of a gate
     raise_from: tuple # of the decoder's step to the next finer scale; [0] is 0
     head: float # the decoder's last projection and the classifier
@@ -46,12 +46,12 @@ class CostTable:
         return tuple(sum(costs.values()) for costs in self.operations)
 
     @cached_property
-    def busy(self) -> tuple: # {kinds open: cost} of a cell with these paths, and its operations
+    def busy(self) -> tuple: # {kinds open: cost} of a cell with these edges, and its operations
         fixed = [0 if self.space.search_operations else cell for cell in self.cells]
         return tuple({kinds: fixed[scale] + sum(costs[kind] for kind in kinds)
                       for n in range(1, len(costs) + 1)
                       for kinds in combinations([kind for kind in STEP if kind in costs], n)}
-                     for scale, costs in enumerate(self.paths))
+                     for scale, costs in enumerate(self.edges))
 
     @cached_property
     def full(self) -> float:
@@ -61,7 +61,7 @@ class CostTable:
         return static_cost(self, self.space.gated()) + gates
 
     @cached_property
-    def fixed(self) -> float: # of the supernet beside its cells and paths: gates, stem, decoder
+    def fixed(self) -> float: # of the supernet beside its cells and edges: gates, stem, decoder
         return (self.full - static_cost(self, self.space.gated()) + static_cost(self, [])
                 + sum(self.raise_from[scale] for scale in self.space.scales_at(self.space.layers)))
 
@@ -117,7 +117,7 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
             raise ValueError(f"the cost of operation {name!r} cannot be measured: {e}") from e
     def up(scale):
         return cost(_Summed(_WithSize(Up(space.channels_at(scale)), sizes[scale - 1])), scale)
-    def paths(scale):
+    def edges(scale):
         costs = {"keep": cost(_Summed(nn.ReLU()), scale)}
         if scale > 0: costs["up"] = up(scale)
         if scale < 3: costs["down"] = cost(_Summed(Down(space.channels_at(scale))), scale)
@@ -129,7 +129,7 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
     classifier = classify.classifier = nn.Conv2d(c, space.num_classes, 3, padding=1)
     return CostTable(space, tuple(size), kind, cost(stem(c), 0, 3, size),
                      tuple({o: operation(o, s) for o in space.operations} for s in range(4)),
-                     tuple(paths(s) for s in range(4)),
+                     tuple(edges(s) for s in range(4)),
                      tuple({n: cost(make_gate(gate, space.channels_at(s), n, shrink=shrink), s)
                             for n in values} for s in range(4)),
                      (0, *(up(s) for s in (1, 2, 3))), cost(last, 0) + cost(classify, 0))
@@ -151,15 +151,15 @@ def with_costs(table: CostTable, costs: dict # from `costs_of`
     return dataclasses.replace(table, **{**costs, **lists, "gates": gates})
 
 # %% ../../nbs/space/09_budget.ipynb #b067e9bc
-def static_cost(table: CostTable, open_paths: Iterable[Path]) -> float: # in the table's unit
-    """Cost of the static network with these paths and candidates; in multiply-adds, it equals
+def static_cost(table: CostTable, open_edges: Iterable[Edge]) -> float: # in the table's unit
+    """Cost of the static network with these edges and candidates; in multiply-adds, it equals
     fvcore's count of it."""
-    open_paths = set(open_paths)
-    live = trace_route(table.space, open_paths)
+    open_edges = set(open_edges)
+    live = trace_route(table.space, open_edges)
     cost = sum([table.busy[scale][kinds] for (_, scale), kinds in live.items() if kinds])
     if table.space.search_operations:
         cost += sum(table.operations[scale][name] for (layer, scale), kinds in live.items() if kinds
-                    for name in kept_operations(table.space, layer, scale, open_paths))
+                    for name in kept_operations(table.space, layer, scale, open_edges))
     raised = sum(table.raise_from[:coarsest_scale(table.space, live) + 1])
     return table.stem + cost + raised + table.head
 
@@ -169,7 +169,7 @@ class GridTensors(NamedTuple):
     costs are float64."""
     kinds: torch.Tensor # (L+1,4,3) columns of the gates of keep, up, down
     candidates: torch.Tensor # (L+1,4,O) columns of the gates of searched candidates
-    paths: torch.Tensor # (n,) costs of paths, 0 for candidates
+    edges: torch.Tensor # (n,) costs of edges, 0 for candidates
     operations: torch.Tensor # (L+1,4,O) costs
     gates: torch.Tensor # (L+1,4) costs of a cell's gate; 0 where the grid has no cell
     raised: torch.Tensor # (4,) costs of the decoder's step from each scale
@@ -181,26 +181,26 @@ def grid_tensors(table: CostTable) -> GridTensors:
     "The numbers of a table by layer and scale."
     space, gated = table.space, table.space.gated()
     grid = [(layer, scale) for layer in range(space.layers + 1) for scale in range(len(STRIDES))]
-    column = {path: i for i, path in enumerate(gated)}
+    column = {edge: i for i, edge in enumerate(gated)}
     def lay_out(of, dtype=torch.float64): # of: (layer, scale) -> number or list
         return torch.tensor([of(*cell) for cell in grid], dtype=dtype).unflatten(0, (-1, 4))
     def columns(names, otherwise):
         def of(*cell):
             nothing = len(gated) + (otherwise if cell in space.by_cell else NO_CELL)
-            return [column.get(Path(*cell, name), nothing) for name in names]
+            return [column.get(Edge(*cell, name), nothing) for name in names]
         return lay_out(of, torch.int64)
     def gate(layer, scale):
         known = (layer, scale) in space.by_cell
         return table.gates[scale][len(space.gated_at(layer, scale))] if known else 0
-    paths = [table.paths[path.scale].get(path.kind, 0) for path in gated]
+    edges = [table.edges[edge.scale].get(edge.kind, 0) for edge in gated]
     return GridTensors(columns(STEP, NO_PATH), columns(space.operations, UNSEARCHED),
-                       torch.tensor(paths, dtype=torch.float64),
+                       torch.tensor(edges, dtype=torch.float64),
                        lay_out(lambda _, s: [table.operations[s][o] for o in space.operations]),
                        lay_out(gate), torch.tensor(table.raise_from, dtype=torch.float64))
 
 # %% ../../nbs/space/09_budget.ipynb #823f84a0
-def in_order(table: CostTable, gates: dict) -> torch.Tensor: # Path -> (B,) -> (B,n), float64
-    return torch.stack([gates[path] for path in table.space.gated()], 1).double()
+def in_order(table: CostTable, gates: dict) -> torch.Tensor: # Edge -> (B,) -> (B,n), float64
+    return torch.stack([gates[edge] for edge in table.space.gated()], 1).double()
 
 def look_up(gates: torch.Tensor, # (B,n)
             columns: torch.Tensor) -> torch.Tensor: # (L+1,4,k) -> (B,L+1,4,k)
@@ -209,14 +209,14 @@ def look_up(gates: torch.Tensor, # (B,n)
     return padded.index_select(1, columns.flatten()).unflatten(1, columns.shape)
 
 def weigh_parts(tensors: GridTensors, gates: torch.Tensor) -> torch.Tensor: # (B,n) -> (B,)
-    """Cells by the largest of their paths' gates, searched candidates also by their own, paths by
+    """Cells by the largest of their edges' gates, searched candidates also by their own, edges by
     their own."""
     cells = (look_up(gates, tensors.candidates) * tensors.operations).sum(3)
     largest = look_up(gates, tensors.kinds).amax(3)
-    return gates @ tensors.paths + (largest * cells).sum((1, 2))
+    return gates @ tensors.edges + (largest * cells).sum((1, 2))
 
 def expected_cost(table: CostTable,
-                  gates: dict # Path -> (B,), from selfsupnas.space.supernet.gates_by_path
+                  gates: dict # Edge -> (B,), from selfsupnas.space.supernet.gates_by_edge
                  ) -> torch.Tensor: # (B,) float64, in the table's unit, differentiable
     """Expected cost of each image. Source: Li et al., CVPR 2020; stem, decoder and gates are added
     as constants."""
@@ -235,7 +235,7 @@ def reached_cells(kinds: torch.Tensor # (B,L+1,4,3) 1 = open, in the order keep,
     return torch.cat(found, 1)
 
 def realised_cost(table: CostTable,
-                  gates: dict # Path -> (B,); for an image that never reached a cell its gates are 0
+                  gates: dict # Edge -> (B,); for an image that never reached a cell its gates are 0
                  ) -> torch.Tensor: # (B,) float64, in the table's unit
     "Executed cost of each image in the supernet: gates thresholded at CLOSED."
     is_open = (in_order(table, gates).detach() > CLOSED).double()
@@ -263,17 +263,17 @@ def budget_loss(table: CostTable,
     return (cost.mean() / table.full - mu) ** 2
 
 # %% ../../nbs/space/09_budget.ipynb #f2e46707
-def follow_budget(closing: float, # closing threshold of the gates
+def follow_budget(threshold: float, # gate threshold
                   realised: float, target: float, # shares of the full grid's cost
                   # step for each unit of the difference: about 50 steps to follow a change
                   gain: float = 0.03,
                  ) -> float: # the threshold of the next step, from CLOSED to 0.95
     "Integral control of the executed cost. Ours."
-    return min(0.95, max(CLOSED, closing + gain * (realised - target)))
+    return min(0.95, max(CLOSED, threshold + gain * (realised - target)))
 
 # %% ../../nbs/space/09_budget.ipynb #3b929cd3
-def undecided(gates: dict # Path -> (B,)
+def binarization_loss(gates: dict # Edge -> (B,)
              ) -> torch.Tensor: # scalar in [0, 1/4]
-    "Mean over paths of m (1 - m), with m a path's mean gate over the batch. Ours."
+    "Mean over edges of m (1 - m), with m a edge's mean gate over the batch. Ours."
     m = torch.stack(list(gates.values())).mean(1)
     return (m * (1 - m)).mean()

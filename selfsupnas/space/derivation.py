@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from .architecture import Architecture
 from .budget import CostTable, static_cost
 from ..core import progress_bar
-from .grid import STEP, STRIDES, Path, SearchSpace
+from .grid import STEP, STRIDES, Edge, SearchSpace
 
 # %% ../../nbs/space/10_derivation.ipynb #d2e32007
 class Rules:
@@ -47,14 +47,14 @@ def route_rules(space: SearchSpace,
     for cell in cells:
         layer, scale = cell
         live, computes, parts = ("live", cell), ("computes", cell), space.by_cell[cell]
-        paths = [part for part in parts if part.kind in STEP]
+        edges = [part for part in parts if part.kind in STEP]
         for part in parts: rules.add({part: 1, computes: -1}, high=0)
-        rules.add({computes: 1, **dict.fromkeys(paths, -1)}, high=0)
+        rules.add({computes: 1, **dict.fromkeys(edges, -1)}, high=0)
         rules.add({computes: 1, live: -1}, high=0)
-        if keep_operations and len(parts) > len(paths):
-            rules.add(dict.fromkeys(parts[len(paths):], 1), high=keep_operations)
-        for path in paths:
-            if (to := (layer + 1, scale + STEP[path.kind])) in ways: ways[to].append({path: 1})
+        if keep_operations and len(parts) > len(edges):
+            rules.add(dict.fromkeys(parts[len(edges):], 1), high=keep_operations)
+        for edge in edges:
+            if (to := (layer + 1, scale + STEP[edge.kind])) in ways: ways[to].append({edge: 1})
         if (on := (layer + 1, scale)) in ways: ways[on].append({live: 1, computes: -1})
     for cell, arriving in ways.items():
         live = {("live", cell): 1}
@@ -68,7 +68,7 @@ def route_rules(space: SearchSpace,
 def variable_costs(table: CostTable, rules: Rules) -> dict: # name -> cost, in the table's unit
     "What each variable of `route_rules` adds to the cost; stem and head are beside them."
     space, searched = table.space, table.space.search_operations
-    costs = {part: (table.paths if part.kind in STEP else table.operations)[part.scale].get(
+    costs = {part: (table.edges if part.kind in STEP else table.operations)[part.scale].get(
         part.kind, 0) for part in space.gated()}
     costs |= {("computes", cell): 0 if searched else table.cells[cell[1]]
               for cell in space.cells()}
@@ -91,11 +91,11 @@ def best_route(rules: Rules, worth: np.ndarray, costs: np.ndarray, # of each var
 
 # %% ../../nbs/space/10_derivation.ipynb #d2e32991
 def derive(space: SearchSpace,
-           importance: Mapping[Path, float], # mean gate of everything in space.gated()
+           importance: Mapping[Edge, float], # mean gate of everything in space.gated()
            table: CostTable, # additive costs of that space
            budget: float, # in the unit of `table`
            k: int = 1, # how many architectures
-           differ: float = .1, # share of the paths in which any two of them differ, at least
+           differ: float = .1, # share of the edges in which any two of them differ, at least
            # of searched cells: at most so many candidates each; None: what the budget allows
            keep_operations: int | None = None,
           ) -> list[Architecture]: # best first; fewer than k where there are no more
@@ -114,7 +114,7 @@ def derive(space: SearchSpace,
     decided = np.zeros(len(costs), bool)
     decided[[rules.column[part] for part in space.gated()]] = True
     never = decided & ~(worth > 0)
-    paths = space.paths()
+    edges = space.edges()
     with progress_bar(total=k, desc="derive", shown=k > 1) as bar:
         while len(found) < k:
             chosen = best_route(rules, worth, costs, decided, never)
@@ -127,9 +127,9 @@ def derive(space: SearchSpace,
             found.append(Architecture(space, {p: importance[p] for p in kept if p.kind in STEP},
                                       operations={p: importance[p] for p in kept
                                                   if p.kind not in STEP}))
-            apart = max(1, math.ceil(differ * len(paths)))
-            rules.add({path: -1 if path in kept else 1 for path in paths},
-                      low=apart - sum(path in kept for path in paths))
+            apart = max(1, math.ceil(differ * len(edges)))
+            rules.add({edge: -1 if edge in kept else 1 for edge in edges},
+                      low=apart - sum(edge in kept for edge in edges))
             bar.update()
     return found
 
@@ -138,8 +138,8 @@ def check_derivation(space, importance, table, budget, k, differ, keep_operation
     if table.space != space: raise ValueError(f"the costs are of {table.space}, not of {space}")
     missing = space.known - importance.keys()
     if missing:
-        raise ValueError(f"importance lacks {len(missing)} paths, {min(missing)} among them")
-    odd = [path for path in space.gated() if not math.isfinite(importance[path])]
+        raise ValueError(f"importance lacks {len(missing)} edges, {min(missing)} among them")
+    odd = [edge for edge in space.gated() if not math.isfinite(importance[edge])]
     if odd: raise ValueError(f"the importance of {odd[0]} is {importance[odd[0]]}")
     least = static_cost(table, [])
     if not budget >= least:

@@ -17,8 +17,8 @@ class StaticNetwork(RoutingNetwork):
     def __init__(self, architecture: Architecture):
         space = architecture.space
         def cell(layer, scale, kinds):
-            weights = {path.kind: weight for path, weight in architecture.kept.items()
-                       if path[:2] == (layer, scale)}
+            weights = {edge.kind: weight for edge, weight in architecture.kept.items()
+                       if edge[:2] == (layer, scale)}
             return Cell(space.channels_at(scale), architecture.operations_at(layer, scale),
                         kinds, weights)
         super().__init__(space, {(layer, scale): cell(layer, scale, kinds)

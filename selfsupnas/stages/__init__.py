@@ -2,7 +2,7 @@
 from selfsupnas import lazily
 
 __getattr__, __dir__ = lazily(__name__, {
-    "searching": "SearchConfig load_search load_supernet search",
-    "retraining": "RetrainConfig load_network load_retrain retrain",
-    "evaluation": "EvaluateConfig benchmark load_evaluation",
-    "pareto": "FrontConfig front load_front"})
+    "searching": "SearchConfig SearchResult load_search load_supernet search",
+    "retraining": "RetrainConfig RetrainResult load_network load_retrain retrain",
+    "evaluation": "EvaluateConfig EvaluateResult evaluate load_evaluation",
+    "pareto_front": "ParetoConfig ParetoResult load_pareto pareto"})

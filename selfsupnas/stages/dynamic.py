@@ -13,7 +13,7 @@ import torch
 from ..space.budget import CostTable, realised_cost
 from ..metrics import same_size_batches, segment
 from ..space.gate import watch_gates
-from ..space.supernet import RoutingNetwork, gates_by_path
+from ..space.supernet import RoutingNetwork, gates_by_edge
 
 # %% ../../nbs/stages/05_dynamic.ipynb #f091c6d1
 class DynamicRun(NamedTuple):
@@ -35,14 +35,14 @@ def run_dynamic(model: RoutingNetwork, dataset, # of images (3,H,W) and labels (
     ids, costs, right, gates = [], [], [], {}
     for names, images, labels in same_size_batches(dataset, batch_size):
         with watch_gates(model) as watched: guess = segment(model, images)
-        by_path = gates_by_path(table.space, watched)
+        by_edge = gates_by_edge(table.space, watched)
         known = labels != dataset.spec.ignore_index
         ids += names
-        costs.append(realised_cost(table, by_path).cpu() / table.full)
+        costs.append(realised_cost(table, by_edge).cpu() / table.full)
         right.append(((guess == labels) & known).sum((1, 2)) / known.sum((1, 2))) # 0 / 0 is NaN
-        for path, g in by_path.items(): gates.setdefault(path, []).append(g.cpu())
+        for edge, g in by_edge.items(): gates.setdefault(edge, []).append(g.cpu())
     return DynamicRun(ids, torch.cat(costs), torch.cat(right),
-                      {path: torch.cat(g) for path, g in gates.items()})
+                      {edge: torch.cat(g) for edge, g in gates.items()})
 
 # %% ../../nbs/stages/05_dynamic.ipynb #e569f700
 def by_cost(run: DynamicRun) -> list: # of indices

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'cost_row', 'train_baseline', 'check_labels', 'class_order', 'Reordered', 'recorded_root',
-           'training_counts', 'Evaluated', 'load_evaluation', 'open_evaluation', 'images_to_report', 'benchmark',
-           'benchmark_table']
+           'training_counts', 'EvaluateResult', 'load_evaluation', 'open_evaluation', 'images_to_report', 'evaluate',
+           'evaluation_table']
 
 # %% ../../nbs/stages/03_evaluation.ipynb #987b2240
 import contextlib, dataclasses, shutil
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
@@ -22,8 +22,8 @@ from ..train.config import TrainingConfig
 from ..core import SEEDS, RunRecord, Timer, check_fields, digest_of, read_json, write_json
 from ..space.cost import count_cost, measure_latency
 from ..data.datasets import data_digest, load_dataset
-from ..metrics import (Metrics, check_views, class_counts, evaluate, metrics_figures,
-                                trivial_predictor_metrics)
+from ..metrics import (Metrics, check_views, class_counts, evaluate_segmenter,
+                                record_metrics, trivial_predictor_metrics)
 from ..data.files import SPLITS, PairDataset
 from ..distributed import own_device
 from .retraining import RetrainConfig, load_network, retrain_once
@@ -59,7 +59,7 @@ class EvaluateConfig:
 
     def inputs(self) -> dict: # parameter -> digest; None: unknown
         "What the evaluation builds on, by the parameter that says where it is."
-        made, found = FilePath(self.network)/"retrain-record.json", None
+        made, found = Path(self.network)/"retrain-record.json", None
         if made.is_file():
             told = RunRecord.load(made, needs=("data", "root")).parameters
             found = data_digest(self.data or told["data"], self.root or told["root"], (self.split,))
@@ -134,30 +134,30 @@ def recorded_root(given: str | None, # root that was asked for; None: the record
     except FileNotFoundError as e:
         if given or not recorded: raise
         raise FileNotFoundError(f"{e}. The record of {where} says root={recorded!r}, which is "
-                                f"looked for from {FilePath.cwd()}: give another root") from None
+                                f"looked for from {Path.cwd()}: give another root") from None
 
 def training_counts(made: RunRecord, config: EvaluateConfig, size) -> torch.Tensor: # (K,) pixels
     "Of each class in the labelled images: as the retraining recorded them, else counted."
-    if "class_pixels" in made.figures: return torch.tensor(made.figures["class_pixels"])
+    if "class_pixels" in made.metrics: return torch.tensor(made.metrics["class_pixels"])
     given = None if config.data else config.root # which is that of the other data
     with recorded_root(given, made.parameters["root"], config.network) as root:
         train_set = load_dataset(made.parameters["data"], "train", root, size)
     train_set.skip_unreadable = config.skip_unreadable
-    return class_counts(train_set, load_split(FilePath(config.network)/"split",
+    return class_counts(train_set, load_split(Path(config.network)/"split",
                                               train_set).labelled)
 
 # %% ../../nbs/stages/03_evaluation.ipynb #0f259305
 @dataclass(repr=False)
-class Evaluated:
-    "Result of `benchmark`."
+class EvaluateResult:
+    "Result of `evaluate`."
     network: torch.nn.Module # in evaluation mode; its classes are those of the data
     metrics: Metrics
     data: PairDataset
     record: RunRecord
 
-def load_evaluation(folder, **places) -> Evaluated: # where things are now: network, root
-    "What `benchmark` returned, read from its folder; FileNotFoundError naming what is missing."
-    folder = FilePath(folder)
+def load_evaluation(folder, **places) -> EvaluateResult: # where things are now: network, root
+    "What `evaluate` returned, read from its folder; FileNotFoundError naming what is missing."
+    folder = Path(folder)
     record = RunRecord.load(folder/"evaluate-record.json")
     config = dataclasses.replace(record.config(EvaluateConfig), **places)
     network, data, _ = open_evaluation(config)
@@ -167,12 +167,12 @@ def load_evaluation(folder, **places) -> Evaluated: # where things are now: netw
                                 "put it back, or evaluate again with overwrite=True")
     matrix = read_json(kept, "a confusion matrix")
     metrics = Metrics(torch.tensor(matrix["confusion"]), tuple(matrix["classes"]))
-    return Evaluated(network=network, metrics=metrics, data=data, record=record)
+    return EvaluateResult(network=network, metrics=metrics, data=data, record=record)
 
 def open_evaluation(config: EvaluateConfig) -> tuple: # network, dataset, record of the retraining
     "What is to be evaluated, and on what; ValueError where their classes do not agree."
     network = load_network(config.network).to(own_device())
-    made = RunRecord.load(FilePath(config.network)/"retrain-record.json",
+    made = RunRecord.load(Path(config.network)/"retrain-record.json",
                           needs=("architecture", "data", "root", "size"))
     retrained = made.parameters
     size = retrained["size"] and tuple(retrained["size"])
@@ -181,25 +181,25 @@ def open_evaluation(config: EvaluateConfig) -> tuple: # network, dataset, record
     data.skip_unreadable = config.skip_unreadable
     check_labels(data, config.split)
     count = data.spec.num_classes # whose files may have changed since the retraining
-    if count != (own := made.figures.get("num_classes", count)):
+    if count != (own := made.metrics.get("num_classes", count)):
         raise ValueError(f"{config.network} has {own} classes, {data.spec.name} has {count}")
-    order = class_order(made.figures.get("classes"), config, data.spec)
+    order = class_order(made.metrics.get("classes"), config, data.spec)
     if order != list(range(count)): network = Reordered(network, order).eval()
     return network, data, made
 
 # %% ../../nbs/stages/03_evaluation.ipynb #d1e55011
 def images_to_report(config: EvaluateConfig, data):
     "Of the validation set those that did not choose the architecture; of any other, all."
-    file = FilePath(config.network)/"architecture.json"
+    file = Path(config.network)/"architecture.json"
     if config.split != "val" or not file.is_file(): return data
     return unchosen(data, load_architecture(file))
 
 @once("evaluate", load_evaluation)
-def benchmark(config: EvaluateConfig) -> Evaluated:
+def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate a retrained network; leaves evaluate-record.json and confusion.json in
     `config.folder`. Raises FileNotFoundError for a folder without a retraining, ValueError for
     classes that do not agree. An evaluation that is finished there is read from it."""
-    timer, folder, inputs = Timer(), FilePath(config.folder), config.inputs()
+    timer, folder, inputs = Timer(), Path(config.folder), config.inputs()
     network, data, made = open_evaluation(config)
     retrained, device = made.parameters, own_device()
     size = retrained["size"] and tuple(retrained["size"])
@@ -211,14 +211,15 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
     at = image_size(data, retrained.get("crop"))
     views = {"window": config.window, "scales": config.scales, "flip": config.flip}
     report = images_to_report(config, data)
-    with timer("evaluation"): metrics = evaluate(network, report, config.batch_size, **views)
+    with timer("evaluation"):
+        measured = evaluate_segmenter(network, report, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, report)
     name = retrained["architecture"]
     own = name if hand_crafted(name) or name in GRID_RIVALS else "searched"
     row, latency = cost_row(own, network, at, config.latency_repeats)
-    rows, latencies = ({own: {**row, **metrics_figures(metrics)},
+    rows, latencies = ({own: {**row, **record_metrics(measured)},
                         "most frequent class": {"name": "most frequent class",
-                                                **metrics_figures(trivial)}}, {own: latency})
+                                                **record_metrics(trivial)}}, {own: latency})
     for baseline in (other for other in config.baselines if other != own):
         with timer(baseline):
             torch.manual_seed(config.seed)
@@ -226,25 +227,25 @@ def benchmark(config: EvaluateConfig) -> Evaluated:
                      else build_baseline(baseline, data.spec.num_classes)).to(device)
             row, latencies[baseline] = cost_row(baseline, model, at, config.latency_repeats)
             if isinstance(network, Reordered): model = Reordered(model, network.order)
-            scores = (metrics_figures(evaluate(model, report, config.batch_size, **views))
+            scores = (record_metrics(evaluate_segmenter(model, report, config.batch_size, **views))
                       if config.train_baselines else {"miou": None})
             rows[baseline] = {**row, **scores}
-    figures = {"dataset": data.spec.name, "split": config.split,
+    metrics = {"dataset": data.spec.name, "split": config.split,
                "images": len(report) - len(data.unreadable),
                "unreadable_files": len(data.unreadable),
                "size": list(at), "device": device.type, "rows": rows}
-    record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, figures,
+    record = RunRecord("evaluate", folder.name, dataclasses.asdict(config), config.seed, metrics,
                        {**timer.seconds, "latency": latencies}, inputs=inputs)
-    write_json(folder/"confusion.json", {"classes": list(metrics.classes),
-                                         "confusion": metrics.confusion.tolist()})
+    write_json(folder/"confusion.json", {"classes": list(measured.classes),
+                                         "confusion": measured.confusion.tolist()})
     record.save(folder)
-    return Evaluated(network=network, metrics=metrics, data=data, record=record)
+    return EvaluateResult(network=network, metrics=measured, data=data, record=record)
 
 # %% ../../nbs/stages/03_evaluation.ipynb #dd083bb3
-def benchmark_table(record: RunRecord) -> str: # markdown
+def evaluation_table(record: RunRecord) -> str: # markdown
     """The comparison as a table, with the ratio of GFLOPs and latency to those of the network
     evaluated, the first row."""
-    rows, latency = record.figures["rows"], record.timings["latency"]
+    rows, latency = record.metrics["rows"], record.timings["latency"]
     own = next(iter(rows))
     def show(value, form): return "-" if value is None else format(value, form)
     lines = ["| network | mIoU (%) | pixel accuracy (%) | GFLOPs (1e9 multiply-adds) | GFLOPs / "

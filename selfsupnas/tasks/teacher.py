@@ -154,10 +154,11 @@ def over(confidence:torch.Tensor, # (B, H, W)
     return confidence >= (threshold[guess] if isinstance(threshold, torch.Tensor) else threshold)
 
 def diagnostics_of(counts:torch.Tensor, # (4, K), from `pixel_counts`
-                   )->dict: # share_kept, pseudo_label_accuracy: scalar tensors; counts: as given
+                   )->dict: # pseudo_label_share, pseudo_label_accuracy: scalars; counts: as given
     "Share of valid pixels over tau, and how many of those are right (NaN if unknown)."
     valid, kept, known, right = counts.sum(1)
-    return {"share_kept": kept / valid, "pseudo_label_accuracy": right / known, "counts": counts}
+    return {"pseudo_label_share": kept / valid, "pseudo_label_accuracy": right / known,
+            "counts": counts}
 
 def pseudo_label_diagnostics(*args, **kwargs)->dict: # as `pixel_counts` takes them
     "Share of valid pixels over tau, how many of those are right (NaN if unknown), and the counts."
@@ -181,14 +182,14 @@ class AdaptiveThreshold:
     def update(self,
                teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid:torch.Tensor,          # (B, H, W) bool, False on padding
-               greatest_of=lambda x: x,     # maximum over processes that share a batch
+               all_reduce_max=lambda x: x,     # maximum over processes that share a batch
                )->float:                    # the new threshold, for this step's losses
         "Move towards the mean, over the classes present, of the largest confidence in each."
         teacher_logits = logits_of(teacher_logits)
         confidence, guess = teacher_logits.float().softmax(1).max(1)
         largest = confidence.new_zeros(teacher_logits.shape[1])
         largest.scatter_reduce_(0, guess[valid], confidence[valid], "amax")
-        largest = greatest_of(largest)
+        largest = all_reduce_max(largest)
         present = largest > 0  # a softmax's maximum is at least 1 / K
         if present.any():
             follow = largest[present].mean().item()
@@ -215,11 +216,11 @@ class RelativeThreshold:
     def update(self,
                logits:torch.Tensor,      # (B, K, H, W) on labelled images
                labelled:torch.Tensor,    # (B, H, W) bool: the pixels that count
-               total_of=lambda x: x,     # sum over processes that share a batch
+               all_reduce_sum=lambda x: x,     # sum over processes that share a batch
                )->float:                 # the threshold for this step's losses
         "Set the threshold anew; without a labelled pixel it stays."
         confidence = logits_of(logits).detach().float().softmax(1).amax(1)
-        total, count = total_of(torch.stack([(confidence * labelled).sum(), labelled.sum()]))
+        total, count = all_reduce_sum(torch.stack([(confidence * labelled).sum(), labelled.sum()]))
         if count: self.value = self.share * (total / count).item()
         return self.value
 
@@ -248,13 +249,13 @@ class ClassThreshold:
     def update(self,
                teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid:torch.Tensor,          # (B, H, W) bool, False on padding
-               total_of=lambda x: x,        # sum over processes that share a batch
+               all_reduce_sum=lambda x: x,        # sum over processes that share a batch
                )->torch.Tensor:             # (K,), for this step's losses
         "Move the means of the classes that the teacher names in this batch."
         confidence, guess = logits_of(teacher_logits).float().softmax(1).max(1)
         found = torch.stack([confidence * valid, valid.float()]).flatten(1)
         totals = found.new_zeros(2, logits_of(teacher_logits).shape[1])
-        total, count = total_of(totals.scatter_add_(1, guess.flatten().expand(2, -1), found))
+        total, count = all_reduce_sum(totals.scatter_add_(1, guess.flatten().expand(2, -1), found))
         before = torch.ones_like(total) if self.means is None else self.means.to(total)
         moved = self.momentum * before + (1 - self.momentum) * total / count
         self.means = before.where(count == 0, moved)

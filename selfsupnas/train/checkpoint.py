@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'WAYS', 'step_of', 'checkpoint_paths', 'said', 'write_whole', 'sweep', 'save_checkpoint', 'as_json',
-           'differences', 'read_checkpoint', 'newest_whole', 'fitting_checkpoint', 'load_checkpoint', 'save_weights',
-           'read_weights', 'load_weights', 'FolderInUse', 'own_folder', 'delayed_interrupt', 'Stopped', 'StoppedScript',
-           'stopped', 'stop_line', 'stop_in_one_line', 'identity', 'earlier_run', 'make_room', 'once', 'places',
-           'finished_line']
+           'differences', 'renamed_state', 'renamed_checkpoint', 'read_checkpoint', 'newest_whole',
+           'fitting_checkpoint', 'load_checkpoint', 'save_weights', 'read_weights', 'load_weights', 'FolderInUse',
+           'own_folder', 'delayed_interrupt', 'Stopped', 'StoppedScript', 'stopped', 'stop_line', 'stop_in_one_line',
+           'identity', 'earlier_run', 'make_room', 'once', 'places', 'finished_line']
 
 # %% ../../nbs/train/04_checkpoint.ipynb #86872711
 import contextlib, dataclasses, functools, json, re, shutil, signal, sys, tempfile
@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from ..core import RunRecord, written_aside
-from ..distributed import from_first, world
+from ..core import RunRecord, record_path, renamed, written_aside
+from ..distributed import broadcast, world
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a7a7679e
 def step_of(path) -> int | None: # steps done; None: it is no checkpoint
@@ -100,8 +100,24 @@ def differences(had: dict, asked: dict) -> str: # "" where there are none
                     "else)" if moved else f"what {name}={had.get(name)!r} holds is another by now")
     return ", ".join(told)
 
+def renamed_state(state: dict) -> dict: # the same, of any depth
+    "A state dict of version 0.1 with the names that its tensors have in this version."
+    def name(key):
+        key = re.sub(r"gate\.closing$", "gate.threshold", key)
+        return re.sub(r"(^|\.)paths\.", r"\1edges.", key)
+    return {name(key) if isinstance(key, str) else key: renamed_state(value)
+            if isinstance(value, dict) else value for key, value in state.items()}
+
+def renamed_checkpoint(state: dict) -> dict:
+    "A checkpoint with the names of this version; one of this version is returned as it is."
+    if "trainee" not in state["parts"]: return state
+    parts = renamed_state(state["parts"])
+    parts = {"multitask": parts.pop("trainee"), **parts, "log": renamed(parts["log"])}
+    return {**state, "parameters": renamed(state["parameters"]), "parts": parts}
+
 def read_checkpoint(path) -> dict:
-    "What `save_checkpoint` wrote; raises ValueError for a damaged or foreign file."
+    """What `save_checkpoint` wrote, also in version 0.1; raises ValueError for a damaged or foreign
+    file."""
     try:
         with zipfile.ZipFile(path) as file:
             if bad := file.testzip(): raise ValueError(f"its entry {bad} is damaged")
@@ -112,7 +128,7 @@ def read_checkpoint(path) -> dict:
             if not isinstance(state[name], dict): raise ValueError(f"its {name} are no dict")
     except Exception as e: # torch, pickle and zip have many names for a damaged file
         raise ValueError(f"{path} is no checkpoint of this kit, or damaged: {said(e)}") from None
-    return state
+    return renamed_checkpoint(state)
 
 def newest_whole(folder) -> tuple: # (path, state); (None, None) where there is none
     "The newest checkpoint that can be read; warns of those that cannot."
@@ -158,9 +174,10 @@ def save_weights(network: torch.nn.Module, path) -> Path: # NAME.safetensors
     return Path(path)
 
 def read_weights(path) -> dict: # name -> tensor
-    "What `save_weights` wrote; raises FileNotFoundError, or ValueError that names the file."
+    """What `save_weights` wrote, also in version 0.1; raises FileNotFoundError, or ValueError that
+    names the file."""
     if not Path(path).exists(): raise FileNotFoundError(f"no weights at {path}")
-    try: return load_file(path)
+    try: return renamed_state(load_file(path))
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged, or holds no weights: {said(e)}") from None
 
@@ -250,12 +267,12 @@ def earlier_run(config, stage: str) -> RunRecord | None: # None: there is someth
     """The record of the same run, finished before in its folder. ValueError, with nothing touched,
     where the folder has another run, finished or not, and `overwrite` is not said."""
     folder = Path(config.folder)
-    others = [path for path in folder.glob("*-record.json") if path.name != f"{stage}-record.json"]
+    made, asked = record_path(folder, stage), identity(config)
+    others = [path for path in folder.glob("*-record.json") if path != made]
     if others:
         raise ValueError(f"{folder} has a run of another stage ({others[0].name}): take another "
                          "folder")
     if config.overwrite: return None
-    made, asked = folder/f"{stage}-record.json", identity(config)
     if made.exists():
         record = RunRecord.load(made)
         if differ := differences({**record.parameters, "inputs": record.inputs}, asked):
@@ -274,7 +291,7 @@ def make_room(config, stage: str):
     parameters stays, and goes on, unless `resume` is False."""
     if not config.overwrite: return
     folder = Path(config.folder)
-    record = folder/f"{stage}-record.json"
+    record = record_path(folder, stage)
     if not record.exists() and getattr(config, "resume", True):
         with contextlib.suppress(ValueError):
             if fitting_checkpoint(folder, identity(config))[0]: return
@@ -292,7 +309,7 @@ def once(stage: str, reopen: Callable): # reopen: folder of a finished run, ... 
             with stop_in_one_line(config):
                 made = earlier_run(config, stage) if first else None # before anything is written
                 if made: print(finished_line(config, made), flush=True)
-                if from_first(made is not None):
+                if broadcast(made is not None):
                     return reopen(config.folder, *args, **kwargs, **places(config))
                 if first:
                     with own_folder(config.folder): return run(config, *args, **kwargs)

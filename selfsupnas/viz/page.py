@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'PageRun', 'page_runs', 'flat', 'first_alike', 'section_rows
 
 # %% ../../nbs/viz/05_page.ipynb #a5a76ab6
 import base64, html, json
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple
 
 from ..core import written_aside
@@ -23,8 +23,8 @@ def page_runs(folders) -> list: # PageRun
     """The runs in some folders, with names that tell them apart; raises FileNotFoundError for a
     folder without a record."""
     records = [record for folder in folders for record in read_records(folder)]
-    places = [FilePath(record["file"]).parent.resolve() for record in records]
-    shared = (len(FilePath(*_common(places)).parts) if len(set(places)) > 1
+    places = [Path(record["file"]).parent.resolve() for record in records]
+    shared = (len(Path(*_common(places)).parts) if len(set(places)) > 1
               else len(places[0].parts) - 1)
     def name(record, place):
         own = "/".join(place.parts[shared:]) or record["stage"]
@@ -91,11 +91,11 @@ def picture_table(runs: list) -> str: # HTML
             for name in names]
     return '<table class="pictures">' + head + "".join(rows) + "</table>"
 
-def write_page(folders, to="report.html") -> FilePath:
+def write_page(folders, to="report.html") -> Path:
     """One HTML file with tables and pictures of all runs in `folders`. Raises FileNotFoundError or
     ValueError that names a file."""
     runs, parts = page_runs(folders), []
-    for title, section in (("Parameters", "parameters"), ("Figures", "figures"),
+    for title, section in (("Parameters", "parameters"), ("Metrics", "metrics"),
                            ("Timings", "timings"), ("Versions and hardware", "versions"),
                            ("", "hardware")):
         rows, same = section_rows(runs, section)
@@ -114,4 +114,4 @@ def write_page(folders, to="report.html") -> FilePath:
     page = (f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n"
             + "\n".join(parts) + "\n")
     with written_aside(to) as aside: aside.write_text(page, encoding="utf8")
-    return FilePath(to)
+    return Path(to)

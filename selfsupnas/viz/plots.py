@@ -32,16 +32,16 @@ def known_points(rows:list, # log lines, dicts with "step"
 
 # %% ../../nbs/viz/01_plots.ipynb #c06da40c
 _TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost",
-          "harden": "undecided gates"}
+          "binary": "undecided gates"}
 # title, {key: name}, factor, logarithmic
 HISTORY_PANELS = (
     ("loss terms, unweighted", _TERMS, 1, True),
     ("weights of the terms", {f"w_{key}": name for key, name in _TERMS.items()}, 1, False),
     ("learning rate", {"lr": "learning rate"}, 1, False),
     ("jigsaw accuracy, train batches (%)", {"jig_accuracy": "accuracy"}, 100, False),
-    ("unlabelled pixels (%)", {"kept": "kept: over the threshold",
+    ("unlabelled pixels (%)", {"pseudo_share": "share over the threshold",
                                "pseudo_accuracy": "right pseudo-labels"}, 100, False),
-    ("closing threshold of the gates", {"closing": "threshold"}, 1, False),
+    ("gate threshold", {"gate_threshold": "threshold"}, 1, False),
     ("cost (% of the full grid)", {"expected": "expected", "realised": "realised"}, 100, False),
     ("validation mIoU (%)", {"val_miou": "mIoU"}, 100, False),
 )
@@ -148,24 +148,24 @@ GATE_COLOURS = "viridis_r" # weak light, strong dark; readable in grey and to th
 
 def draw_gates(ax, # matplotlib Axes
                space:SearchSpace,
-               importance:dict, # Path -> mean gate in 0..1, for every path of the grid
+               importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                widest=5., # line width of a gate of 1, points
                names=True, # write layers and strides
               ):
-    "Every path of the grid, wider and darker the stronger its mean gate; exactly 0 is dotted."
+    "Every edge of the grid, wider and darker the stronger its mean gate; exactly 0 is dotted."
     import matplotlib
-    paths = space.paths()
-    missing = [path for path in paths if path not in importance]
-    if missing: raise ValueError(f"importance lacks {len(missing)} paths, {missing[0]} among them")
-    bad = [path for path in paths if not 0 <= importance[path] <= 1]
+    edges = space.edges()
+    missing = [edge for edge in edges if edge not in importance]
+    if missing: raise ValueError(f"importance lacks {len(missing)} edges, {missing[0]} among them")
+    bad = [edge for edge in edges if not 0 <= importance[edge] <= 1]
     if bad: raise ValueError(f"a mean gate is in 0..1; {bad[0]} has {importance[bad[0]]}")
     colours = matplotlib.colormaps[GATE_COLOURS]
-    for path in sorted(paths, key=lambda path: importance[path]): # strong ones on top
-        gate = float(importance[path])
+    for edge in sorted(edges, key=lambda edge: importance[edge]): # strong ones on top
+        gate = float(importance[edge])
         style = (dict(color=colours(gate), lw=.6 + (widest - .6) * gate) if gate else
                  dict(color="0.6", lw=.8, ls=":"))
-        ax.plot([path.layer, path.layer + 1], [path.scale, path.scale + STEP[path.kind]],
-                solid_capstyle="round", zorder=1, label=" ".join(map(str, path)), **style)
+        ax.plot([edge.layer, edge.layer + 1], [edge.scale, edge.scale + STEP[edge.kind]],
+                solid_capstyle="round", zorder=1, label=" ".join(map(str, edge)), **style)
     x, y = zip(*space.cells())
     ax.plot(x, y, "o", ms=2 + .9 * widest, mec="0.3", mfc="w", mew=.8, zorder=2, label="cells")
     frame_grid(ax, space, names)
@@ -181,7 +181,7 @@ def draw_route(ax, # matplotlib Axes
     frame_grid(ax, space)
     computing = sum(1 for kinds in live.values() if kinds)
     counts = computing, len(live) - computing, len(space.cells()) - len(live)
-    ax.set_title(f"derived route: {len(architecture.paths)} of {len(space.paths())} paths kept; "
+    ax.set_title(f"derived route: {len(architecture.edges)} of {len(space.edges())} edges kept; "
                  "cells: {} compute, {} pass on, {} absent".format(*counts), fontsize=9)
     dot = dict(marker="o", ls="", ms=8, mec="0.3")
     keys = [Line2D([], [], mfc=COLOURS[0], label="computes", **dot),
@@ -206,7 +206,7 @@ def gate_bar(fig, # matplotlib Figure
 
 # %% ../../nbs/viz/01_plots.ipynb #cell-29
 def plot_route(space:SearchSpace,
-               importance:dict, # Path -> mean gate in 0..1, for every path of the grid
+               importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                architecture:Architecture=None, # derived from them: a second panel
                note:str=None, # what there is to say of the whole, above it
               ): # matplotlib Figure
@@ -217,7 +217,7 @@ def plot_route(space:SearchSpace,
     width = min(10, max(8 if panels == 2 else 5, 4 + .7 * space.layers)) # the key needs 8
     fig, axes = new_figure(panels, 1, figsize=(width, 2.3 if panels == 1 else 4.9))
     draw_gates(axes[0, 0], space, importance)
-    axes[0, 0].set_title("mean gate of every path (dotted: 0 for every image)", fontsize=9)
+    axes[0, 0].set_title("mean gate of every edge (dotted: 0 for every image)", fontsize=9)
     gate_bar(fig, axes[0, 0])
     if architecture is not None: draw_route(axes[1, 0], architecture)
     if note: fig.suptitle(textwrap.fill(note, int(13 * width)), fontsize=9, color="firebrick")
@@ -227,13 +227,13 @@ def plot_route(space:SearchSpace,
 def draw_kinds(ax, # matplotlib Axes
                snapshots:list, # (step, {Path: mean gate})
               ):
-    "Mean gate by kind of path over the steps."
+    "Mean gate by kind of edge over the steps."
     for i, kind in enumerate(STEP):
-        means = [np.mean([g for path, g in gates.items() if path.kind == kind] or [np.nan])
+        means = [np.mean([g for edge, g in gates.items() if edge.kind == kind] or [np.nan])
                  for _, gates in snapshots]
         ax.plot([step for step, _ in snapshots], means, color=COLOURS[i], ls=DASHES[i],
                 marker=MARKERS[i], ms=3.5, lw=1.6, label=kind)
-    ax.set_title("mean gate by kind of path", fontsize=9)
+    ax.set_title("mean gate by kind of edge", fontsize=9)
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylim(0, 1.02)
     ax.tick_params(labelsize=8)
@@ -244,7 +244,7 @@ def draw_kinds(ax, # matplotlib Axes
 def plot_gate_history(space:SearchSpace,
                       snapshots:list, # (step, {Path: mean gate in 0..1}), one or more
                      ): # matplotlib Figure
-    "The grid at up to six steps, and the mean gate of each kind of path over all of them."
+    "The grid at up to six steps, and the mean gate of each kind of edge over all of them."
     if not snapshots: raise ValueError("no snapshot of the gates was given: `snapshots` is empty")
     snapshots = sorted(snapshots, key=lambda snapshot: snapshot[0])
     chosen = sorted({round(i) for i in np.linspace(0, len(snapshots) - 1, 6)})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from ..core import renamed_record
 from ..show import new_figure
 
 # %% ../../nbs/viz/02_report.ipynb #cell-08
@@ -40,8 +41,8 @@ class Summary:
 def check_record(record, # what JSON gave
                  file, # where it was read, for the message
                 ) -> dict: # the record
-    "A run record is a dict with stage, name, seed, parameters and figures; else `ValueError`."
-    wanted = {"stage": str, "name": str, "seed": int, "parameters": dict, "figures": dict}
+    "A run record is a dict with stage, name, seed, parameters and metrics; else `ValueError`."
+    wanted = {"stage": str, "name": str, "seed": int, "parameters": dict, "metrics": dict}
     if not isinstance(record, dict):
         raise ValueError(f"{file}: a run record is a JSON object, this is {type(record).__name__}")
     missing = [key for key in wanted if key not in record]
@@ -71,11 +72,11 @@ def read_records(*paths, # JSON files, or folders searched for `*record*.json` a
         try: record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=no_nan)
         except ValueError as error:
             raise ValueError(f"{path} is not a run record: {error}") from None
-        records.append({**check_record(record, path), "file": str(path)})
+        records.append({**check_record(renamed_record(record), path), "file": str(path)})
     return records
 
 # %% ../../nbs/viz/02_report.ipynb #cell-20
-SECTIONS = ("parameters", "figures", "timings", "hardware", "versions")
+SECTIONS = ("parameters", "metrics", "timings", "hardware", "versions")
 
 
 def dig(mapping, # nested dicts
@@ -138,13 +139,13 @@ def number_of(record:dict, # a run record
 # %% ../../nbs/viz/02_report.ipynb #cell-27
 def summarise(records:list, # from `read_records`
               by:list, # names whose values make a group
-              figures:list, # names to summarise
-             ) -> list: # one dict a group: the `by` values, and a `Summary` (or None) a figure
-    "Mean, spread and n of figures in groups of runs, in the order of the records."
-    for figure in figures:
-        if all(number_of(record, figure) is None for record in records):
-            known = sorted({k for r in records for k in {**r["figures"], **r.get("timings", {})}})
-            raise ValueError(f"no record has the figure {figure!r}; known: {', '.join(known)}")
+              metrics:list, # names to summarise
+             ) -> list: # one dict a group: the `by` values, and a `Summary` (or None) a metric
+    "Mean, spread and n of metrics in groups of runs, in the order of the records."
+    for metric in metrics:
+        if all(number_of(record, metric) is None for record in records):
+            known = sorted({k for r in records for k in {**r["metrics"], **r.get("timings", {})}})
+            raise ValueError(f"no record has the metric {metric!r}; known: {', '.join(known)}")
     groups = {}
     for record in records:
         values = {name: record_value(record, name) for name in by}
@@ -152,10 +153,10 @@ def summarise(records:list, # from `read_records`
     rows = []
     for values, members in groups.values():
         row = dict(values)
-        for figure in figures:
-            having = [r for r in members if number_of(r, figure) is not None]
+        for metric in metrics:
+            having = [r for r in members if number_of(r, metric) is not None]
             check_seeds(having, values)
-            row[figure] = Summary(tuple(number_of(r, figure) for r in having),
+            row[metric] = Summary(tuple(number_of(r, metric) for r in having),
                                   tuple(r["seed"] for r in having)) if having else None
         rows.append(row)
     return rows

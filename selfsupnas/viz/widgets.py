@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DPI', 'SIGNS', 'as_png', 'shown_width', 'Explorer', 'draw_progress', 'live_plot', 'Inherited', 'budget_range',
-           'explore_budget', 'route_words', 'path_buttons', 'opened', 'edit_architecture', 'browse_images',
+           'explore_budget', 'route_words', 'edge_buttons', 'opened', 'edit_architecture', 'browse_images',
            'play_jigsaw', 'explore_split']
 
 # %% ../../nbs/viz/06_widgets.ipynb #2fea9c98
@@ -21,7 +21,7 @@ from ..train.config import TrainingConfig
 from ..core import from_parameters, is_live
 from ..metrics import Metrics, confusion_matrix, segment
 from ..space.gate import watch_gates
-from ..space.grid import STRIDES, Path
+from ..space.grid import STRIDES, Edge
 from ..tasks.jigsaw import cut_and_shuffle, unshuffle
 from .pictures import plot_jigsaw, plot_predictions
 from .plots import draw_gates, draw_route, gate_bar, plot_history, plot_route
@@ -29,7 +29,7 @@ from .routes import plot_image_routes
 from ..stages.searching import (GateStatistics, SearchConfig, derive_within,
                                          inherited_network, make_space, plain_images)
 from ..show import new_figure, overlay
-from ..space.supernet import gates_by_path
+from ..space.supernet import gates_by_edge
 from ..data.splits import classes_present, make_split
 
 # %% ../../nbs/viz/06_widgets.ipynb #a43e8a12
@@ -100,7 +100,7 @@ def draw_progress(config: TrainingConfig, rows: list, dpi: int = DPI) -> bytes: 
     "Learning curves so far, and of a search the mean gates of the last log line."
     figures = [plot_history(rows, budget=getattr(config, "budget", None))]
     if gates := rows[-1].get("gates"):
-        space = make_space(config, num_classes=2) # whatever the number, the paths are the same
+        space = make_space(config, num_classes=2) # whatever the number, the edges are the same
         figures.append(plot_route(space, dict(zip(space.gated(), gates))))
     return as_png(figures, dpi)
 
@@ -155,8 +155,8 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
         found, = derive_within(table, statistics, values["budget"] / 100, None, {})
         fig, axes = new_figure(2, 1, figsize=(9, 5))
         draw_gates(axes[0, 0], table.space,
-                   {p: statistics.importance[p] for p in table.space.paths()})
-        axes[0, 0].set_title("mean gate of every path (dotted: 0 for every image)", fontsize=9)
+                   {p: statistics.importance[p] for p in table.space.edges()})
+        axes[0, 0].set_title("mean gate of every edge (dotted: 0 for every image)", fontsize=9)
         gate_bar(fig, axes[0, 0])
         draw_route(axes[1, 0], found)
         fig.suptitle(route_words(table, found, worth), fontsize=10)
@@ -177,19 +177,19 @@ def route_words(table: CostTable, architecture: Architecture, worth=None) -> str
 # %% ../../nbs/viz/06_widgets.ipynb #7b482aa0
 SIGNS = {"up": "↗", "keep": "→", "down": "↘"}
 
-def path_buttons(architecture: Architecture) -> tuple:
-    # dict Path -> ToggleButton, and the grid that holds them
-    "A toggle for each path, in rows of one stride and columns of one layer."
+def edge_buttons(architecture: Architecture) -> tuple:
+    # dict Edge -> ToggleButton, and the grid that holds them
+    "A toggle for each edge, in rows of one stride and columns of one layer."
     import ipywidgets as widgets
     space, size = (architecture.space,
                    widgets.Layout(width="26px", height="24px", padding="0", margin="1px"))
-    buttons = {path: widgets.ToggleButton(path in architecture.paths, description=SIGNS[path.kind],
-                                          tooltip=f"layer {path.layer}, stride "
-                                          f"{STRIDES[path.scale]}, {path.kind}", layout=size)
-               for path in space.paths()}
+    buttons = {edge: widgets.ToggleButton(edge in architecture.edges, description=SIGNS[edge.kind],
+                                          tooltip=f"layer {edge.layer}, stride "
+                                          f"{STRIDES[edge.scale]}, {edge.kind}", layout=size)
+               for edge in space.edges()}
     def cell(layer, scale):
-        return widgets.HBox([buttons[Path(layer, scale, kind)] for kind in SIGNS
-                             if Path(layer, scale, kind) in buttons],
+        return widgets.HBox([buttons[Edge(layer, scale, kind)] for kind in SIGNS
+                             if Edge(layer, scale, kind) in buttons],
                             layout=widgets.Layout(min_width="88px"))
     rows = []
     for scale in range(1 + max(scale for _, scale in space.cells())):
@@ -199,11 +199,11 @@ def path_buttons(architecture: Architecture) -> tuple:
                                         layout=widgets.Layout(min_width="64px")), *line]))
     return buttons, widgets.VBox(rows, layout=widgets.Layout(overflow="auto"))
 
-def opened(architecture: Architecture, values: dict, # Path -> is it open?
+def opened(architecture: Architecture, values: dict, # Edge -> is it open?
           ) -> Architecture:
-    "The route of the open paths; those that are new to `architecture` get weight 1."
+    "The route of the open edges; those that are new to `architecture` get weight 1."
     return Architecture(architecture.space,
-                        {path: architecture.paths.get(path, 1.) for path, is_open in values.items()
+                        {edge: architecture.edges.get(edge, 1.) for edge, is_open in values.items()
                          if is_open}, operations=architecture.operations)
 
 def edit_architecture(architecture: Architecture, table: CostTable,
@@ -212,8 +212,8 @@ def edit_architecture(architecture: Architecture, table: CostTable,
                       image=None, label=None, spec=None,
                      # `opened(architecture, explorer.values)` is the route that it shows
                      ) -> Explorer:
-    "Open and shut paths by hand; see cost, worth and a prediction change."
-    buttons, grid = path_buttons(architecture)
+    "Open and shut edges by hand; see cost, worth and a prediction change."
+    buttons, grid = edge_buttons(architecture)
     def draw(values):
         route = opened(architecture, values)
         fig, axes = new_figure(figsize=(9, 2.9))
@@ -240,15 +240,15 @@ def browse_images(dataset, # of images (3,H,W) and labels (H,W), with .spec and 
         gates, guesses = {}, []
         for name, network in networks.items():
             with watch_gates(network) as watched: guesses.append(segment(network, image[None])[0])
-            if table and watched: gates[name] = gates_by_path(table.space, watched)
+            if table and watched: gates[name] = gates_by_edge(table.space, watched)
         count = len(guesses)
         figures = [plot_predictions([image] * count, [label] * count, guesses, dataset.spec,
                                     [f"{values['image']}: {dataset.ids[values['image']]}"] * count,
                                     list(networks))]
-        for name, by_path in gates.items():
-            one = {path: by_path[path][0].item() for path in table.space.paths()}
+        for name, by_edge in gates.items():
+            one = {edge: by_edge[edge][0].item() for edge in table.space.edges()}
             figures.append(plot_image_routes(table.space, [image], [one],
-                                             (realised_cost(table, by_path) / table.full).tolist(),
+                                             (realised_cost(table, by_edge) / table.full).tolist(),
                                              [name]))
         return figures
     slider = widgets.IntSlider(start, 0, len(dataset) - 1, description="image",
