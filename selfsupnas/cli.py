@@ -12,7 +12,7 @@ from pathlib import Path
 
 import selfsupnas
 from .train.checkpoint import FolderInUse, Stopped, earlier_run
-from .core import RunRecord, from_parameters
+from .core import RENAMED_STAGES, RunRecord, from_parameters
 from .data.datasets import DATASETS, load_dataset
 from .execution import run_launched, run_stage
 from .data.files import NO_IMAGE, SPLITS
@@ -273,6 +273,11 @@ def run_command(words) -> int: # exit status
 
 def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was wrong; 130 stopped
     "The `selfsupnas` command."
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in RENAMED_STAGES:
+        print(f"selfsupnas {argv[0]}: the command is `selfsupnas {RENAMED_STAGES[argv[0]]}` since "
+              "version 0.2", file=sys.stderr)
+        return 2
     words = make_parser().parse_args(argv)
     try: return run_command(words)
     except Stopped: return 130 # it was said

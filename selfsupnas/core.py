@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import distributed
 
+import selfsupnas
+
 # %% ../nbs/01_core.ipynb #cell-06
 SEEDS = 0, 2**32 - 1 # the least and the greatest, as NumPy takes them
 
@@ -261,12 +263,13 @@ def cached_arrays(path,  # the .npz file
 
 # %% ../nbs/01_core.ipynb #cell-23
 def versions() -> dict:
-    "Python, torch, torchvision, numpy and selfsupnas versions, as installed."
+    "Versions of Python, torch, torchvision and numpy, as installed, and of this code."
     def version(name):
         try: return metadata.version(name)
         except metadata.PackageNotFoundError: return None
     return {"python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchvision", "numpy", "selfsupnas")}}
+            **{name: version(name) for name in ("torch", "torchvision", "numpy")},
+            "selfsupnas": selfsupnas.__version__}
 
 def commit(path=None, # a file or folder in a checkout; default: this module
           ) -> str | None: # 40 hex digits, with "+changes" where tracked files differ
