@@ -31,7 +31,7 @@ from selfsupnas.viz.pictures import plot_class_iou, plot_cost_accuracy, plot_jig
 from selfsupnas.viz.plots import plot_candidates, plot_gate_history, plot_history, plot_route
 from selfsupnas.viz.report import Summary, summary_figure
 from selfsupnas.viz.routes import plot_closed, plot_cost_distribution, plot_front, plot_image_routes, plot_operations
-from selfsupnas.data.toy.scenes import draw_scene
+from selfsupnas.data.toy.streetscenes import draw_scene
 from selfsupnas.stages.searching import GateStatistics, SearchConfig
 from selfsupnas.show import ERROR_COLOURS, colourise, error_map, legend, overlay, show_images, show_samples
 from selfsupnas.data.splits import make_split

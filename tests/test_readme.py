@@ -106,7 +106,7 @@ def test_its_python_makes_a_picture(tmp_path, monkeypatch):
     from PIL import Image
 
     from selfsupnas.data.datasets import CAMVID_SPEC
-    from selfsupnas.data.toy.scenes import draw_scene
+    from selfsupnas.data.toy.streetscenes import draw_scene
     (code,) = [text for language, text in FENCES if language == "python"]
     monkeypatch.chdir(tmp_path)
     Image.fromarray(draw_scene(0, (192, 256))[0]).save("street.png")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .toy.scenes import draw_scene
+from .toy.streetscenes import draw_scene
 
 # %% ../../nbs/data/02_cityscapes.ipynb #764e8d08
 class CityscapesLabel(NamedTuple):

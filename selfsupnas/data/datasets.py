@@ -22,7 +22,7 @@ from ..core import cache_folder, cached_arrays, digest_of, read_text
 from .files import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, PairDataset,
                                    SegmentationSpec, check_size, check_split, list_files,
                                    match_pairs, spelled, unused_files)
-from .toy.scenes import SCENES_VERSION, draw_scene
+from .toy.streetscenes import SCENES_VERSION, draw_scene
 from ..show import distinct_colours
 from .voc import VOC
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from ..core import read_text
 from .files import (SYNTHETIC, FileDataset, SegmentationSpec, UnreadableFile,
                                    as_mask, read_mask, write_mask)
-from .toy.scenes import draw_scene
+from .toy.streetscenes import draw_scene
 
 # %% ../../nbs/data/03_voc.ipynb #0ee1ba84
 def voc_palette(count:int, # how many colours, 1 to 256
