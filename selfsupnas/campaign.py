@@ -265,7 +265,7 @@ def make_routes(config: CampaignConfig):
                               place/f"random-{i}.json")
 
 # %% ../nbs/58_campaign.ipynb #f440b5b5
-def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.read_records
+def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.tables.read_records
     """One entry for each run that was evaluated, from the records in `folder`, and in `more` for
     runs that it lacks; [] where there is none."""
     found, paths = [], {}

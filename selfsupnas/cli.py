@@ -237,7 +237,7 @@ def run_command(words) -> int: # exit status
                             words.folder or f"runs/data-{words.name}", words.samples)
     if words.stage == "sweep": return sweep(words)
     if words.stage == "report":
-        from selfsupnas.viz.page import write_page
+        from selfsupnas.viz.tables import write_page
         print(f"selfsupnas report: {write_page(words.runs, words.to)}")
         return 0
     if words.stage == "export":
@@ -259,7 +259,7 @@ def run_command(words) -> int: # exit status
     if words.stage == "campaign":
         from selfsupnas.campaign import compared
         from selfsupnas.driver import run_campaign
-        from selfsupnas.viz.report import comparison_table
+        from selfsupnas.viz.tables import comparison_table
         signal.signal(signal.SIGTERM, interrupt) # its runs end with it
         failed, results = run_campaign(config), compared(config.folder, config.records)
         if results: print(align_table(comparison_table(results)))

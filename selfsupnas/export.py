@@ -31,7 +31,7 @@ from .core import RunRecord, read_json, write_json, written_aside
 from .data.datasets import load_dataset
 from .space.network import StaticNetwork
 from .data.files import SegmentationSpec
-from .viz.report import to_markdown
+from .viz.tables import to_markdown
 from .stages.retraining import load_network
 from .tasks.teacher import logits_of
 

@@ -14,7 +14,7 @@ from typing import Callable
 
 from .campaign import Run, missing_stages, record_of
 from .driver import command_words, drive, reason, start, stop
-from .viz.report import summarise, to_markdown
+from .viz.tables import summarise, to_markdown
 
 # %% ../nbs/68_sweep.ipynb #ca5e6805
 @dataclass

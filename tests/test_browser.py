@@ -46,7 +46,7 @@ def write_notebook(path, source):
 def lab(tmp_path_factory):
     "Address, folder and process of a JupyterLab that serves a copy of the notebooks."
     place = tmp_path_factory.mktemp("lab")
-    for name in ("00_tour.ipynb", "viz/06_widgets.ipynb"): shutil.copy(ROOT/"nbs"/name, place)
+    for name in ("00_tour.ipynb", "viz/05_widgets.ipynb"): shutil.copy(ROOT/"nbs"/name, place)
     for name in ("live", *map(live_name, STOPS)): write_notebook(place/f"{name}.ipynb", LIVE.replace("FOLDER", repr(name)))
     write_notebook(place/"bars.ipynb", BARS)
     settings = {"notebook-extension/tracker": '{"windowingMode": "none"}', # cells out of sight are in the page, too
@@ -214,7 +214,7 @@ def test_a_click_on_a_path_changes_cost_and_prediction(page):
 
 def test_the_pictures_of_the_tour_have_their_own_size_and_the_colours_of_classes(page):
     from selfsupnas.data.datasets import load_dataset
-    from selfsupnas.viz.plots import GATE_COLOURS
+    from selfsupnas.viz.routes import GATE_COLOURS
     from matplotlib import colormaps
     budget, editor = (page.locator(IMAGES).nth(k) for k in range(2))
     for picture in (budget, editor): assert assert_own_size(picture)["own"] >= 800

@@ -8,7 +8,7 @@ from selfsupnas.space.architecture import load_architecture
 from selfsupnas.space.cost import count_cost
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.metrics import evaluate_segmenter
-from selfsupnas.viz.report import read_records
+from selfsupnas.viz.tables import read_records
 from selfsupnas.stages.retraining import load_network
 
 SMALL = {"steps": 4, "logs": 2, "size": (64, 80), "layers": 3, "channels": 8, "budget": 0.8, "batch_labelled": 2, "batch_unlabelled": 2,

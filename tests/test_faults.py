@@ -23,7 +23,7 @@ from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto
-from selfsupnas.viz.page import write_page
+from selfsupnas.viz.tables import write_page
 from selfsupnas.data.files import SegmentationSpec, UnreadableFile
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
 from selfsupnas.stages.searching import SearchConfig, load_supernet, search

@@ -27,10 +27,13 @@ from selfsupnas.data.datasets import CAMVID_SPEC
 from selfsupnas.metrics import Metrics, confusion_figure
 from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.data.files import PairDataset, SegmentationSpec
-from selfsupnas.viz.pictures import plot_class_iou, plot_cost_accuracy, plot_jigsaw, plot_predictions, plot_views
-from selfsupnas.viz.plots import plot_candidates, plot_gate_history, plot_history, plot_route
-from selfsupnas.viz.report import Summary, summary_figure
-from selfsupnas.viz.routes import plot_closed, plot_cost_distribution, plot_front, plot_image_routes, plot_operations
+from selfsupnas.viz.curves import plot_class_iou, plot_cost_accuracy
+from selfsupnas.viz.predictions import plot_jigsaw, plot_predictions, plot_views
+from selfsupnas.viz.curves import plot_candidates, plot_history
+from selfsupnas.viz.routes import plot_gate_history, plot_route
+from selfsupnas.viz.tables import Summary, summary_figure
+from selfsupnas.viz.routes import plot_closed, plot_cost_distribution, plot_image_routes, plot_operations
+from selfsupnas.viz.curves import plot_front
 from selfsupnas.data.toy.streetscenes import draw_scene
 from selfsupnas.stages.searching import GateStatistics, SearchConfig
 from selfsupnas.show import ERROR_COLOURS, colourise, error_map, legend, overlay, show_images, show_samples
@@ -1030,7 +1033,7 @@ CHANGES = {
                                    draw(filled_in(rows, "val_miou"), **levels)),
     "per cent that are not said": (test_plot_history_shares, plot_history, afterwards(lambda figure: figure.axes[-1]
         .set_title("validation mIoU"))),
-    "a edge closed": (test_plot_route_gates, plot_route, lambda draw, space, gates:
+    "an edge closed": (test_plot_route_gates, plot_route, lambda draw, space, gates:
                       draw(space, {**gates, Edge(0, 0, "keep"): 0.})),
     "closed edges that look open": (test_plot_route_gates, plot_route, afterwards(dotted_as_solid)),
     "an axis without its name": (test_plot_route_gates, plot_route, afterwards(lambda figure: figure.axes[0]
@@ -1075,7 +1078,7 @@ CHANGES = {
                           draw(shares[1:], **lines)),
     "no line at the budget": (test_plot_cost_distribution, plot_cost_distribution, lambda draw, *args, budget, expected:
                               draw(*args, expected=expected)),
-    "a edge that opens again left out": (test_plot_closed, plot_closed, lambda draw, space, snapshots:
+    "an edge that opens again left out": (test_plot_closed, plot_closed, lambda draw, space, snapshots:
                                          draw(space, snapshots[:2] + [(200, snapshots[1][1])])),
     "areas that look alike": (test_plot_closed, plot_closed, afterwards(lambda figure: [
         area.set(facecolor="0.8", hatch="") for area in figure.axes[0].collections])),
@@ -1091,7 +1094,7 @@ CHANGES = {
     "fractions in place of per cent": (test_summary_figure, summary_figure, lambda draw, *args, percent: draw(*args)),
     "a smaller budget": (test_explore_budget, explore_budget, lambda draw, *args, budget: draw(*args, budget=.3)),
     "a cost that is not said": (test_explore_budget, picture_of, afterwards(lambda figure: figure.suptitle("a route"))),
-    "a edge that was shut before": (test_edit_architecture, edit_architecture, lambda draw, found, table:
+    "an edge that was shut before": (test_edit_architecture, edit_architecture, lambda draw, found, table:
                                     draw(without(found), table)),
     "another fraction": (test_explore_split, explore_split, lambda draw, data, fraction: draw(data, 1 / 4)),
     "colours of other classes": (test_explore_split, picture_of, afterwards(lambda figure: [

@@ -16,7 +16,7 @@ from selfsupnas.stages.pareto_front import ParetoConfig, load_pareto, pareto
 from selfsupnas.stages.retraining import RetrainConfig, load_network, load_retrain, retrain
 from selfsupnas.stages.searching import SearchConfig, load_search, load_supernet, search
 from selfsupnas.train.checkpoint import read_checkpoint
-from selfsupnas.viz.report import read_records
+from selfsupnas.viz.tables import read_records
 
 OLD = Path(__file__).parent/"version-0.1"
 TINY = dict(size=(64, 64), steps=4, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, optimiser="sgd", jigsaw_n=2)

@@ -34,7 +34,7 @@ class Architecture:
                    | {p for p in self.operations if p.kind in STEP})
         if unknown: raise ValueError(f"{min(unknown)} is not a searched candidate of {self.space}")
         unknown = set(self.edges) - set(self.space.edges())
-        if unknown: raise ValueError(f"{min(unknown)} is not a edge of {self.space}")
+        if unknown: raise ValueError(f"{min(unknown)} is not an edge of {self.space}")
         everything = {**self.edges, **self.operations}
         for edge, weight in everything.items():
             if not (math.isfinite(weight) and weight > 0):
@@ -73,7 +73,7 @@ def reached(space: SearchSpace, edges) -> set: # those of `edges`, a set or mapp
     return {edge for edge in edges if useful(live, edge)}
 
 def useful(live: dict, edge: Edge) -> bool:
-    "Is the cell of a edge live; of a candidate: does its cell compute?"
+    "Is the cell of an edge live; of a candidate: does its cell compute?"
     return edge[:2] in live if edge.kind in STEP else bool(live.get(edge[:2]))
 
 # %% ../../nbs/space/06_architecture.ipynb #1459d70f

@@ -35,7 +35,7 @@ class CostTable:
     kind: str # flops (multiply-adds, by fvcore), parameters, or latency (milliseconds, measured)
     stem: float
     operations: tuple # {name: cost} of a candidate
-    edges: tuple # {kind: cost} of a edge
+    edges: tuple # {kind: cost} of an edge
     gates: tuple # {number of values: cost} of a gate
     raise_from: tuple # of the decoder's step to the next finer scale; [0] is 0
     head: float # the decoder's last projection and the classifier
@@ -274,6 +274,6 @@ def follow_budget(threshold: float, # gate threshold
 # %% ../../nbs/space/09_budget.ipynb #3b929cd3
 def binarization_loss(gates: dict # Edge -> (B,)
              ) -> torch.Tensor: # scalar in [0, 1/4]
-    "Mean over edges of m (1 - m), with m a edge's mean gate over the batch. Ours."
+    "Mean over edges of m (1 - m), with m an edge's mean gate over the batch. Ours."
     m = torch.stack(list(gates.values())).mean(1)
     return (m * (1 - m)).mean()

@@ -93,7 +93,7 @@ def trace_route(space: SearchSpace,
     "The cells that something arrives at, layer by layer, with the open edges that leave each."
     open_edges = set(open_edges)
     if not open_edges <= space.known:
-        raise ValueError(f"{min(open_edges - space.known)} is not a edge of {space}")
+        raise ValueError(f"{min(open_edges - space.known)} is not an edge of {space}")
     live, arriving = {}, {0}
     for layer, row in enumerate(space.ways):
         leaving = set()

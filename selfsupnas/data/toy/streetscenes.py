@@ -268,7 +268,7 @@ def develop(scene:Scene, # gives the noise
     label = np.where(label == 15, np.uint8(VOID), label)
     return image.clip(0, 255).astype(np.uint8), soften(label)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-08
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #6c0c808a
 PERSON = read_parts(
     'limb pedestrian steel .85 0 .48 -.17 0 .085; limb pedestrian steel 1 0 .48 .17 0 .085;'
     'fill pedestrian cloth 1 -.13 .45 -.12 .83 .12 .83 .13 .45;'
@@ -300,7 +300,7 @@ CLUTTER = tuple(map(read_parts, (
     'fill void red 1 -.35 0 -.05 .8 .05 .8 .35 0; fill void cream 1 -.2 .35 -.14 .5 .14 .5 .2 .35',
     'fill void cloth 1 -.6 0 -.6 1.2 .6 1.2 .6 0')))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-10
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #6f32b3e5
 TYRES = 'fill car dark 1 -1 0 -1 .3 -.74 .3 -.74 0; fill car dark 1 1 0 1 .3 .74 .3 .74 0;'
 LAMPS = (';fill car lamp 1 -.97 .42 -.97 .54 -.66 .54 -.66 .42;'
          'fill car lamp 1 .97 .42 .97 .54 .66 .54 .66 .42;'
@@ -328,7 +328,7 @@ CARS = ((SALOON, LOW, 1.75, 1.42, 4.4), (HATCH, LOW, 1.7, 1.5, 3.7), (HATCH, LOW
         (VAN, TALL, 2.0, 2.2, 5.2), (BUS, TALL, 2.5, 3.3, 10.0))  # side, end, metres
 PARKED, MOVING = (0, 0, 0, 1, 1, 2, 2, 3), (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-11
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #961948cf
 def draw_car(scene:Scene, # painted on in place
              x:float, # metres, the car's middle
              z:float, # metres ahead, the end that faces us
@@ -348,7 +348,7 @@ def draw_car(scene:Scene, # painted on in place
     draw_parts(scene, side[:few], flank, start, (0, step), high, **look)
     draw_parts(scene, end[:5] if z > 45 else end, x, z, (wide / 2, 0), high, **look)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-15
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #d1666216
 def draw_wall(scene:Scene, # painted on in place
               ends:tuple, # x0, z0, x1, z1 of the ground line, metres
               floors:tuple, # heights of the floors' lower edges and the eaves, metres
@@ -376,7 +376,7 @@ def draw_wall(scene:Scene, # painted on in place
                 scene.band(a, b, max(top - size * (high - low), low), top,
                            inks[3 if size == .95 else tone])
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-16
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #2ca803c8
 def draw_roof(scene:Scene, # painted on in place
               across:tuple, # x of the front eaves, the ridge and the back eaves, metres
               near:float, # metres ahead where it begins
@@ -392,7 +392,7 @@ def draw_roof(scene:Scene, # painted on in place
     for z in rng.uniform(near, far, 2).tolist():
         scene.strip(ridge, z, ridge + 1, z, peak - .5, peak + 1.2, tile(.7))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-17
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #8967a343
 def draw_building(scene:Scene, # painted on in place
                   side:int, # -1 left, +1 right
                   x:float, # metres, the wall that faces the road
@@ -417,7 +417,7 @@ def draw_building(scene:Scene, # painted on in place
     for low, high in ((floors[-1] - .3, floors[-1]), (first - .4, first + rng.uniform(-.3, .2))):
         scene.strip(x, near, x, far, low, high, trim)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-21
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #d9034469
 def draw_tree(scene:Scene, # painted on in place
               x:float, # metres from the camera's path
               z:float, # metres ahead
@@ -444,7 +444,7 @@ def draw_tree(scene:Scene, # painted on in place
     for lobe, tone in zip(np.stack((xs, ys), -1).reshape(n, -1).tolist(), tones.tolist()):
         scene.draw.polygon(lobe, scene.ink(leaf, TREE, z, FOLIAGE + 3, tone))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-22
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #d3aa90bc
 def draw_hedge(scene, x, near, far, high):
     "A hedge along the road at x, from near to far, all in metres; trees are its class."
     rng, leaf = scene.rng, pick(scene.rng, LEAF)
@@ -456,7 +456,7 @@ def draw_hedge(scene, x, near, far, high):
         v, r, ink = v - k * y * high, r * k, scene.ink(leaf, TREE, z, FOLIAGE + 3, tone)
         scene.draw.ellipse((u - r, v - r, u + r, v + r), ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-23
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #ce97287c
 def draw_fence(scene, x, near, far, high):
     "A wall, boards or railings along the road at x, from near to far, all in metres."
     rng, kind = scene.rng, int(scene.rng.integers(3))
@@ -472,7 +472,7 @@ def draw_fence(scene, x, near, far, high):
     for y in (.1, high):
         scene.strip(x, near, x, far, y - .05, y + .05, ink(near, GRAIN + 2))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-27
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #3b7c0d43
 def draw_backdrop(scene:Scene, # painted on in place
                  ):
     "Two far rows, of roofs and of tree tops, that close the view."
@@ -484,7 +484,7 @@ def draw_backdrop(scene:Scene, # painted on in place
         ink = scene.ink(pick(rng, LEAF if label == TREE else STONE), label, 140, FOLIAGE + 2)
         scene.fill([(xs[0], -9, 140), *line, (xs[-1], -9, 140)], ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-28
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7d2923aa
 def draw_bonnet(scene):
     "The front of our own car along the lower edge of the picture: void."
     (w, h), rise = scene.size, scene.rng.uniform(.03, .12)
@@ -503,7 +503,7 @@ import numpy as np
 
 SCENES_VERSION = 1  # raised whenever the same seed would draw other bytes
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-09
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #5e8f403d
 @dataclass
 class Street:
     "Where the parts of the street lie across it, in metres from the camera's path."
@@ -526,7 +526,7 @@ def plan_street(rng:np.random.Generator, # the scene's source of chance
                  for _ in range(2))
     return Street(kerbs, (kerbs[0] - wide[0], kerbs[1] + wide[1]), lanes, gaps, kinds)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-12
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #f7afc9c7
 def ribbon(scene, left, right, ink):
     "Paint a strip of ground along the road between two lines, in metres."
     zs = [0.9 * 150 ** (i / 12) for i in range(13)]
@@ -536,7 +536,7 @@ def patch(scene, x0, x1, z0, z1, ink):
     "Paint a rectangle of ground, in metres."
     scene.fill([(x0, 0, z0), (x0, 0, z1), (x1, 0, z1), (x1, 0, z0)], ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-13
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #95cc7a7e
 def draw_ground(scene:Scene, # painted on in place
                 street:Street, # where the parts lie
                ):
@@ -558,7 +558,7 @@ def draw_ground(scene:Scene, # painted on in place
         ink = scene.ink(tar, ROAD, z, surface, tone)
         patch(scene, x, min(x + long * .5, right), z, z + long, ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-14
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #09f53060
 def draw_markings(scene:Scene, # painted on in place
                   street:Street, # where the parts lie
                  ):
@@ -578,7 +578,7 @@ def draw_markings(scene:Scene, # painted on in place
         for x in np.arange(left + .2, right - .4, 1.1).tolist():
             patch(scene, x, x + .55, z, z + 3, ink(white, z=z))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-18
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7e0f283b
 def line_side(rng:np.random.Generator, # the scene's source of chance
               street:Street, # where the parts lie
               side:int, # -1 left, +1 right
@@ -610,7 +610,7 @@ def line_side(rng:np.random.Generator, # the scene's source of chance
             things.append(Thing(far + .1, partial(draw_tree, x=away, z=t, high=high), foot))
     return things
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-19
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #157ee202
 def furnish_side(rng:np.random.Generator, # the scene's source of chance
                  street:Street, # where the parts lie
                  side:int, # -1 left, +1 right
@@ -643,7 +643,7 @@ def furnish_side(rng:np.random.Generator, # the scene's source of chance
                 along=(high * rng.uniform(-1.2, 1.2), 0))
     return things
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-20
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #72e69aaa
 def add_traffic(rng:np.random.Generator, # the scene's source of chance
                 street:Street, # where the parts lie
                ) -> list: # of `Thing`
@@ -669,7 +669,7 @@ def add_traffic(rng:np.random.Generator, # the scene's source of chance
             add(side * rng.uniform(2, 14) - 2, z + wide / 2, CARS[rng.integers(4)], 0)
     return things
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-21
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7f421d83
 def add_crossers(rng:np.random.Generator, # the scene's source of chance
                  street:Street, # where the parts lie
                 ) -> list: # of `Thing`
@@ -684,7 +684,7 @@ def add_crossers(rng:np.random.Generator, # the scene's source of chance
             things.append(Thing(z, paint, (x - .3, x + .3, z, z + 1, 1.7)))
     return things
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-25
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #4a889aa7
 def check_scene(seed, size):
     "Seed, height and width as plain ints, or an error that says what would be right."
     try:
@@ -702,14 +702,14 @@ def check_scene(seed, size):
         raise ValueError(f'size must be at least 64 by 64 pixels (height, width), got {size!r}')
     return seed, height, width
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-26
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #a896250e
 def in_view(scene, thing):
     "Whether a thing may reach into the picture's width; from 20 m on it always may."
     x0, x1, z0, z1, _ = thing.foot
     columns = [scene.camera.post(x, z)[0] for x in (x0, x1) for z in (z0, z1)]
     return z0 > 20 or (max(columns) >= 0 and min(columns) <= scene.size[0])
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-27
+# %% ../../../nbs/data/toy/01_streetscenes.ipynb #70fa5a34
 def draw_scene(seed:int, # which scene, 0 or more
                size:tuple=(128, 160), # height, width in pixels, 64 or more each
               ) -> tuple: # (image uint8 (H,W,3), label uint8 (H,W): class ids 0..10, 255 void)
