@@ -102,7 +102,7 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
                  later:bool=False,  # True: an earlier stage of the same demo makes its file
                 ) -> None:
     "Raise FileNotFoundError or ValueError, with the cure, when what a stage reads is not there."
-    check = {"evaluate": check_evaluate, "pareto": check_front}.get(stage, check_training_inputs)
+    check = {"evaluate": check_evaluate, "pareto": check_pareto}.get(stage, check_training_inputs)
     check(stage, config, later)
 
 def check_evaluate(stage: str, config, later: bool):

@@ -82,7 +82,7 @@ def perturbed(sparse: SparseFeatures, rows: slice) -> SparseFeatures:
     if mask is None: return SparseFeatures(perturb_features(features[rows]))
     chosen = torch.zeros_like(mask)
     chosen[rows] = True
-    return SparseFeatures(perturb_features(select_rows(features, chosen[mask])), present[rows])
+    return SparseFeatures(perturb_features(select_rows(features, chosen[mask])), mask[rows])
 
 def joined(first: SparseFeatures, second: SparseFeatures) -> SparseFeatures:
     "Two signals of one scale as that of one batch."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'DASHES', 'HISTORY_PANELS', 'FRONT_KINDS', 'FRONT_NAMES', 'known_points', 'log_axis',
            'draw_panel', 'plot_history', 'plot_candidates', 'plot_class_iou', 'point_name', 'draw_unmeasured',
-           'draw_measured', 'plot_cost_accuracy', 'check_front', 'seed_groups', 'plot_front']
+           'draw_measured', 'plot_cost_accuracy', 'check_pareto', 'seed_groups', 'plot_front']
 
 # %% ../../nbs/viz/01_curves.ipynb #55f0f39d
 import math
@@ -245,7 +245,7 @@ FRONT_KINDS = {"derived": dict(color=COLOURS[0], marker="o", ls="-", ms=7),
 FRONT_NAMES = {"dynamic": "dynamic inference, mean cost"}
 
 
-def check_front(rows): # dicts: kind, name, gflops, miou
+def check_pareto(rows): # dicts: kind, name, gflops, miou
     "Raise `ValueError` for rows that have no place in the picture."
     if not rows: raise ValueError("no network was given: `rows` is empty")
     for row in rows:
@@ -277,7 +277,7 @@ def seed_groups(rows:list, # dicts of one kind: name, gflops, miou and perhaps s
 def plot_front(rows:list, # dicts: kind (see FRONT_KINDS), name, gflops, miou in 0..1, perhaps seed
               ): # matplotlib Figure
     "mIoU against GFLOPs: the derived front beside random, all-open, dynamic and baseline networks."
-    check_front(rows)
+    check_pareto(rows)
     fig, axes = new_figure(figsize=(7.5, 3.4))
     ax, shown = axes[0, 0], 0
     for kind, style in FRONT_KINDS.items():

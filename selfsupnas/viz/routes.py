@@ -8,13 +8,13 @@ __all__ = ['GATE_COLOURS', 'CELL_STATES', 'frame_grid', 'draw_gates', 'draw_rout
            'closed_counts', 'plot_closed', 'operation_matrix', 'draw_operations', 'draw_searched', 'plot_operations']
 
 # %% ../../nbs/viz/02_routes.ipynb #77b63e90
-import math
+import math, textwrap
 
 import numpy as np
 
 from ..show import as_array, as_picture, new_figure
 from ..space.architecture import Architecture, draw_architecture
-from ..space.grid import Edge, SearchSpace, trace_route
+from ..space.grid import STEP, STRIDES, Edge, SearchSpace, trace_route
 from .curves import COLOURS, DASHES, MARKERS
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-21

@@ -14,7 +14,7 @@ __all__ = ['CLASSES', 'SKY', 'BUILDING', 'POLE', 'ROAD', 'PAVEMENT', 'TREE', 'SI
            'in_view', 'draw_scene']
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #ac5b3fbb
-import math
+import math, operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -494,14 +494,7 @@ def draw_bonnet(scene):
                        scene.ink(pick(scene.rng, PAINT), VOID, 0, BLOTCH + 2, .7))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-02
-import operator
-from dataclasses import dataclass
-from functools import partial
-
-import numpy as np
-
-
-SCENES_VERSION = 1  # raised whenever the same seed would draw other bytes
+SCENES_VERSION = 1 # raised whenever the same seed would draw other bytes
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #5e8f403d
 @dataclass
