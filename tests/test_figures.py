@@ -994,7 +994,7 @@ def without(architecture, **parts):
 
 def dotted_as_solid(figure):
     for edge in figure.axes[0].lines:
-        if mark.get_linestyle() == ":": edge.set_linestyle("-")
+        if edge.get_linestyle() == ":": edge.set_linestyle("-")
 
 
 def exchanged_labels(figure):
