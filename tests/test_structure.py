@@ -3,60 +3,15 @@ import ast, base64, dataclasses, importlib, json, re, subprocess, sys
 
 import pytest
 from conftest import ROOT
+from imports import CHAPTERS, MODULES, NOTEBOOKS, cells, is_exported, module_of, package_imports, wrong_imports
 
 from selfsupnas.core import from_parameters
 from selfsupnas.parameters import STAGES, field_docs, stage_config
 
-NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "experiments") and re.match(r"\d\d_", p.name)]
 HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill", "onnx", "onnxruntime", "onnxscript", "huggingface_hub", "tensorboard", "submitit", "torchvision")
 
 
-def cells(path, kind="code"):
-    "The cells of a notebook as (source, cell)."
-    return [("".join(c["source"]), c) for c in json.loads(path.read_text("utf8"))["cells"] if c["cell_type"] == kind]
-
-
-def is_exported(source): return re.match(r"#\s*\|\s*exporti?s?\b", source) is not None
-
-
-def module_of(path):
-    "The module that a notebook exports to, None if it exports nothing."
-    return next((m[1] for source, _ in cells(path) if (m := re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", source))), None)
-
-
-# folders and rooms of the top level, in the order in which they may import: each only from those before it
-ORDER = ["core", "distributed", "show", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "zoo", "export", "machinery"]
-MODULES = {module_of(p): p for p in CHAPTERS if module_of(p)}
-
-
-def place_of(module):
-    "Where a module stands: its room, and its number there."
-    path, room = MODULES[module], module.split(".")[0]
-    toys = path.parent.name != "toy" # the embedded sets come before the formats
-    return ORDER.index(room if room in ORDER else "machinery"), toys, int(path.name[:2])
-
-
 def name(path): return str(path.relative_to(ROOT/"nbs"))
-
-
-def package_imports(source):
-    "The names of the modules of this package that a piece of code imports."
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            assert not node.level, "a notebook says `from selfsupnas.x import`, without dots"
-            module = (node.module or "").removeprefix("selfsupnas").removeprefix(".")
-            if not (node.module or "").startswith("selfsupnas"): continue
-            if module in MODULES: yield module
-            else: yield from (f"{module}.{a.name}".removeprefix(".") for a in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("selfsupnas.") for a in node.names if a.name.startswith("selfsupnas."))
-
-
-def wrong_imports(path, source):
-    "What an exported piece of code imports from later than its own place."
-    own = place_of(module_of(path))
-    return [module for module in package_imports(source) if module in MODULES and place_of(module) >= own]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)

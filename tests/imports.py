@@ -1,0 +1,114 @@
+"""Which room of the package imports from which: the order that tests/test_structure.py guards, and a picture of it.
+
+`python tests/imports.py [PICTURE.png]` (or `make imports`) draws the imports between rooms and prints their lines.
+"""
+import ast, collections, json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "experiments") and re.match(r"\d\d_", p.name)]
+# rooms in reading order: each imports only from those before it; inside a folder the numbers of the chapters decide
+ORDER = ["core", "distributed", "show", "data/toy", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "zoo", "export", "cli", "machinery"]
+
+
+def cells(path, kind="code"):
+    "The cells of a notebook as (source, cell)."
+    return [("".join(c["source"]), c) for c in json.loads(path.read_text("utf8"))["cells"] if c["cell_type"] == kind]
+
+
+def is_exported(source): return re.match(r"#\s*\|\s*exporti?s?\b", source) is not None
+
+
+def module_of(path):
+    "The module that a notebook exports to, None if it exports nothing."
+    return next((m[1] for source, _ in cells(path) if (m := re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", source))), None)
+
+
+MODULES = {module_of(p): p for p in CHAPTERS if module_of(p)}
+
+
+def room(module):
+    "The folder of a module, or its own name at the top level."
+    return "/".join(module.split(".")[:-1]) or module
+
+
+def place(module):
+    "Where a module stands in the reading order; only what has a smaller place may be imported."
+    return ORDER.index(room(module)), int(MODULES[module].name[:2])
+
+
+def package_imports(source):
+    "The names of the modules of this package that a piece of code imports."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "a notebook says `from selfsupnas.x import`, without dots"
+            module = (node.module or "").removeprefix("selfsupnas").removeprefix(".")
+            if not (node.module or "").startswith("selfsupnas"): continue
+            if module in MODULES: yield module
+            else: yield from (f"{module}.{a.name}".removeprefix(".") for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("selfsupnas.") for a in node.names if a.name.startswith("selfsupnas."))
+
+
+def wrong_imports(path, source):
+    "The modules that an exported piece of code imports from its own place or a later one."
+    own = place(module_of(path))
+    return [module for module in package_imports(source) if module in MODULES and place(module) >= own]
+
+
+def arrows():
+    "(importing room, imported room) -> number of imports between modules."
+    found = collections.Counter()
+    for module, path in MODULES.items():
+        imported = {name for source, _ in cells(path) if is_exported(source) for name in package_imports(source) if name in MODULES}
+        found.update((room(module), room(name)) for name in imported if room(name) != room(module))
+    return found
+
+
+def lines_of_rooms():
+    "Room -> (modules, exported lines with comments and blanks)."
+    found = collections.defaultdict(lambda: [0, 0])
+    for module in MODULES:
+        text = (ROOT/"selfsupnas"/f"{module.replace('.', '/')}.py").read_text("utf8").splitlines()
+        own = found[room(module)]
+        own[0], own[1] = own[0] + 1, own[1] + len(text)
+    return {name: tuple(found[name]) for name in ORDER if name in found}
+
+
+def draw(to):
+    "Save the picture: rooms from top to bottom in reading order, an arc from each to what it imports, red where it points down."
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import FancyArrowPatch
+    lines, counts = lines_of_rooms(), arrows()
+    names = list(lines)
+    at = {name: -i for i, name in enumerate(names)}
+    fig, ax = plt.subplots(figsize=(9, 9.5), dpi=110)
+    for name in names:
+        modules, count = lines[name]
+        ax.text(-.1, at[name], name, ha="right", va="center", fontsize=13, weight="bold")
+        ax.barh(at[name], count / 500, height=.45, left=.05, color="#56B4E9")
+        ax.text(.1 + count / 500, at[name], f"{count:,} lines, {modules} {'module' if modules == 1 else 'modules'}", va="center", fontsize=10)
+    for (importing, imported), count in counts.items():
+        up = at[imported] > at[importing]
+        reach = abs(at[imported] - at[importing])
+        ax.add_patch(FancyArrowPatch((-1.9, at[importing] + .08), (-1.9, at[imported] - .08), connectionstyle=f"arc3,rad={-.28 if up else .28}",
+                                     arrowstyle="-|>", mutation_scale=9, lw=.5 + .35 * count ** .5, color="0.35" if up else "#D55E00", alpha=.75,
+                                     shrinkA=2, shrinkB=2, zorder=20 - reach))
+    wrong = sum(names.index(a) <= names.index(b) for a, b in counts)
+    ax.set_title(f"imports between rooms: {sum(counts.values())} between modules, {len(counts)} arrows, {wrong} against the order", fontsize=12, loc="left")
+    ax.set_xlim(-6.6, 8.2); ax.set_ylim(-len(names) + .3, .8); ax.axis("off")
+    fig.savefig(to, bbox_inches="tight")
+    return wrong
+
+
+if __name__ == "__main__":
+    to = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT/"runs"/"imports.png"
+    to.parent.mkdir(parents=True, exist_ok=True)
+    wrong = draw(to)
+    rooms = lines_of_rooms()
+    for name, (modules, count) in rooms.items(): print(f"{name:12} {modules:3} {'module ' if modules == 1 else 'modules'} {count:7,} lines")
+    print(f"{'in all':12} {sum(m for m, _ in rooms.values()):3} modules {sum(n for _, n in rooms.values()):7,} lines; {len(arrows())} arrows, {wrong} against the order; {to}")
+    raise SystemExit(bool(wrong))
