@@ -57,11 +57,15 @@ def one_step(data, space):
     return make
 
 
-@kinds
+WITHOUT = {f"without {name}": dataclasses.replace(SMALL, **{name: 0.}) for name in ("w_jig", "w_semi")} # a weight of 0 removes the term and its compute
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *WITHOUT])
 @pytest.mark.parametrize("semi", [False, True], ids=["before", "after"])
 def test_the_objective_sends_as_many_images_as_counted(one_step, kind, semi):
     "Hooks count what enters stem, decoder and classifier of each network, before and after w_semi begins to rise."
-    trainee, teacher, loss = one_step(KINDS[kind], semi)
+    config = (KINDS | WITHOUT)[kind]
+    trainee, teacher, loss = one_step(config, semi)
     entered = {}
     def count(name): return lambda module, args: entered.__setitem__(name, entered.get(name, 0) + len(args[0]))
     for name, network in (("student", trainee.model), ("taught", teacher.model.model), ("peer", trainee.peer)):
@@ -70,11 +74,12 @@ def test_the_objective_sends_as_many_images_as_counted(one_step, kind, semi):
         network.classifier.register_forward_pre_hook(count(f"{name}, classified"))
         network.decoder.last.register_forward_pre_hook(count(f"{name}, decoded"))
     loss()
-    n = passes(KINDS[kind], semi)
+    n = passes(config, semi)
     assert entered["student"] == n["segmented"] + n["jigsaw"]
     assert entered["student, decoded"] == n["segmented"] + n["jigsaw"] + n["perturbed"]
     assert entered["student, classified"] == n["segmented"] + n["perturbed"]
     for other in ("taught", "peer"): assert {entered.get(other, 0), entered.get(f"{other}, classified", 0)} == {n[other]}
+    assert (kind != "without w_jig" or n["jigsaw"] == 0) and (kind != "without w_semi" or n["segmented"] == config.batch_labelled)
 
 
 def test_the_table_of_a_shallow_grid_holds_for_a_deep_one(space, table):
