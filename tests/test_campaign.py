@@ -234,7 +234,7 @@ def test_the_command_prints_the_table_and_names_what_failed(pretended, monkeypat
         monkeypatch.setattr(campaign, "run_campaign", functools.partial(run_campaign, start=start, pause=0.))
         assert main(["compare", *words]) == status
         said = capsys.readouterr()
-        assert ("1 failed: 0.025/random-0-labels/0" in said.err) == bool(status) and "lraspp_mobilenet_v3_large" in said.out and "50.0%" in said.out
+        assert ("1 failed: 0.025/random-0-labels/0" in said.err) == bool(status) and "lraspp_mobilenet_v3_large" in said.out and "50.0 (n=1)" in said.out
 
 
 # -- In miniature, with real processes
