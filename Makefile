@@ -96,30 +96,30 @@ pareto: env ## one search, three budgets, beside random routes and hand-crafted 
 # Hours to days. What has a record is not run again, what was stopped goes on; ARGS="-p only '0.125/searched-*'" for a part.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
-	selfsupnas campaign --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
+	python nbs/experiments/campaign.py compare --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
 
 bench-quick: env ## the direction of make camvid in about 30 minutes: 1 fraction, 1 seed, 200 steps, DeepLabV3-ResNet-50 among the rivals
 	@echo "== bench-quick: into runs/bench-quick"
-	selfsupnas campaign --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
+	python nbs/experiments/campaign.py compare --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
 	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
 	  -p arms "('both', 'labels')" -p open False -p random 1 -p searches '()' $(ARGS)
 
 # What has a record is not measured again. The memory part wants Linux or a GPU.
-bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' for some; ARGS="device='cuda', precision='bf16'"
+bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' for some; ARGS='--device cuda --precision bf16'
 	@echo "== bench-speed: into runs/speed"
-	python -c "from selfsupnas.bench import PARTS, bench; from selfsupnas.speed import SpeedConfig; bench(SpeedConfig($(ARGS)), '$(PARTS)'.split() or tuple(PARTS))"
+	python nbs/experiments/benchmarks.py $(PARTS) $(ARGS)
 
 terms: env ## time of a search step with all terms, and with each term's weight at 0
 	@echo "== terms: into runs/terms"
-	python -c "from selfsupnas.stages.searching import SearchConfig; from selfsupnas.timing import time_terms; print(time_terms(SearchConfig(folder='runs/terms', steps=10)).timings)"
+	python nbs/experiments/benchmarks.py removal -p folder runs/terms -p steps 10
 
 loader: env ## time of a search step beside that of the loader alone, two workers; with CamVid, where SELFSUPNAS_DATA has it
 	@echo "== loader: into runs/loader"
-	rate() { python -c "from selfsupnas.stages.searching import SearchConfig; from selfsupnas.timing import time_loader; print('$$1', time_loader(SearchConfig(folder='runs/loader/$$1', workers=2, steps=20, $$2)).timings)"; }
-	rate streetscenes ""
+	rate() { python nbs/experiments/benchmarks.py loader -p folder runs/loader/$$1 -p workers 2 -p steps 20 "$${@:2}"; }
+	rate streetscenes
 	if [ -d "$${SELFSUPNAS_DATA:-}/camvid" ]; then
-	  rate camvid "data='camvid', size=(120, 160), label_fraction=1/8"
-	  rate camvid-decoded "data='camvid', size=(120, 160), label_fraction=1/8, cache_gb=0."
+	  rate camvid -p data camvid -p size '(120, 160)' -p label_fraction 1/8
+	  rate camvid-decoded -p data camvid -p size '(120, 160)' -p label_fraction 1/8 -p cache_gb 0.
 	fi
 
 # What has a record is not run again; a cell may take as long as it needs.

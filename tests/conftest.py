@@ -11,6 +11,7 @@ if not os.environ.get("SELFSUPNAS_GPU"): os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", NO_COLOR="1")
 for name in ("FORCE_COLOR", "PYTHON_COLORS"): os.environ.pop(name, None)
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT/"nbs"/"experiments")) # what is there is no part of the package
 
 
 def pytest_configure(config):

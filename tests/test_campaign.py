@@ -1,16 +1,243 @@
-"A campaign in miniature, with real processes: it is stopped on the way, started again, and leaves comparable records."
-import json, os, signal, subprocess, sys
+"""A comparison: its plan, with records that are written by hand; and in miniature with real processes, stopped on the way and started again."""
+import dataclasses, functools, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
+import campaign
 import pytest
+from campaign import (CampaignConfig, Run, best_lr, command_words, compared, drive, main, make_routes, make_splits, missing_stages, outcome, own_gpu, plan, record_of, run_campaign)
 from conftest import wait_until
 
-from selfsupnas.campaign import CampaignConfig, best_lr, compared, make_routes, missing_stages, plan
 from selfsupnas.core import RunRecord
-from selfsupnas.driver import run_campaign
+from selfsupnas.parameters import field_docs
+from selfsupnas.rivals import all_open
+from selfsupnas.space.architecture import save_architecture
+from selfsupnas.space.grid import SearchSpace
 
-pytestmark = pytest.mark.long
+long = pytest.mark.long
 
+
+# -- The plan, without training anything
+
+@pytest.fixture
+def planned(tmp_path):
+    config = CampaignConfig(folder=str(tmp_path/"runs"), records=str(tmp_path/"kept"), data="streetscenes", size=(64, 80), crop=None, fractions=(1 / 40,), seeds=(0, 1), steps=8,
+                            trial_steps=4, search_steps=8, layers=3, channels=8, rivals=("lraspp_mobilenet_v3_large",), semi_rivals=(), arms=("both", "labels"), random=2,
+                            searches=("searched_by_jigsaw",))
+    make_splits(config)
+    return config
+
+
+def leave_record(config, run, stage, **figures):
+    "A record as if the stage had been run, with made-up figures."
+    timings = {"training": 1., "step_ms": 1., "latency": {"x": {"latency_ms": 1.}}}
+    RunRecord(stage, run.name, dict(run.stages)[stage], 0, figures, timings).save(Path(config.folder)/run.name/stage)
+
+
+def leave_searches(config):
+    for run in plan(config):
+        if run.stages[0][0] != "search": continue
+        save_architecture(all_open(SearchSpace(11, config.layers, config.channels)), Path(config.folder)/run.name/"search/architecture.json")
+        leave_record(config, run, "search")
+    make_routes(config)
+
+
+def leave_trials(config):
+    "A trial is the better, the nearer its learning rate is to 0.001."
+    for run in plan(config):
+        if "trials" in run.name: leave_record(config, run, "retrain", val_miou=-abs(float(run.name.rsplit("/")[-1]) - 1e-3))
+
+
+def leave_compared(config, count):
+    runs = [run for run in plan(config) if run.stages[-1][0] == "evaluate"][:count]
+    for run in runs:
+        leave_record(config, run, "retrain", val_miou=.4)
+        leave_record(config, run, "evaluate", split="test", rows={"x": {"miou": .5, "iou": {}, "gflops": 1., "parameters": 1}})
+    return runs
+
+
+def test_a_plan_grows_with_its_searches_and_its_trials(planned):
+    assert [run.name for run in plan(planned)] == ["0.025/found", *(f"0.025/trials/lraspp_mobilenet_v3_large/{lr:g}" for lr in planned.lrs), "0.025/found_by_jigsaw"]
+    leave_searches(planned)
+    assert len(plan(planned)) == 2 + 3 + 3, "the searched network has trials"
+    leave_trials(planned)
+    runs = plan(planned)
+    assert len(runs) == 8 + 2 * (2 * 3 + 2 + 2), "and compared runs for two seeds"
+    assert dict(runs[-1].stages)["retrain"]["lr"] == best_lr(planned, "searched") == 1e-3, "that of the best validation mIoU"
+    by_jigsaw = {run.name: dict(run.stages) for run in runs if "by_jigsaw" in run.name}
+    assert set(by_jigsaw) == {"0.025/found_by_jigsaw", *(f"0.025/searched_by_jigsaw-{arm}/{seed}" for arm in ("labels", "inherit") for seed in (0, 1))}
+    assert by_jigsaw["0.025/found_by_jigsaw"]["search"]["w_sup"] == 0
+    assert len({json.dumps(dict(run.stages)["retrain"]["split_folder"]) for run in runs if "retrain" in dict(run.stages)}) == 1
+
+
+def test_a_rival_with_consistency_alone_has_trials(planned):
+    assert any("trials/unet_resnet18" in run.name for run in plan(dataclasses.replace(planned, rivals=(), semi_rivals=("unet_resnet18",))))
+
+
+def test_compared_runs_are_read_with_their_network_arm_and_seed(planned):
+    leave_searches(planned), leave_trials(planned)
+    runs, results = leave_compared(planned, 3), compared(planned.folder)
+    assert [(r["parameters"]["network"], r["parameters"]["arm"], r["seed"]) for r in results] == sorted((*run.name.split("/")[1].rsplit("-", 1), 0) for run in runs)
+    assert all(r["figures"]["test_miou"] == .5 and r["parameters"]["lr"] == 1e-3 for r in results)
+
+
+def test_results_are_not_mixed(planned):
+    "A record of other parameters is an error; an evaluation older than its training is made again."
+    leave_searches(planned), leave_trials(planned)
+    whole = leave_compared(planned, 1)[0]
+    assert missing_stages(planned, whole) == []
+    longer = next(run for run in plan(dataclasses.replace(planned, steps=9)) if run.name == whole.name)
+    with pytest.raises(ValueError, match="steps = 8, and 9"): missing_stages(planned, longer)
+    file = Path(planned.folder)/whole.name/"retrain"/"retrain-record.json"
+    file.write_text(file.read_text().replace('"created": "2', '"created": "3'))
+    assert [stage for stage, _ in missing_stages(planned, whole)] == ["evaluate"]
+    file.unlink()
+    assert [stage for stage, _ in missing_stages(planned, whole)] == ["retrain", "evaluate"]
+
+
+def test_a_route_that_changed_under_its_runs_is_an_error(planned):
+    leave_searches(planned)
+    save_architecture(all_open(SearchSpace(11, 4, 8)), Path(planned.folder)/"0.025"/"found"/"search"/"architecture.json")
+    with pytest.raises(ValueError, match="searched.json is not what"): make_routes(planned)
+
+
+@pytest.mark.parametrize("bad, named", [(dict(rivals=("deeplab",)), "deeplab"), (dict(arms=("all",)), "'all'"), (dict(seeds=()), "seeds"), (dict(workers=0), "workers"),
+                                        (dict(searches=("searched",)), "'searched'")])
+def test_a_wrong_parameter_is_named(bad, named):
+    with pytest.raises(ValueError, match=named): CampaignConfig(**bad)
+
+
+@pytest.mark.parametrize("pairs, named", [(("rivals", "('unet',)"), "no hand-crafted network 'unet'; known: "), (("steps", "0"), "steps must be 1 or more, not 0"),
+                                          (("fractions", "('all',)"), "fractions must be tuple[float, ...], not ('all',)"), (("stpes", "3"), "stpes")])
+def test_the_command_refuses_it_before_anything_is_made(tmp_path, monkeypatch, capsys, pairs, named):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--folder", "new", "-p", *pairs]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("campaign.py compare: ") and named in err and len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_the_command_lists_its_parameters(capsys):
+    assert main(["compare", "--parameters"]) == 0
+    out = capsys.readouterr().out
+    docs = field_docs(CampaignConfig)
+    assert all(docs[f.name] and docs[f.name] in out for f in dataclasses.fields(CampaignConfig))
+    assert docs["searches"].startswith("further searches") and "further" not in docs["search_steps"], "a comment below a field is of that field"
+
+
+# -- A few processes at a time
+
+def test_a_stage_is_told_its_parameters_and_goes_to_its_gpu(tmp_path, monkeypatch):
+    assert command_words(tmp_path/"a", "retrain", {"lr": 1e-3, "crop": None}) == ["retrain", "--folder", str(tmp_path/"a"), "-p", "lr", "0.001", "-p", "crop", "null"]
+    (tmp_path/"a"/"retrain-record.json").touch()
+    assert command_words(tmp_path/"a", "retrain", {"lr": 1e-3})[-2:] == ["overwrite", "True"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert [own_gpu(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "7", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert own_gpu(3) == {}
+
+
+class Sleeper:
+    "A process that sleeps, and notes when it began and when it was seen to have ended."
+    def __init__(self, name, slot):
+        self.name, self.slot, self.begun = name, slot, time.perf_counter()
+        self.process = subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep(.1); raise SystemExit({int(name == 'c')})"])
+
+    def poll(self): return self.process.poll()
+
+
+def test_two_run_at_a_time_and_a_failure_stops_no_other():
+    runs, made, spans = [Run(name, (("nap", {}),)) for name in "abcdefg"], [], {}
+    def left(): return [(run, [] if run.name in made else list(run.stages)) for run in runs]
+    def nap(name, stage, parameters, slot): return spans.setdefault(name, Sleeper(name, slot))
+    def woke(run, stage, status):
+        spans[run.name].ended = time.perf_counter()
+        if not status: made.append(run.name)
+        return not status
+    assert drive(left, nap, woke, workers=2, what="naps", pause=.01) == ["c"] and set(made) == set("abdefg")
+    events = sorted([(s.begun, 1) for s in spans.values()] + [(s.ended, -1) for s in spans.values()])
+    assert max(sum(change for _, change in events[:i + 1]) for i in range(len(events))) == 2 and {s.slot for s in spans.values()} == {0, 1}
+    begun = dict(spans)
+    assert drive(left, nap, woke, 2, "naps", pause=.01) == ["c"] and spans == begun and set(made) == set("abdefg"), "again, the failed run alone"
+
+
+class Ended:
+    "A process that has ended."
+    def __init__(self, returncode=0): self.returncode, self.pid = returncode, 0
+    def poll(self): return self.returncode
+    def wait(self): pass
+
+
+@pytest.fixture
+def pretended(tmp_path):
+    "A small comparison, and what stands in the place of a process: it writes records with made-up figures."
+    config = CampaignConfig(folder=str(tmp_path/"runs"), records=str(tmp_path/"kept"), data="streetscenes", size=(64, 80), crop=None, fractions=(1 / 40,), seeds=(0,), layers=3,
+                            channels=8, rivals=("lraspp_mobilenet_v3_large",), semi_rivals=(), lrs=(1e-3,), arms=("labels",), random=1, open=False, searches=("searched_by_jigsaw",))
+    started = []
+    def pretend(config, name, stage, parameters, slot):
+        started.append((name, stage))
+        to = Path(config.folder)/name/stage
+        to.mkdir(parents=True, exist_ok=True)
+        for made in ("checkpoint-000800.pt", "best.pt", "network.safetensors", "mine.pt"): (to/made).touch()
+        if stage == "search": save_architecture(all_open(SearchSpace(11, config.layers, config.channels)), to/"architecture.json")
+        learned = parameters.get("w_sup", 1) or None # None: a search without labels has no mIoU
+        row = {"miou": .5, "iou": {}, "gflops": 1., "parameters": 1}
+        figures = {"search": {"derived_inherited_val_miou": learned, "jigsaw_val_accuracy": .3}, "retrain": {"val_miou": .4}, "evaluate": {"split": "test", "rows": {"x": row}}}
+        RunRecord(stage, name, parameters, 0, figures[stage], {"training": 1., "step_ms": 1., "latency": {"x": {"latency_ms": 1.}}}).save(to)
+        return Ended()
+    return config, pretend, started
+
+
+def test_a_search_goes_first_and_a_finished_run_keeps_no_checkpoint(pretended):
+    config, pretend, started = pretended
+    assert run_campaign(config, pretend, pause=0.) == []
+    assert started[0] == ("0.025/found", "search") and len(set(started)) == len(started)
+    assert not any(missing_stages(config, run) for run in plan(config))
+    assert {path.name for path in Path(config.folder).rglob("*") if path.suffix in (".pt", ".safetensors")} == {"network.safetensors", "mine.pt"}
+    assert len(compared(config.records)) == 5, "searched, random, the rival, by jigsaw twice"
+    assert [outcome(record_of(config, f"0.025/{name}", "search")) for name in ("found", "found_by_jigsaw")] == ["val mIoU 1.000", "val jigsaw accuracy 0.300"]
+
+
+def test_the_folder_of_records_is_enough(pretended):
+    "Started again nothing is made twice, also where only the records are left; the kept split is taken, not drawn again."
+    config, pretend, started = pretended
+    run_campaign(config, pretend, 0.)
+    count, split = len(started), "0.025/split/labeled.txt"
+    run_campaign(config, pretend, 0.)
+    first = (Path(config.folder)/split).read_text().splitlines()[0] + "\n"
+    shutil.rmtree(config.folder)
+    (Path(config.records)/split).write_text(first)
+    assert run_campaign(config, pretend, 0.) == [] and len(started) == count
+    assert (Path(config.folder)/split).read_text() == first
+    for wrong, named in ((dict(steps=9), "steps = 800, and 9"), (dict(only="searched-*"), "only='searched-")):
+        with pytest.raises(ValueError, match=named): run_campaign(dataclasses.replace(config, **wrong), pretend, 0.)
+
+
+def test_a_run_that_fails_stops_no_other_and_keeps_its_checkpoint(pretended, capsys):
+    config, pretend, _ = pretended
+    config = dataclasses.replace(config, records=None)
+    def failing(config, name, stage, parameters, slot):
+        assert slot in range(config.workers)
+        if "random-0" not in name: return pretend(config, name, stage, parameters, slot)
+        checkpoint = Path(config.folder)/name/stage/"checkpoint-000040.pt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        return Ended(1)
+    assert run_campaign(config, failing, 0.) == ["0.025/random-0-labels/0"] and capsys.readouterr().out.count("FAILED") == 1
+    assert len(compared(config.folder)) == 4
+    assert [path.name for path in Path(config.folder).rglob("checkpoint-*.pt")] == ["checkpoint-000040.pt"], "it goes on when it is started again"
+
+
+def test_the_command_prints_the_table_and_names_what_failed(pretended, monkeypatch, capsys):
+    config, pretend, _ = pretended
+    def failing(config, name, stage, parameters, slot): return pretend(config, name, stage, parameters, slot) if "random" not in name else Ended(1)
+    words = [word for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default for word in ("-p", f.name, str(value))]
+    for start, status in ((failing, 1), (pretend, 0)):
+        monkeypatch.setattr(campaign, "run_campaign", functools.partial(run_campaign, start=start, pause=0.))
+        assert main(["compare", *words]) == status
+        said = capsys.readouterr()
+        assert ("1 failed: 0.025/random-0-labels/0" in said.err) == bool(status) and "lraspp_mobilenet_v3_large" in said.out and "50.0 (n=1)" in said.out
+
+
+# -- In miniature, with real processes
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -23,17 +250,18 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(config):
     "Stopped after its first record, then run to its end."
-    command = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from selfsupnas.campaign import CampaignConfig; from selfsupnas.driver import run_campaign; run_campaign(CampaignConfig(**{config.__dict__!r}))"
-    driver = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL, start_new_session=True)
+    words = [word for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default for word in ("-p", f.name, "null" if value is None else str(value))]
+    driver = subprocess.Popen([sys.executable, campaign.__file__, "compare", *words], stderr=subprocess.DEVNULL, start_new_session=True)
     assert wait_until(lambda: any(not missing_stages(config, run) for run in plan(config)), lambda: driver.poll() is not None), "ended without a record"
-    os.killpg(driver.pid, signal.SIGINT)
-    driver.wait(600)
+    os.killpg(driver.pid, signal.SIGTERM)
+    assert driver.wait(600) == 128 + signal.SIGTERM
     before = {run.name: {stage: RunRecord.load(f"{config.folder}/{run.name}/{stage}/{stage}-record.json").created for stage, _ in run.stages}
               for run in plan(config) if not missing_stages(config, run)}
     assert before and len(before) < 9, "stopped on its way"
     return run_campaign(config), before
 
 
+@long
 def test_nothing_is_made_twice_and_nothing_is_missing(config, done):
     failed, before = done
     assert failed == []
@@ -46,6 +274,7 @@ def test_nothing_is_made_twice_and_nothing_is_missing(config, done):
         for stage, created in stages.items(): assert RunRecord.load(f"{config.folder}/{name}/{stage}/{stage}-record.json").created == created
 
 
+@long
 def test_all_runs_share_split_views_and_steps(config, done):
     records = [json.loads(path.read_text()) for path in Path(config.records).glob("*/*-*/*/retrain/retrain-record.json")]
     assert len(records) == 5
@@ -54,17 +283,20 @@ def test_all_runs_share_split_views_and_steps(config, done):
     assert {r["metrics"]["labelled_images"] for r in records} == {10}
 
 
+@long
 def test_trials_never_read_the_test_split(config, done):
     for run in plan(config):
         if "trials" in run.name or run.name.endswith("found"): assert "evaluate" not in [stage for stage, _ in run.stages]
     assert best_lr(config, "unet_resnet18") == 1e-3
 
 
+@long
 def test_a_search_by_the_jigsaw_reads_no_label(config, done):
     record = RunRecord.load(f"{config.records}/0.025/found_by_jigsaw/search/search-record.json")
     assert record.parameters["w_sup"] == record.parameters["w_semi"] == 0 and record.metrics["derived_inherited_val_miou"] is None
 
 
+@long
 def test_what_is_compared_is_what_was_evaluated(config, done):
     rows = {(r["parameters"]["network"], r["parameters"]["arm"]): r["metrics"] for r in compared(config.records)}
     assert set(rows) == {("searched", "both"), ("unet_resnet18", "labels"), ("unet_resnet18", "semi"), ("searched_by_jigsaw", "labels"), ("searched_by_jigsaw", "inherit")}
@@ -74,6 +306,7 @@ def test_what_is_compared_is_what_was_evaluated(config, done):
         assert len(row["iou"]) == 11 and row["test_miou"] == pytest.approx(sum(known) / len(known))
 
 
+@long
 def test_the_committed_records_are_enough(config, done, tmp_path):
     elsewhere = CampaignConfig(**{**config.__dict__, "folder": str(tmp_path)})
     make_routes(elsewhere)

@@ -5,6 +5,7 @@ On drawn folders of six images, quick. Stops of every kind are in test_stops.py.
 import copy, dataclasses, json, os, pickle, shutil, signal, subprocess, sys
 from pathlib import Path
 
+import campaign
 import nbformat
 import pytest
 import torch
@@ -190,8 +191,8 @@ def test_the_same_command_at_once_is_refused(tmp_path, capsys):
 
 def test_a_budget_out_of_reach_is_refused_before_a_kernel_starts(place, capsys, monkeypatch):
     monkeypatch.setattr(execution, "run_notebook", None)
-    for more in (["search"], ["sweep", "search", "--grid", "seed=0,1"]):
-        assert main([*more, *words(dataclasses.replace(SEARCH, folder="runs/search", budget=.01)), "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
+    for command, more in ((main, ["search"]), (campaign.main, ["sweep", "search", "--grid", "seed=0,1"])):
+        assert command([*more, *words(dataclasses.replace(SEARCH, folder="runs/search", budget=.01)), "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
     assert main(["search", "-p", "budget", ".01", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
     assert main(["pareto", "-p", "search", "search", "-p", "budgets", "(.9, .01)", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
     assert not Path("new").exists()
@@ -394,13 +395,12 @@ def test_a_folder_may_have_braces(tmp_path):
 
 
 def test_why_a_run_of_a_sweep_failed_is_said(tmp_path):
-    from selfsupnas.driver import reason
     log = tmp_path/"search.log"
-    assert "no word" in reason(log, "search", 1)
+    assert "no word" in campaign.reason(log, "search", 1)
     log.write_text("selfsupnas search: failed: ValueError: an old one\nselfsupnas search: running; the notebook grows as x\nstep 1\n")
-    assert "status -9" in reason(log, "search", -9) and "old" not in reason(log, "search", -9)
+    assert "status -9" in campaign.reason(log, "search", -9) and "old" not in campaign.reason(log, "search", -9)
     log.write_text("selfsupnas search: running; the notebook grows as x\nselfsupnas search: failed: ValueError: the loss\nAll that ran is in y\n")
-    assert "ValueError: the loss" in reason(log, "search", 1)
+    assert "ValueError: the loss" in campaign.reason(log, "search", 1)
 
 
 def test_a_damaged_history_is_named(place):

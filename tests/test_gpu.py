@@ -4,6 +4,7 @@ import dataclasses, json
 import pytest
 import torch
 from accelerate import Accelerator, state
+from benchmarks import SpeedConfig, closed_gates
 
 from selfsupnas.train.batches import load_training_data, make_batches
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
@@ -18,7 +19,6 @@ from selfsupnas.distributed import own_device
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
 from selfsupnas.stages.searching import SearchConfig, load_supernet, make_space, search
 from selfsupnas.space.supernet import build_supernet
-from selfsupnas.speed import SpeedConfig, closed_gates
 from selfsupnas.train.loop import make_parts, seed_step, step_weights, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")

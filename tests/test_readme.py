@@ -1,6 +1,7 @@
 "README.md says what nbs/index.ipynb says, its table is that of the committed records, and what it tells a newcomer to type works."
 import json, re, shlex
 
+import campaign
 import pytest
 import yaml
 from conftest import ROOT
@@ -65,6 +66,7 @@ def test_arms_and_networks_are_explained_before_the_table(page):
 
 
 COMMANDS = sorted({line for line in SHELL if re.match(r"(torchrun .*)?selfsupnas ", line)})
+SWEEPS = [line for line in SHELL if "campaign.py" in line]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -72,14 +74,20 @@ def test_its_commands_are_understood(command):
     "Each is parsed to the end; where 8 processes share a batch, they can."
     launcher, _, words = command.partition("selfsupnas ")
     words = make_parser().parse_args(shlex.split(words))
-    if words.stage == "sweep":
-        assert {text.split("=")[0] for text in words.grid} <= set(stage_config(words.of).__dataclass_fields__)
     if words.stage in STAGES:
         config = from_parameters(stage_config(words.stage), parse_parameters(stage_config(words.stage), words.pairs))
         if launcher: check_shares(config, World(0, 8))
 
 
-def test_there_are_commands(): assert len(COMMANDS) >= 10 and any(c.startswith("torchrun") for c in COMMANDS)
+@pytest.mark.parametrize("command", SWEEPS)
+def test_its_sweeps_are_understood(command):
+    python, file, *words = shlex.split(command)
+    assert python == "python" and (ROOT/file).is_file()
+    grid, runs = campaign.plan_sweep(campaign.make_parser().parse_args(words))
+    assert len(runs) > len(grid) > 0
+
+
+def test_there_are_commands(): assert len(COMMANDS) >= 9 and SWEEPS and any(c.startswith("torchrun") for c in COMMANDS)
 
 
 OPTIONS = sorted(set(re.findall(r"`(-p [^`]+)`", TEXT)))

@@ -1,17 +1,17 @@
-"The parameter files of the full-size runs: they are what the module writes, what papermill reads, and what the stages take."
+"The parameter files of the full-size runs: they are what full_size.py writes, what papermill reads, and what the stages take."
 import dataclasses, os, re, shlex, subprocess, sys
 from pathlib import Path
 
+import full_size
 import pytest
 import yaml
 from conftest import ROOT
+from full_size import SETS, main, recipe_config, recipe_estimate, recipes, write_recipes
 from papermill.iorw import load_notebook_node, read_yaml_file
 from papermill.parameterize import parameterize_notebook
 
-from selfsupnas import recipes as recipes_module
 from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.core import RunRecord, from_parameters
-from selfsupnas.recipes import SETS, recipe_config, recipe_estimate, recipes, write_recipes
 from selfsupnas.stages.retraining import retrain
 from selfsupnas.stages.searching import search
 from selfsupnas.parameters import stage_config
@@ -25,8 +25,8 @@ SMALL = dict(crop=(64, 64), steps=6, batch_labelled=2, batch_unlabelled=2, batch
 def named(path): return path.stem.rsplit("-", 1)
 
 
-def test_the_committed_files_are_those_that_the_module_writes(tmp_path):
-    assert FILES, "run selfsupnas.recipes.write_recipes('nbs/runs/recipes', 'nbs/experiments/records/rates')"
+def test_the_committed_files_are_those_that_are_written(tmp_path):
+    assert FILES, "run python nbs/experiments/full_size.py write"
     written = {path.name: path.read_text("utf8") for path in write_recipes(tmp_path, RATES)}
     assert written == {path.name: path.read_text("utf8") for path in FILES}
 
@@ -109,13 +109,13 @@ def test_a_recipe_in_miniature_runs(fresh_accelerator, data, tmp_path, monkeypat
 @pytest.mark.parametrize("stage", ["search", "retrain"])
 def test_a_recipe_can_be_timed(stage, tmp_path, monkeypatch):
     "In miniature: the same grid of fewer layers, smaller views and batches."
-    full = recipes_module.recipe_config
+    full = full_size.recipe_config
     def small(name, stage):
         return dataclasses.replace(full(name, stage), **{k: v for k, v in SMALL.items() if k != "steps"}, **({"layers": 6, "channels": 16} if stage == "search" else {}))
-    monkeypatch.setattr(recipes_module, "recipe_config", small)
-    record = recipes_module.measure_recipe("voc_aug-16", stage, tmp_path, steps=2)
-    made = RunRecord.load(tmp_path/"rate-record.json")
-    assert made.metrics == record.metrics and made.parameters["measured"] == 2 and made.parameters["crop"] == [64, 64]
-    assert record.metrics["multiply_adds"] / record.metrics["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
-    line, = recipes_module.measured_text(record, recipe_estimate("voc_aug-16", stage))
+    monkeypatch.setattr(full_size, "recipe_config", small)
+    assert main(["measure", "voc_aug-16", stage, "--folder", str(tmp_path), "--steps", "2"]) == 0
+    record = RunRecord.load(tmp_path/f"voc_aug-16-{stage}"/"rate-record.json")
+    assert record.parameters["measured"] == 2 and record.parameters["crop"] == [64, 64]
+    assert record.figures["multiply_adds"] / record.figures["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
+    line, = full_size.measured_text(record, recipe_estimate("voc_aug-16", stage))
     assert "2 steps" in line and "hours" in line and "GB" not in line

@@ -45,10 +45,34 @@ def test_a_module_and_what_it_exports_never_share_a_name():
 
 
 def test_no_module_imports_what_it_does_not_use():
-    for path in sorted((ROOT/"selfsupnas").rglob("[!_]*.py")):
+    for path in [*sorted((ROOT/"selfsupnas").rglob("[!_]*.py")), *OUTSIDE]:
         tree = ast.parse(path.read_text("utf8"))
         imported = {(a.asname or a.name).split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
         assert imported <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}, path.name
+
+
+def imported_modules(path):
+    "What a file imports, by full name."
+    for node in ast.walk(ast.parse(path.read_text("utf8"))):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level: yield node.module
+
+
+def test_the_package_imports_nothing_from_the_experiments():
+    names = {p.stem for p in OUTSIDE}
+    assert {"benchmarks", "campaign", "full_size"} <= names and not names & set(MODULES)
+    for path in sorted((ROOT/"selfsupnas").rglob("*.py")): assert not names & {m.split(".")[0] for m in imported_modules(path)}, path.name
+    assert "full_size" in imported_modules(ROOT/"nbs"/"experiments"/"benchmarks.py"), "such an import is seen"
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=name)
+def test_a_file_of_the_experiments_fits_a_screen(path):
+    "The limits of a cell: 100 columns, a definition of 60 lines; no star import, and a docstring that says what the file is for."
+    text = path.read_text("utf8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) and not [line for line in text.splitlines() if len(line) > 100]
+    assert not [a for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.name == "*"]
+    assert [node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno >= 60] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

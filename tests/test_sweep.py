@@ -1,9 +1,11 @@
-"A sweep in miniature, with real processes: through the pool of this machine and through submitit's local queue."
-import sys
+"A sweep: its grid and its table, without training; in miniature with real processes, through the pool of this machine and through submitit's local queue."
+import functools, subprocess, sys
+from pathlib import Path
 
 import pytest
+from campaign import COMMAND, Job, SweepConfig, grid_line, main, make_executor, make_parser, members, plan_sweep, reason, run_sweep, sweep_table
+from conftest import wait_until
 
-from selfsupnas.cli import main, make_parser, plan_sweep
 from selfsupnas.core import RunRecord
 
 TINY = ["-p", "steps", "2", "-p", "size", "(64, 80)", "-p", "layers", "3", "-p", "channels", "8", "-p", "batch_labelled", "2", "-p", "batch_unlabelled", "2",
@@ -28,7 +30,75 @@ def test_a_mistake_anywhere_in_the_grid_ends_it_before_the_first_run(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", "search", *words]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.startswith("selfsupnas sweep: ") and list(tmp_path.iterdir()) == []
+    assert said in err and err.startswith("campaign.py sweep: ") and list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_is_named_by_its_points():
+    runs = members("search", {"seed": [0, 1], "budget": [0.3, 0.5]}, {"steps": 100})
+    assert [run.name for run in runs] == ["seed=0,budget=0.3", "seed=0,budget=0.5", "seed=1,budget=0.3", "seed=1,budget=0.5"]
+    assert runs[1].stages == (("search", {"steps": 100, "seed": 0, "budget": 0.5}),)
+    assert grid_line("crop=(96, 96),(128,160)") == ("crop", ["(96, 96)", "(128,160)"])
+    assert members("search", {"split_folder": ["splits/1_8"]}, {})[0].name == "split_folder=splits-1_8"
+
+
+@pytest.mark.parametrize("wrong", ["seed", "seed=", "=1", "seed=1,,2", "seed=1,1"])
+def test_what_is_no_line_of_a_grid(wrong):
+    with pytest.raises(ValueError, match="NAME=VALUE" if wrong != "seed=1,1" else "twice"): grid_line(wrong)
+
+
+@pytest.mark.parametrize("grid, shared, named", [({}, {}, "--grid"), ({"seed": [0]}, {"seed": 1}, "seed is in the grid"), ({"lr": [1e-3, 1.0000001e-3]}, {}, "same name")])
+def test_what_is_no_grid(grid, shared, named):
+    with pytest.raises(ValueError, match=named): members("search", grid, shared)
+
+
+class Ended:
+    "A process that has ended."
+    def __init__(self, status): self.status = status
+    def poll(self): return self.status
+
+
+def pretend(started, broken, config, name, stage, parameters, slot):
+    "Leaves a record with made-up figures, or fails."
+    started.append(name)
+    if name in broken: return Ended(1)
+    figures = {"derived_inherited_val_miou": parameters["budget"] / 2 + parameters["seed"] / 100, "realised_share": parameters["budget"], "derived_gflops": 1.}
+    RunRecord(stage, name, parameters, parameters["seed"], figures).save(Path(config.folder)/name/stage)
+    return Ended(0)
+
+
+def forbidden(*words): raise AssertionError("nothing is left to be made")
+
+
+def test_only_what_has_no_record_is_made(tmp_path, capsys):
+    grid, config, started = {"seed": [0, 1], "budget": [0.3, 0.5]}, SweepConfig(str(tmp_path)), []
+    runs = members("search", grid, {"steps": 100})
+    assert sweep_table(config, runs, grid) == ""
+    assert run_sweep(config, runs, functools.partial(pretend, started, ["seed=1,budget=0.5"]), pause=0.) == ["seed=1,budget=0.5"] and len(started) == 4
+    out = capsys.readouterr().out
+    assert "sweep: seed=1,budget=0.5 FAILED" in out and "sweep: seed=0,budget=0.3: derived_inherited_val_miou 0.150" in out
+    assert run_sweep(config, runs, functools.partial(pretend, started, []), pause=0.) == [] and started[4:] == ["seed=1,budget=0.5"]
+    table = sweep_table(config, runs, grid)
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines()}
+    assert "0.155" in rows["0.3"] and "0.255" in rows["0.5"] and "n=2" in rows["0.3"] and "val mIoU, supernet" not in table
+    with pytest.raises(ValueError, match="steps = 100, and 200"): run_sweep(config, members("search", grid, {"steps": 200}), forbidden, pause=0.)
+
+
+def test_a_run_of_another_network_is_not_made_in_its_place(tmp_path):
+    config = SweepConfig(str(tmp_path))
+    one, other = (members("retrain", {"seed": [0]}, {"architecture": name}) for name in ("unet_resnet18", "unet_resnet34"))
+    RunRecord("retrain", "seed=0", one[0].stages[0][1], 0, {"val_miou": .5}).save(tmp_path/"seed=0"/"retrain")
+    assert run_sweep(config, one, forbidden, pause=0.) == []
+    with pytest.raises(ValueError, match="architecture"): run_sweep(config, other, forbidden, pause=0.)
+
+
+@pytest.mark.long
+def test_a_job_is_seen_as_a_process(tmp_path):
+    "By submitit's local queue: a command that ends well, and one that is wrong and says why."
+    executor, log = make_executor(tmp_path/"queue", {"cluster": "local", "timeout_min": 5}), tmp_path/"wrong.log"
+    right, wrong = (Job(executor.submit(subprocess.run, [sys.executable, *COMMAND, "search", *words], check=True), log) for words in (["--parameters"], ["-p", "steps", "none"]))
+    assert wait_until(lambda: right.poll() is not None and wrong.poll() is not None)
+    assert (right.poll(), wrong.poll()) == (0, 1) and "to be set with -p" in right.job.stdout()
+    assert "steps must be int" in reason(log, "search", 1)
 
 
 def created(folder): return {path.parts[-3]: RunRecord.load(path).created for path in folder.glob("*/search/search-record.json")}

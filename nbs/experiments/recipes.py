@@ -1,4 +1,4 @@
-"""Trainings of one network on CamVid by many recipes, several at a time: what `recipes.ipynb` reads.
+"""Trainings of one network on CamVid by many recipes, for `recipes.ipynb`; several at a time.
 
     python nbs/experiments/recipes.py --processes 2 # SELFSUPNAS_DATA says where CamVid is
 
@@ -22,7 +22,7 @@ LONG = dict(ramp=(.15, .5), ema_start=.15, ema_buffers="averaged", **CLEAN)
 ARMS = {
     # without an unlabelled image
     "labels": LABELS,
-    "control-strong": dict(w_strong=1., **LABELS), # strong views of labelled images, and their labels
+    "control-strong": dict(w_strong=1., **LABELS), # strong views of labelled images and labels
     "control-clean": dict(w_strong=1., statistics="clean", **LABELS),
     "control-teacher": dict(consistency_images="labelled", ema_horizon=.02, **LONG),
     # batch norm by groups (RECIPES 1 and 5)

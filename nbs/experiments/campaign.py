@@ -1,0 +1,674 @@
+"""Many runs of the stages: a comparison with rivals, ablations and seeds, or a grid of parameters.
+
+    python nbs/experiments/campaign.py compare --folder runs/camvid -p workers 2
+    python nbs/experiments/campaign.py sweep search --grid seed=0,1,2 --grid budget=0.3,0.5
+    python nbs/experiments/campaign.py sweep search --grid seed=0,1 --slurm partition=gpu
+
+The plan is plain data, and a run is done when its record is there: the same command goes on after
+a stop. A run is a process of its own; one that fails stops no other, and is left alone until the
+command is started again. A record that was made with other parameters is an error.
+
+What a comparison holds fast:
+- One split a fraction, drawn from seed 0 and written first, is the same file for every run. The
+  seeds vary initial weights, views and batches, not which images have labels: an architecture
+  found with the labels of one split must not be tried on another.
+- Terms are told apart in the training of one network (arms) and in the search (searches). What
+  further searches find is trained with labels alone, so that routes are compared.
+- Every network gets the same number of trials; its learning rate is the one with the best
+  *validation* mIoU after a short training with the first fraction and seed 0.
+- The test split is read once a run, at its end; the plan looks at trials only.
+"""
+import argparse, dataclasses, functools, itertools, json, os, re, shutil, signal, subprocess, sys
+import time, typing
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+
+from selfsupnas.cli import align_table
+from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, progress_bar,
+                             write_json)
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.data.splits import make_split, save_split
+from selfsupnas.metrics import miou_text
+from selfsupnas.parameters import (check_inputs, describe, parse_parameters, parse_value,
+                                   stage_config)
+from selfsupnas.rivals import BASELINES, all_open, random_architecture
+from selfsupnas.space.architecture import load_architecture, save_architecture
+from selfsupnas.space.budget import measure_costs, static_cost
+from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, delayed_interrupt
+from selfsupnas.viz.report import comparison_table, summarise, to_markdown
+
+# ---- A comparison as parameters
+
+@dataclass
+class CampaignConfig:
+    "Parameters of a campaign; all else are the defaults of the stages."
+    folder: str = "runs/campaign" # where everything is written
+    records: str | None = None # a folder for a copy of every record; what has one is done
+    data: str = "camvid" # see selfsupnas.data.datasets
+    root: str | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
+    size: tuple[int, int] = (192, 256) # (height, width) of images, and where costs are counted
+    crop: tuple[int, int] | None = (128, 160) # (height, width) of a training view; None: the image
+    fractions: tuple[float, ...] = (1 / 8, 1 / 4) # of the training labels
+    seeds: tuple[int, ...] = (0, 1, 2) # of each network and arm; the split is that of seed 0
+    steps: int = 800 # of every training that is compared
+    layers: int = 8 # of the grid
+    channels: int = 48 # C0 of the grid
+    budget: float = 0.5 # of the search
+    search_steps: int = 800 # of every search
+    searches: tuple[str, ...] = ("searched_again", "searched_by_labels", "searched_by_jigsaw")
+    # further searches, by the names of the networks that they find; see SEARCHES
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
+    trial_steps: int = 100 # of each trial
+    rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone
+    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with consistency too, see semi_arms
+    arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
+    open: bool = True # is the grid with every path open trained, too?
+    random: int = 6 # random routes of the derived network's cost; all arms for the first
+    only: str = "*" # names of runs, as a shell pattern
+    workers: int = 2 # runs at a time
+    threads: int = 1 # of each run
+
+    def __post_init__(self):
+        check_fields(self, least=dict(size=(33, 33), crop=(33, 33), steps=1, search_steps=1,
+                                      trial_steps=1, random=0, workers=1, threads=1),
+                     ranges=dict(seeds=SEEDS))
+        unknown = [name for name in (*self.rivals, *self.semi_rivals) if name not in BASELINES]
+        if unknown:
+            raise ValueError(f"there is no hand-crafted network {unknown[0]!r}; known: "
+                             f"{', '.join(BASELINES)}")
+        wrong = [arm for arm in self.arms if arm not in ARMS]
+        if wrong: raise ValueError(f"there is no arm {wrong[0]!r}; known: {', '.join(ARMS)}")
+        strange = [name for name in self.searches if name not in SEARCHES]
+        if strange:
+            raise ValueError(f"there is no further search {strange[0]!r}; known: "
+                             f"{', '.join(SEARCHES)}")
+        for name in ("fractions", "seeds", "lrs", "arms"):
+            if not getattr(self, name): raise ValueError(f"{name} must not be empty")
+
+# what an arm sets; for the rest, the defaults
+ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
+        "both": {},
+        "light": dict(w_jig=0., w_semi=.3),
+        # soft targets instead of pseudo-labels: rare classes are not voted down
+        "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.),
+        # labels alone, from the weights that the search has left
+        "inherit": dict(w_jig=0., w_semi=0., initialise="inherit")}
+# further searches: what each sets, and the arms of the network that it finds
+SEARCHES = {"searched_again": (dict(seed=1), ("labels",)),
+            "searched_by_labels": (ARMS["labels"], ("labels",)),
+            "searched_by_jigsaw": (dict(w_sup=0., w_semi=0.), ("labels", "inherit"))}
+
+# ---- Its plan, which grows: a training needs a learning rate, a route its search
+
+class Run(NamedTuple):
+    name: str # and folder: FRACTION/found, FRACTION/NETWORK-ARM/SEED, or FRACTION/trials/NETWORK/LR
+    stages: tuple # of (stage, parameters), each in the folder NAME/STAGE
+
+# parameters that say where something is or how often it is logged, not what it is
+PLACES = ("root", "split_folder", "architecture", "supernet", "network", "logs")
+
+def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None:
+    """The record of one stage of a run, from the campaign's folder or the folder of records; None
+    where there is none."""
+    paths = [Path(place)/name/stage/f"{stage}-record.json"
+             for place in (config.folder, config.records) if place]
+    return next((RunRecord.load(path) for path in paths if path.exists()), None)
+
+def missing_stages(config: CampaignConfig, run: Run,
+                   free: tuple = PLACES, # parameters in which a record may differ
+                  ) -> list: # of (stage, parameters)
+    """What has no record yet, or one that is older than that of the stage before. ValueError where
+    a record was made with other parameters: such runs must not be compared."""
+    missing, before = [], ""
+    for stage, wanted in run.stages:
+        record = record_of(config, run.name, stage)
+        for key, value in json.loads(json.dumps(wanted)).items():
+            if record and key not in free and record.parameters.get(key) != value:
+                places = " and ".join(str(Path(place)/run.name)
+                                      for place in (config.folder, config.records) if place)
+                raise ValueError(f"{run.name}: its {stage} record has {key} = "
+                                 f"{record.parameters.get(key)!r}, and {value!r} is asked for: use "
+                                 f"another folder, or remove {places}")
+        if missing or record is None or record.created < before: missing.append((stage, wanted))
+        else: before = record.created
+    return missing
+
+def trial_name(config: CampaignConfig, network: str, lr: float) -> str:
+    return f"{config.fractions[0]:g}/trials/{network}/{lr:g}"
+
+def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trials are missing
+    "The learning rate with the best validation mIoU in the trials of a network."
+    trials = {lr: record_of(config, trial_name(config, network, lr), "retrain")
+              for lr in config.lrs}
+    return (None if None in trials.values()
+            else max(trials, key=lambda lr: trials[lr].figures["val_miou"] or 0.)) # None: undefined
+
+def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
+    return dict(data=config.data, root=config.root, size=config.size, crop=config.crop,
+                split_folder=f"{config.folder}/{fraction:g}/split")
+
+def search_name(fraction: float, network: str) -> str:
+    "Name of the run whose search finds that network."
+    return f"{fraction:g}/{network.replace('searched', 'found')}"
+
+def training(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float,
+             steps: int) -> dict:
+    "Parameters of one retraining."
+    own = (dict(architecture=network, w_jig=0.) if network in BASELINES
+           else dict(architecture=f"{config.folder}/{fraction:g}/{network}.json"))
+    if arm == "inherit":
+        search = f"{config.folder}/{search_name(fraction, network)}/search"
+        own["supernet"] = f"{search}/supernet.safetensors"
+    return {**shared_parameters(config, fraction), "seed": seed, "steps": steps, "lr": lr,
+            **ARMS[arm], **own}
+
+def search_run(config: CampaignConfig, fraction: float, network: str = "searched") -> Run:
+    own = dict(seed=0, steps=config.search_steps, layers=config.layers, channels=config.channels,
+               budget=config.budget)
+    return Run(search_name(fraction, network),
+               (("search", {**shared_parameters(config, fraction), **own,
+                           **SEARCHES.get(network, ({},))[0]}),))
+
+def trial_runs(config: CampaignConfig, network: str) -> list[Run]:
+    # of a network of the grid: with all terms; of another: with labels alone
+    arm = "labels" if network in BASELINES else "both"
+    # each log line of a large network saves half a gigabyte
+    return [Run(trial_name(config, network, lr),
+                (("retrain",
+                  {**training(config, config.fractions[0], network, arm, 0, lr, config.trial_steps),
+                   "logs": 4}),)) for lr in config.lrs]
+
+def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int,
+                 lr: float) -> Run:
+    name = f"{fraction:g}/{network}-{arm}/{seed}"
+    return Run(name, (("retrain", training(config, fraction, network, arm, seed, lr, config.steps)),
+                      ("evaluate",
+                       dict(network=f"{config.folder}/{name}/retrain", root=config.root,
+                            baselines=()))))
+
+def routes(config: CampaignConfig, fraction: float) -> list: # names; none before the search is done
+    "The networks of the grid that a fraction has."
+    def made(name): return (Path(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
+    names = ["searched", *(["open"] if config.open else []),
+             *(f"random-{i}" for i in range(config.random)),
+             *(name for name in config.searches if made(name))]
+    return names if made("searched") else []
+
+def semi_arms(config: CampaignConfig) -> list:
+    "The arms that have a consistency term and no jigsaw, which a hand-crafted network can have."
+    return [arm for arm in config.arms if ARMS[arm].get("w_jig") == 0
+            and ARMS[arm].get("w_semi", 1) > 0] or ["semi"]
+
+def plan(config: CampaignConfig) -> list[Run]:
+    "The runs that can be named now, in the order in which they are made."
+    first = config.fractions[0]
+    runs = [search_run(config, first)]
+    rivals = list(dict.fromkeys([*config.rivals, *config.semi_rivals]))
+    for network in [*rivals, *routes(config, first)[:1]]: runs += trial_runs(config, network)
+    for seed in config.seeds:
+        for fraction in config.fractions:
+            if seed == config.seeds[0]:
+                if fraction != first: runs.append(search_run(config, fraction))
+                runs += [search_run(config, fraction, network) for network in config.searches]
+            found, *others = routes(config, fraction) or [None]
+            pairs = ([(found, arm) for arm in config.arms if found]
+                     + [(network, "labels") for network in config.rivals])
+            pairs += [(network, arm) for network in config.semi_rivals
+                      for arm in semi_arms(config)]
+            for network in others:
+                arms = (SEARCHES[network][1] if network in SEARCHES
+                        else [arm for arm in config.arms if arm != "inherit"]
+                        if network in ("open", "random-0") else ["labels"])
+                pairs += [(network, arm) for arm in arms]
+            rates = {network: best_lr(config, network if network in BASELINES else "searched")
+                     for network, _ in pairs}
+            runs += [compared_run(config, fraction, network, arm, seed, rates[network])
+                     for network, arm in pairs if rates[network]]
+    return [run for run in runs if fnmatch(run.name, config.only)]
+
+# ---- Splits and routes, which runs share
+
+def copy_folder(source: Path, to: Path):
+    "Whole or not at all."
+    part = to.with_name(f"{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part).rename(to)
+
+def make_splits(config: CampaignConfig):
+    """FRACTION/split for each fraction: the one in the folder of records, which gets a copy, else
+    drawn from seed 0."""
+    for fraction in config.fractions:
+        to, kept = (Path(place or config.folder)/f"{fraction:g}"/"split"
+                    for place in (config.folder, config.records))
+        if kept.exists() and not to.exists(): copy_folder(kept, to)
+        if not to.exists():
+            save_split(make_split(load_dataset(config.data, "train", config.root, config.size),
+                                  fraction, 0), to)
+        if not kept.exists(): copy_folder(to, kept)
+
+def found_architecture(config: CampaignConfig, fraction: float, network: str = "searched",
+                      ) -> Path | None:
+    "What a search left, in the campaign's folder or in that of records."
+    name = search_name(fraction, network)
+    places = (Path(place)/name/"search"/"architecture.json"
+              for place in (config.folder, config.records) if place)
+    return next((path for path in places if path.exists() and record_of(config, name, "search")),
+                None)
+
+def make_routes(config: CampaignConfig):
+    """FRACTION/searched.json, open.json and random-I.json for each fraction whose search is done,
+    and a file for each further search that is. ValueError where there is a route of an earlier
+    search, which runs may have taken."""
+    for fraction in config.fractions:
+        place = Path(config.folder)/f"{fraction:g}"
+        for network in ("searched", *config.searches):
+            found, to = found_architecture(config, fraction, network), place/f"{network}.json"
+            if not found: continue
+            route = load_architecture(found)
+            if not to.exists(): save_architecture(route, to)
+            elif load_architecture(to) != route:
+                raise ValueError(f"{to} is not what {found} holds now: the search was made again, "
+                                 f"and {place} has runs of the old route; use another folder")
+        if not (place/"searched.json").exists(): continue
+        searched = load_architecture(place/"searched.json")
+        if not (place/"open.json").exists():
+            save_architecture(all_open(searched.space), place/"open.json")
+        lacking = [i for i in range(config.random) if not (place/f"random-{i}.json").exists()]
+        if not lacking: continue
+        table = measure_costs(searched.space, config.size)
+        def cost(kept): return static_cost(table, kept)
+        for i in lacking:
+            save_architecture(random_architecture(searched.space, cost, cost(searched.kept), i),
+                              place/f"random-{i}.json")
+
+# ---- What came out
+
+def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.read_records
+    """One entry for each run that was evaluated, from the records in `folder`, and in `more` for
+    runs that it lacks; [] where there is none."""
+    found, paths = [], {}
+    for place in (folder, more) if more else (folder,):
+        for path in Path(place).glob("*/*-*/*/evaluate/evaluate-record.json"):
+            paths.setdefault(path.relative_to(place), path)
+    for _, path in sorted(paths.items()):
+        test, trained = (RunRecord.load(path),
+                         RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json"))
+        fraction, network, seed = path.parts[-5:-2]
+        name, row = next(iter(test.figures["rows"].items()))
+        found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed),
+                      "file": str(path),
+                      "parameters": {"fraction": float(fraction),
+                                     **dict(zip(("network", "arm"), network.rsplit("-", 1))),
+                                     "lr": trained.parameters["lr"],
+                                     "steps": trained.parameters["steps"]},
+                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"],
+                                  "iou": row["iou"], "gflops": row["gflops"],
+                                  "parameter_count": row["parameters"]},
+                      "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"],
+                                  "minutes": trained.timings["training"] / 60,
+                                  "step_ms": trained.timings["step_ms"]}})
+    return found
+
+# ---- Processes: a stage each, a few at a time
+
+# what Python runs for `selfsupnas`
+COMMAND = ("-c", "from selfsupnas.cli import main; raise SystemExit(main())")
+
+def command_words(folder: Path, stage: str, parameters: dict) -> list:
+    """The words after `selfsupnas` for one stage that is to be made. It goes on from its
+    checkpoint; a record that is there is older than the stage before, and is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [stage, "--folder", str(folder)]
+    if (folder/f"{stage}-record.json").exists(): parameters = {**parameters, "overwrite": True}
+    for key, value in parameters.items():
+        words += ["-p", key, "null" if value is None else str(value)]
+    return words
+
+def own_gpu(slot: int) -> dict: # environment variables
+    "A GPU for each of the runs at a time, in turn; nothing where there is only one."
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    return {"CUDA_VISIBLE_DEVICES": seen[slot % len(seen)]} if len(seen) > 1 else {}
+
+def start_stage(config, # has folder and threads
+                name: str, stage: str, parameters: dict,
+                slot: int = 0, # number of the run among those at a time
+               ) -> subprocess.Popen:
+    "One stage of a run in a process of its own, which prints to STAGE.log in its folder."
+    folder = Path(config.folder)/name/stage
+    words = command_words(folder, stage, parameters)
+    with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
+        return subprocess.Popen([sys.executable, *COMMAND, *words], stdout=log, stderr=log,
+                                start_new_session=True,
+                                env={**os.environ, **own_gpu(slot),
+                                     "OMP_NUM_THREADS": str(config.threads)})
+
+def reason(log: Path, stage: str, status: int) -> str: # one line
+    "Why a run failed: its last line, or its exit status where it printed nothing."
+    text = log.read_text(encoding="utf8", errors="replace") if log.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
+    last = (own or lines or ["no word"])[-1]
+    if f"selfsupnas {stage}: running" in last:
+        last = f"it ended with status {status}" + " (killed; out of memory?)" * (status < 0)
+    return f"{last} (more in {log})"
+
+def stop_stage(process: subprocess.Popen):
+    "End a stage and the kernel that it started; its step is done and saved first."
+    if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+def drive(look: Callable, # -> list of (run, its stages that have no record), as they are now
+          start: Callable, # name of a run, stage, parameters, number below `workers` -> process
+          ended: Callable, # run, stage, exit status -> did it end well?
+          workers: int, what: str, # processes at a time; what to call all of it
+          pause: float = 1., # seconds between looks at the processes
+          stop: Callable = stop_stage) -> list: # names of the runs that failed
+    "Make what is left, `workers` at a time, until nothing is left; a failed run is not repeated."
+    # running: name -> (run, stage, its number among those at a time, process)
+    running, failed, bar = {}, [], progress_bar(desc=what, unit="run")
+    try:
+        while True:
+            runs = look()
+            todo = [(run, left[0]) for run, left in runs if left
+                    and run.name not in (*running, *failed)]
+            for run, (stage, parameters) in todo[:workers - len(running)]:
+                slot = min({*range(workers)} - {k for _, _, k, _ in running.values()})
+                running[run.name] = run, stage, slot, start(run.name, stage, parameters, slot)
+            bar.total, bar.n = len(runs), sum(not left for _, left in runs)
+            bar.set_postfix_str(", ".join(running)); bar.refresh()
+            if not running: return failed
+            while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
+            for run, stage, _, process in [entry for entry in running.values()
+                                           if entry[-1].poll() is not None]:
+                del running[run.name]
+                if not ended(run, stage, process.poll()): failed.append(run.name)
+    finally:
+        with delayed_interrupt(): # an impatient second ctrl-C would leave runs behind
+            for *_, process in running.values(): stop(process)
+        bar.close()
+
+# ---- Running a comparison
+
+def keep_records(config: CampaignConfig, run: Run):
+    "Copy what a finished run leaves for good to the folder of records."
+    for stage, _ in run.stages if config.records else ():
+        for name in [f"{stage}-record.json"] + ["architecture.json"] * (stage == "search"):
+            made, kept = (Path(place)/run.name/stage/name
+                          for place in (config.folder, config.records))
+            if made.exists() and not (kept.exists() and kept.read_bytes() == made.read_bytes()):
+                write_json(kept, json.loads(made.read_text(encoding="utf8")))
+
+def drop_checkpoints(config: CampaignConfig, run: Run):
+    "Remove the checkpoints of a finished run, from which nothing goes on any more."
+    for stage, _ in run.stages:
+        folder = Path(config.folder)/run.name/stage
+        for path in (*checkpoint_paths(folder), folder/"best.pt"): path.unlink(missing_ok=True)
+
+def outcome(record: RunRecord) -> str:
+    "What a stage reports; of a search: of its derived network with inherited weights, if trained."
+    figures = record.figures
+    if record.stage == "evaluate":
+        return f"{figures['split']} mIoU {miou_text(next(iter(figures['rows'].values()))['miou'])}"
+    if record.stage == "search" and not record.parameters.get("w_sup", 1): # no labels
+        return f"val jigsaw accuracy {figures['jigsaw_val_accuracy']:.3f}"
+    miou = figures.get("val_miou", figures.get("derived_inherited_val_miou"))
+    return f"val mIoU {miou_text(miou)}"
+
+def run_campaign(config: CampaignConfig,
+                 start=start_stage, # start(config, name, stage, parameters, slot) -> process
+                 pause: float = 1., # seconds between looks at the processes
+                ) -> list: # names of the runs that failed
+    """Make the runs that have no record, `config.workers` at a time, until none is left. ValueError
+    if `config.only` names none."""
+    make_splits(config)
+    make_routes(config)
+    if not plan(config):
+        known = plan(dataclasses.replace(config, only="*"))
+        raise ValueError(f"only={config.only!r} is the name of no run; there are now {len(known)}, "
+                         f"from {known[0].name} to {known[-1].name} (the networks of a search are "
+                         "named when it is done, and what is compared when the trials are)")
+    def look():
+        make_routes(config)
+        runs = [(run, missing_stages(config, run)) for run in plan(config)]
+        for run, left in runs:
+            if left: continue
+            keep_records(config, run)
+            drop_checkpoints(config, run)
+        return runs
+    return drive(look, functools.partial(start, config),
+                 functools.partial(comparison_ended, config), config.workers, "compare", pause)
+
+def comparison_ended(config: CampaignConfig, run: Run, stage: str,
+                     status: int) -> bool: # did it end well?
+    "Print how a stage of a run ended."
+    record = record_of(config, run.name, stage)
+    if status or record is None:
+        log = Path(config.folder)/run.name/stage/f"{stage}.log"
+        print(f"compare: {run.name} {stage} FAILED: {reason(log, stage, status)}", flush=True)
+        return False
+    seconds = sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))
+    print(f"compare: {run.name} {stage}: {outcome(record)}, {seconds:.0f} s", flush=True)
+    return True
+
+# ---- A sweep: a run for each point of a grid
+
+@dataclass
+class SweepConfig:
+    "How a sweep is made; the parameters of its stage say what each run does."
+    folder: str = "runs/sweep" # where everything is written
+    workers: int = 2 # runs at a time; through a queue all are submitted at once
+    threads: int = 1 # of each run on this machine
+    records: str | None = None # of finished runs, elsewhere
+
+    def __post_init__(self):
+        if self.workers < 1 or self.threads < 1:
+            raise ValueError("workers and threads must be 1 or more")
+
+def grid_line(text: str) -> tuple: # of "seed=0,1,2": name, words
+    """The name and the values of one line of a grid; a value in brackets may hold commas.
+    ValueError for what is no line."""
+    name, equals, values = text.partition("=")
+    words = [word.strip() for word in re.split(r",(?![^(]*\))", values)]
+    if not (equals and name.strip() and all(words)):
+        raise ValueError(f"a line of a grid is NAME=VALUE,VALUE..., not {text!r}")
+    if len(set(words)) < len(words): raise ValueError(f"{text!r} has a value twice")
+    return name.strip(), words
+
+def members(stage: str,
+            grid: dict, # parameter -> values
+            shared: dict) -> list[Run]: # parameters that all runs have
+    "A run for each combination of the grid's values, in order; its name is its folder."
+    if not grid: raise ValueError("a sweep needs a grid, such as --grid seed=0,1,2")
+    twice = sorted(set(grid) & set(shared))
+    if twice: raise ValueError(f"{twice[0]} is in the grid and set for all runs")
+    runs = []
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values))
+        name = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                        for key, value in point.items())
+        runs.append(Run(re.sub(r"[^\w.,=+-]+", "-", name), ((stage, {**shared, **point}),)))
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError("two runs of this grid have the same name: their values differ too little")
+    return runs
+
+# the columns of a table for each stage, beside the parameters of the grid
+FIGURES = {"search": {"derived_inherited_val_miou": "val mIoU, inherited", "supernet_val_miou":
+                      "val mIoU, supernet", "realised_share": "realised cost / full",
+                      "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
+           "retrain": {"val_miou": "val mIoU", "gflops": "GFLOPs (1e9 multiply-adds)"}}
+
+def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool: # did it end well?
+    "Print how a run ended."
+    record = record_of(config, run.name, stage)
+    if status or record is None:
+        log = Path(config.folder)/run.name/stage/f"{stage}.log"
+        print(f"sweep: {run.name} FAILED: {reason(log, stage, status)}", flush=True)
+        return False
+    figures = {name: record.figures.get(name) for name in FIGURES[stage]}
+    print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value
+                                             in figures.items() if value is not None), flush=True)
+    return True
+
+def run_sweep(config: SweepConfig, runs: list[Run],
+              # start(config, name, stage, parameters, slot) -> process
+              start: Callable = start_stage,
+              pause: float = 1., # seconds between looks at the processes
+              stop: Callable = stop_stage) -> list: # names of the runs that failed
+    "Make the runs that have no record; raises ValueError for a record of other parameters."
+    # two sweeps may differ in their architecture or split alone
+    def look(): return [(run, missing_stages(config, run, ("root", "logs"))) for run in runs]
+    return drive(look, functools.partial(start, config), functools.partial(sweep_ended, config),
+                 config.workers, "sweep", pause, stop)
+
+def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str: # markdown; "" without any
+    "Mean and spread over seeds of the figures of a sweep, a row for each other point of its grid."
+    stage = runs[0].stages[0][0]
+    found = [(run, record_of(config, run.name, stage)) for run in runs]
+    records = [{**vars(record), "name": stage, "file": run.name} for run, record in found if record]
+    if not records: return ""
+    by = [f"parameters.{name}" for name in grid if name != "seed"]
+    known = {name: header for name, header in FIGURES[stage].items()
+             if any(record["figures"].get(name) is not None for record in records)}
+    rows = summarise(records, by, list(known))
+    for row in rows: # a tuple or a truth value as the command line has it
+        row.update({name: str(row[name]) for name in by})
+    columns = {name: name.split(".")[1] for name in by} | known
+    return to_markdown(rows, columns, dict.fromkeys(known, ".3f"))
+
+# ---- A sweep through a queue: submitit hands the runs to Slurm, which decides how many run
+
+SHARED = ("cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node", "timeout_min")
+
+def make_executor(folder, # for the queue's own files
+                  options: dict): # of Slurm, such as partition; cluster: local takes none
+    "An executor of submitit; ImportError says what to install."
+    try: import submitit
+    except ImportError:
+        raise ImportError("--slurm needs submitit: pip install 'selfsupnas[slurm]'") from None
+    options = dict(options)
+    executor = submitit.AutoExecutor(folder=str(folder), cluster=options.pop("cluster", "slurm"))
+    executor.update_parameters(name="selfsupnas", **{
+        name if name in SHARED else f"slurm_{name}": value for name, value in options.items()})
+    return executor
+
+class Job:
+    "A job of submitit, seen as the driver sees a process."
+    def __init__(self, job, log: Path): # log: gets the errors of a failed job
+        self.job, self.log = job, log
+
+    def poll(self) -> int | None: # None: not done; 0; 1: failed
+        if not self.job.done(): return None
+        if failed := self.job.exception() is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_text(self.job.stderr() or str(self.job.exception()), encoding="utf8")
+        return int(failed)
+
+def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict,
+           slot: int # not needed: the queue assigns GPUs
+          ) -> Job:
+    "One stage of a run as a job."
+    folder = Path(config.folder).absolute()/name/stage
+    words = [sys.executable, *COMMAND, *command_words(folder, stage, parameters)]
+    return Job(executor.submit(subprocess.run, words, check=True), folder/f"{stage}.log")
+
+def cancel(job: Job): job.job.cancel()
+
+# ---- The command
+
+def plan_sweep(words) -> tuple: # grid, runs
+    "The checked members of a sweep; every point is checked before the first run starts."
+    cls, lines = stage_config(words.stage), [grid_line(text) for text in words.grid]
+    kinds = typing.get_type_hints(cls)
+    def read(name, text): return parse_value(text, kinds.get(name, str))
+    grid = {name: [read(name, text) for text in values] for name, values in lines}
+    if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
+    shared = {name: read(name, text) for name, text in words.pairs}
+    for name in ("folder", "resume", "overwrite"):
+        if name in grid or name in shared:
+            raise ValueError(f"{name} is set by the sweep itself: say --folder for all of it")
+    runs = []
+    for run in members(words.stage, grid, shared): # two values may be right only together
+        config = from_parameters(cls, run.stages[0][1])
+        check_inputs(words.stage, config)
+        values = {name: getattr(config, name) for name in run.stages[0][1]}
+        runs.append(run._replace(stages=((words.stage, values),)))
+    return grid, runs
+
+def sweep(words) -> list: # names of the runs that failed
+    "Make the runs of a grid and print their table."
+    (grid, runs), pool = plan_sweep(words), {}
+    config = SweepConfig(words.folder, words.workers, words.threads)
+    if words.slurm is not None:
+        options = dict(option.partition("=")[::2] for option in words.slurm)
+        options = {name: int(value) if value.isdigit() else value
+                   for name, value in options.items()}
+        config.workers = len(runs)
+        executor = make_executor(Path(config.folder)/"queue", options)
+        pool = dict(start=functools.partial(submit, executor), stop=cancel)
+    failed = run_sweep(config, runs, **pool)
+    if table := sweep_table(config, runs, grid): print(align_table(table))
+    return failed
+
+def compare(words) -> list: # names of the runs that failed
+    "Make the runs of a comparison and print its table, or list its parameters."
+    if words.parameters:
+        print("Parameters of a comparison, to be set with -p NAME VALUE:",
+              describe(CampaignConfig), sep="\n")
+        return []
+    pairs = words.pairs + ([("folder", words.folder)] if words.folder else [])
+    config = from_parameters(CampaignConfig, parse_parameters(CampaignConfig, pairs))
+    failed, results = run_campaign(config), compared(config.folder, config.records)
+    if results: print(align_table(comparison_table(results)))
+    return failed
+
+def make_parser() -> argparse.ArgumentParser:
+    "The words that the command knows."
+    parser = argparse.ArgumentParser(prog="campaign.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = "method, rivals, ablations, seeds; can be stopped and started again"
+    command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
+                         metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
+    command.add_argument("--folder", help="where the results go; default: runs/campaign")
+    command.add_argument("--parameters", action="store_true", help="list them and stop")
+    text = "a stage at each point of a grid of parameters; can be stopped and started again"
+    command = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
+    command.add_argument("stage", metavar="STAGE", choices=tuple(FIGURES), help="search, retrain")
+    command.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE...")
+    command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
+                         metavar=("NAME", "VALUE"), help="set a parameter of all runs")
+    command.add_argument("--folder", default="runs/sweep", help="where the results go")
+    command.add_argument("--workers", type=int, default=2, help="runs at a time on this machine")
+    command.add_argument("--threads", type=int, default=1, help="of each of them")
+    command.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="submit the runs to "
+                         "Slurm, with these options, as partition=gpu gpus_per_node=1 "
+                         "timeout_min=600; the folder must be one that all machines see")
+    return parser
+
+def interrupt(number: int, frame):
+    "SIGTERM as ctrl-C: the processes that were started are ended first."
+    raise KeyboardInterrupt(number)
+
+def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was wrong; 130 stopped
+    "The command."
+    words = make_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, interrupt)
+    try: failed = {"compare": compare, "sweep": sweep}[words.command](words)
+    except KeyboardInterrupt as e:
+        print(f"campaign.py {words.command}: stopped; the same command goes on", file=sys.stderr)
+        return 128 + (e.args or (signal.SIGINT,))[0]
+    except (ValueError, TypeError, OSError, ImportError, FolderInUse) as e:
+        print(f"campaign.py {words.command}: {e}", file=sys.stderr)
+        return 2
+    if failed:
+        print(f"campaign.py {words.command}: {len(failed)} failed: {', '.join(failed)}",
+              file=sys.stderr)
+    return int(bool(failed))
+
+if __name__ == "__main__": sys.exit(main())
