@@ -1,4 +1,4 @@
-"benchmarks.py in miniature: turns, the textbook's network beside ours, each part's figures, records that are not measured again."
+"benchmarks.py in miniature: turns, the textbook's network beside ours, each part's metrics, records that are not measured again."
 import dataclasses, functools
 from pathlib import Path
 
@@ -81,29 +81,29 @@ def test_results_of_operations_are_kept():
 
 
 def test_a_step_is_a_share_of_the_yardstick():
-    figures, times = step_part(TINY)
-    assert figures["ours: share of yardstick"] > 0 and figures["ours: times ours"] == 1
-    assert set(times) == {"yardstick", "plain", "plain, channels last", "ours", "convolutions"} and figures["multiply_adds"] > 0
+    metrics, times = step_part(TINY)
+    assert metrics["ours: share of yardstick"] > 0 and metrics["ours: times ours"] == 1
+    assert set(times) == {"yardstick", "plain", "plain, channels last", "ours", "convolutions"} and metrics["multiply_adds"] > 0
 
 
 def test_closed_paths_leave_less_to_do():
-    figures, _ = closed_part(TINY)
-    assert figures["0: multiply-adds left"] == 1 > figures["0.5: multiply-adds left"] > figures["0.75: multiply-adds left"] > 0
-    assert figures["0.5: at most"] == 1 / figures["0.5: multiply-adds left"] and figures["0.5: times faster"] > 0
+    metrics, _ = closed_part(TINY)
+    assert metrics["0: multiply-adds left"] == 1 > metrics["0.5: multiply-adds left"] > metrics["0.75: multiply-adds left"] > 0
+    assert metrics["0.5: at most"] == 1 / metrics["0.5: multiply-adds left"] and metrics["0.5: times faster"] > 0
 
 
 def test_a_line_is_fitted():
     exact = fitted_line([1, 2, 3], [5, 7, 9])
     assert (exact["slope"], exact["intercept"], exact["r2"]) == pytest.approx((2, 3, 1))
-    figures, times = scaling_part(TINY, images=(1, 2), layers=(3, 4), sides=(64, 96))
-    assert {kind: line["work"] for kind, line in figures.items()} == {"images": [1, 2], "pixels": [64**2, 96**2], "layers": [3, 4]}
-    assert all(line["r2"] == pytest.approx(1) for line in figures.values()) and len(times) == 6 # two points are a line
+    metrics, times = scaling_part(TINY, images=(1, 2), layers=(3, 4), sides=(64, 96))
+    assert {kind: line["work"] for kind, line in metrics.items()} == {"images": [1, 2], "pixels": [64**2, 96**2], "layers": [3, 4]}
+    assert all(line["r2"] == pytest.approx(1) for line in metrics.values()) and len(times) == 6 # two points are a line
 
 
 def test_terms_and_what_is_beside_them():
-    figures, times = terms_part(TINY)
-    assert figures["times the multiply-adds"] > 2 and figures["views: share of the step"] > 0
-    assert figures["beside the terms"] == sum(figures[f"{name}: share of the step"] for name in ("views", "gates", "budget", "teacher"))
+    metrics, times = terms_part(TINY)
+    assert metrics["times the multiply-adds"] > 2 and metrics["views: share of the step"] > 0
+    assert metrics["beside the terms"] == sum(metrics[f"{name}: share of the step"] for name in ("views", "gates", "budget", "teacher"))
     assert times["gates"] == [a - b for a, b in zip(times["all terms"], times["static gates"])]
 
 
@@ -120,16 +120,16 @@ def test_larger_batches_fit_with_less_memory_an_image():
 def test_what_is_computed_again_is_not_kept():
     larger = dataclasses.replace(TINY, size=(128, 192), layers=6, channels=16)
     assert peak_alone("recompute", larger) < peak_alone("plain, keeping all", larger)
-    figures, _ = memory_part(dataclasses.replace(larger, rounds=1))
-    assert figures["recompute: bytes an image"] < figures["ours: bytes an image"] and figures["ours: bytes an image, over computed"] > .8
-    assert figures["recompute: of plain"] < 1
+    metrics, _ = memory_part(dataclasses.replace(larger, rounds=1))
+    assert metrics["recompute: bytes an image"] < metrics["ours: bytes an image"] and metrics["ours: bytes an image, over computed"] > .8
+    assert metrics["recompute: of plain"] < 1
 
 
 def test_the_discovered_network_and_its_rival():
     small = dataclasses.replace(TINY, network="streetscenes", rival="lraspp_mobilenet_v3_large", network_size=(128, 160))
-    figures, times = network_part(small, ("torch",))
-    assert figures["multiply-adds, rival over ours"] == figures["rival: multiply-adds"] / figures["ours: multiply-adds"]
-    assert figures["torch: times faster"] > 0 and set(times) == {"ours, torch", "rival, torch"} and not any("onnx" in name for name in figures)
+    metrics, times = network_part(small, ("torch",))
+    assert metrics["multiply-adds, rival over ours"] == metrics["rival: multiply-adds"] / metrics["ours: multiply-adds"]
+    assert metrics["torch: times faster"] > 0 and set(times) == {"ours, torch", "rival, torch"} and not any("onnx" in name for name in metrics)
 
 
 def test_architectures_are_counted_as_fvcore_counts_them():
@@ -150,7 +150,7 @@ def test_a_part_with_a_record_is_not_measured_again(tmp_path, monkeypatch):
 def test_committed_records_are_read(path):
     "What was measured is a part of today, with parameters of today."
     record = RunRecord.load(path)
-    assert record.stage == "speed" and record.name in PARTS and record.figures
+    assert record.stage == "speed" and record.name in PARTS and record.metrics
     assert set(record.parameters) == {f.name for f in dataclasses.fields(SpeedConfig)}
 
 

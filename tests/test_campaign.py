@@ -27,10 +27,10 @@ def planned(tmp_path):
     return config
 
 
-def leave_record(config, run, stage, **figures):
-    "A record as if the stage had been run, with made-up figures."
+def leave_record(config, run, stage, **metrics):
+    "A record as if the stage had been run, with made-up metrics."
     timings = {"training": 1., "step_ms": 1., "latency": {"x": {"latency_ms": 1.}}}
-    RunRecord(stage, run.name, dict(run.stages)[stage], 0, figures, timings).save(Path(config.folder)/run.name/stage)
+    RunRecord(stage, run.name, dict(run.stages)[stage], 0, metrics, timings).save(Path(config.folder)/run.name/stage)
 
 
 def leave_searches(config):
@@ -77,7 +77,7 @@ def test_compared_runs_are_read_with_their_network_arm_and_seed(planned):
     leave_searches(planned), leave_trials(planned)
     runs, results = leave_compared(planned, 3), compared(planned.folder)
     assert [(r["parameters"]["network"], r["parameters"]["arm"], r["seed"]) for r in results] == sorted((*run.name.split("/")[1].rsplit("-", 1), 0) for run in runs)
-    assert all(r["figures"]["test_miou"] == .5 and r["parameters"]["lr"] == 1e-3 for r in results)
+    assert all(r["metrics"]["test_miou"] == .5 and r["parameters"]["lr"] == 1e-3 for r in results)
 
 
 def test_results_are_not_mixed(planned):
@@ -168,7 +168,7 @@ class Ended:
 
 @pytest.fixture
 def pretended(tmp_path):
-    "A small comparison, and what stands in the place of a process: it writes records with made-up figures."
+    "A small comparison, and what stands in the place of a process: it writes records with made-up metrics."
     config = CampaignConfig(folder=str(tmp_path/"runs"), records=str(tmp_path/"kept"), data="streetscenes", size=(64, 80), crop=None, fractions=(1 / 40,), seeds=(0,), layers=3,
                             channels=8, rivals=("lraspp_mobilenet_v3_large",), semi_rivals=(), lrs=(1e-3,), arms=("labels",), random=1, open=False, searches=("searched_by_jigsaw",))
     started = []
@@ -180,8 +180,8 @@ def pretended(tmp_path):
         if stage == "search": save_architecture(all_open(SearchSpace(11, config.layers, config.channels)), to/"architecture.json")
         learned = parameters.get("w_sup", 1) or None # None: a search without labels has no mIoU
         row = {"miou": .5, "iou": {}, "gflops": 1., "parameters": 1}
-        figures = {"search": {"derived_inherited_val_miou": learned, "jigsaw_val_accuracy": .3}, "retrain": {"val_miou": .4}, "evaluate": {"split": "test", "rows": {"x": row}}}
-        RunRecord(stage, name, parameters, 0, figures[stage], {"training": 1., "step_ms": 1., "latency": {"x": {"latency_ms": 1.}}}).save(to)
+        metrics = {"search": {"derived_inherited_val_miou": learned, "jigsaw_val_accuracy": .3}, "retrain": {"val_miou": .4}, "evaluate": {"split": "test", "rows": {"x": row}}}
+        RunRecord(stage, name, parameters, 0, metrics[stage], {"training": 1., "step_ms": 1., "latency": {"x": {"latency_ms": 1.}}}).save(to)
         return Ended()
     return config, pretend, started
 

@@ -12,7 +12,7 @@ from selfsupnas.core import RunRecord
 from selfsupnas.data.loaders import to_device
 from selfsupnas.rivals import random_architecture
 from selfsupnas.space.budget import static_cost
-from selfsupnas.space.cell import Signal
+from selfsupnas.space.cell import SparseFeatures
 from selfsupnas.space.cost import count_cost
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import build_supernet, feature_sizes
@@ -21,7 +21,7 @@ from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.batches import load_training_data, make_batches
-from selfsupnas.train.step import make_trainee, objective
+from selfsupnas.train.step import build_multitask_model, objective
 
 SMALL = SearchConfig(folder="runs/unused", size=(64, 80), layers=3, channels=16, batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, threshold=0.)
 KINDS = {name: dataclasses.replace(SMALL, consistency=name) for name in CONSISTENCY}
@@ -46,14 +46,14 @@ def table(space): return view_table(space, SIZE, "conditional")
 def one_step(data, space):
     "one_step(config, semi) -> the trained networks, the teacher, and a function that computes the loss of one step."
     def make(config, semi=True):
-        trainee = make_trainee(build_supernet(space), config).train()
-        teacher = EMATeacher(trainee)
+        multitask = build_multitask_model(build_supernet(space), config).train()
+        teacher = EMATeacher(multitask)
         batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
         weights = {"sup": config.w_sup, "jig": config.w_jig, "semi": config.w_semi * semi, "strong": config.w_strong}
         def loss():
-            terms, _ = objective(trainee, trainee, teacher, batches, weights, config, permutation_set(config.jigsaw_n), torch.Generator().manual_seed(0))
-            return sum(weights[name] * term for name, term in terms.items())
-        return trainee, teacher, loss
+            losses, _ = objective(multitask, multitask, teacher, batches, weights, config, permutation_set(config.jigsaw_n), torch.Generator().manual_seed(0))
+            return sum(weights[name] * term for name, term in losses.items())
+        return multitask, teacher, loss
     return make
 
 
@@ -65,10 +65,10 @@ WITHOUT = {f"without {name}": dataclasses.replace(SMALL, **{name: 0.}) for name 
 def test_the_objective_sends_as_many_images_as_counted(one_step, kind, semi):
     "Hooks count what enters stem, decoder and classifier of each network, before and after w_semi begins to rise."
     config = (KINDS | WITHOUT)[kind]
-    trainee, teacher, loss = one_step(config, semi)
+    multitask, teacher, loss = one_step(config, semi)
     entered = {}
     def count(name): return lambda module, args: entered.__setitem__(name, entered.get(name, 0) + len(args[0]))
-    for name, network in (("student", trainee.model), ("taught", teacher.model.model), ("peer", trainee.peer)):
+    for name, network in (("student", multitask.model), ("taught", teacher.model.model), ("peer", multitask.peer)):
         if network is None: continue
         network.stem.register_forward_pre_hook(count(name))
         network.classifier.register_forward_pre_hook(count(f"{name}, classified"))
@@ -127,9 +127,9 @@ def test_what_is_kept_is_linear_in_pixels(space, precision):
 
 @kinds
 def test_memory_of_a_step_is_that_of_the_real_step(one_step, space, kind):
-    trainee, teacher, loss = one_step(KINDS[kind])
-    kept = saved_bytes(loss, nn.ModuleList([trainee, teacher.model]))
-    state = 20 * sum(p.numel() for p in trainee.model.parameters()) * (1 + (trainee.peer is not None))
+    multitask, teacher, loss = one_step(KINDS[kind])
+    kept = saved_bytes(loss, nn.ModuleList([multitask, teacher.model]))
+    state = 20 * sum(p.numel() for p in multitask.model.parameters()) * (1 + (multitask.peer is not None))
     assert step_memory(KINDS[kind], space, SIZE) - state == pytest.approx(kept, rel=.1)
 
 
@@ -146,7 +146,7 @@ def test_recomputed_cells_keep_their_inputs_and_the_coarsest_their_content(space
         model.recompute, sizes = True, feature_sizes((128, 128))
         entering = sum(4 * model.space.channels_at(scale) * math.prod(sizes[scale]) for _, scale in model.space.cells() if scale < 3)
         coarsest, features = model.cells[f"{depth - 1}_3"], torch.randn(1, model.space.channels_at(3), *sizes[3], requires_grad=True)
-        content = saved_bytes(lambda: [out.features for out in coarsest(Signal(features), sizes[2]).values()], coarsest)
+        content = saved_bytes(lambda: [out.features for out in coarsest(SparseFeatures(features), sizes[2]).values()], coarsest)
         return trunk_bytes(model, "no", 128) - entering - content * sum(scale == 3 for _, scale in model.space.cells())
     assert beside_the_cells(6) == beside_the_cells(10)
     plain, recomputed = (saved_lines(dataclasses.replace(space, layers=12), "conditional", "no", flag)[0]["trunk"] for flag in (False, True))
@@ -171,8 +171,8 @@ def test_an_estimate_agrees_with_itself_and_with_what_was_measured(name, stage):
     "The memory is a least; the measured step has other classes and a route near its budget, else the same step."
     e, config, record = recipe_estimate(name, stage), recipe_config(name, stage), RunRecord.load(RATE_RECORDS/f"{name}-{stage}"/"rate-record.json")
     assert 0 < e.run <= e.open <= 1.001 * config.steps * e.step and (stage == "retrain" or e.run < e.open)
-    assert 1 < record.figures["peak_bytes"] / e.memory < 1.5
-    assert record.figures["multiply_adds"] == pytest.approx(e.step, rel=.05)
+    assert 1 < record.metrics["peak_bytes"] / e.memory < 1.5
+    assert record.metrics["multiply_adds"] == pytest.approx(e.step, rel=.05)
     if stage == "search": check_budget(view_table(make_space(config, SETS[config.data]["spec"].num_classes), config.crop, config.gate), config.budget)
 
 

@@ -116,6 +116,6 @@ def test_a_recipe_can_be_timed(stage, tmp_path, monkeypatch):
     assert main(["measure", "voc_aug-16", stage, "--folder", str(tmp_path), "--steps", "2"]) == 0
     record = RunRecord.load(tmp_path/f"voc_aug-16-{stage}"/"rate-record.json")
     assert record.parameters["measured"] == 2 and record.parameters["crop"] == [64, 64]
-    assert record.figures["multiply_adds"] / record.figures["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
+    assert record.metrics["multiply_adds"] / record.metrics["multiply_adds_per_second"] == pytest.approx(record.timings["step"])
     line, = full_size.measured_text(record, recipe_estimate("voc_aug-16", stage))
     assert "2 steps" in line and "hours" in line and "GB" not in line

@@ -58,11 +58,11 @@ class Ended:
 
 
 def pretend(started, broken, config, name, stage, parameters, slot):
-    "Leaves a record with made-up figures, or fails."
+    "Leaves a record with made-up metrics, or fails."
     started.append(name)
     if name in broken: return Ended(1)
-    figures = {"derived_inherited_val_miou": parameters["budget"] / 2 + parameters["seed"] / 100, "realised_share": parameters["budget"], "derived_gflops": 1.}
-    RunRecord(stage, name, parameters, parameters["seed"], figures).save(Path(config.folder)/name/stage)
+    metrics = {"derived_inherited_val_miou": parameters["budget"] / 2 + parameters["seed"] / 100, "realised_share": parameters["budget"], "derived_gflops": 1.}
+    RunRecord(stage, name, parameters, parameters["seed"], metrics).save(Path(config.folder)/name/stage)
     return Ended(0)
 
 

@@ -27,13 +27,13 @@ from selfsupnas.metrics import check_logits, confusion_matrix
 from selfsupnas.parameters import parse_parameters
 from selfsupnas.rivals import build_baseline, random_architecture
 from selfsupnas.space.budget import measure_costs, realised_cost, static_cost
-from selfsupnas.space.cell import GatedCell, Signal, weigh
+from selfsupnas.space.cell import GatedCell, SparseFeatures, weigh
 from selfsupnas.space.cost import count_cost
 from selfsupnas.space.gate import hold_gates, watch_gates
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
-from selfsupnas.space.supernet import RoutingNetwork, build_supernet, gate_name, gates_by_path
-from selfsupnas.stages.searching import BudgetTerms, SearchConfig, make_table
+from selfsupnas.space.supernet import RoutingNetwork, build_supernet, gate_name, gates_by_edge
+from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.train.batches import load_training_data, make_batches
@@ -53,9 +53,9 @@ def train_aside(model, config: SearchConfig, data, cost) -> float: # ms of a ste
 
 def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
     """Median step time (ms) of the search with no term removed and with each removed, in turns,
-    each from a fresh supernet with all paths open; leaves terms-record.json in `config.folder`."""
+    each from a fresh supernet with all edges open; leaves terms-record.json in `config.folder`."""
     config = dataclasses.replace(config, ramp=(0., 0.), cost_ramp=(0., 0.), logs=1, w_cost=1e-9,
-                                 budget_gain=0., w_harden=0.)
+                                 budget_gain=0., w_binary=0.)
     data = load_training_data(config)
     table = make_table(config, data)
     removed = {"none": (), "w_jig": ("w_jig",), "w_semi": ("w_semi",), "w_cost": ("w_cost",),
@@ -65,7 +65,7 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
         for name, weights in removed.items():
             variant = dataclasses.replace(config, **dict.fromkeys(weights, 0.))
             model = build_supernet(table.space, gate=config.gate)
-            cost = BudgetTerms(model, table, variant) if variant.w_cost else None
+            cost = BudgetLosses(model, table, variant) if variant.w_cost else None
             times[name].append(train_aside(model, variant, data, cost))
     record = RunRecord("terms", Path(config.folder).name, dataclasses.asdict(config),
                        config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
@@ -81,7 +81,7 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
     alone = dataclasses.replace(config, workers=0) # no worker competes with the step that is timed
     def step():
         model = build_supernet(table.space, gate=config.gate)
-        return train_aside(model, alone, data, BudgetTerms(model, table, config))
+        return train_aside(model, alone, data, BudgetLosses(model, table, config))
     def batches():
         # the first fill the workers' queues
         many, begun = dataclasses.replace(config, steps=20 + 10 * config.steps), 20
@@ -164,10 +164,10 @@ def matrix_product(config: SpeedConfig, n: int = 2048): # a call, and its floati
     return lambda: a @ b, 2 * n**3
 
 class PlainCell(GatedCell):
-    "A gated cell by the textbook: each path is computed, enlarged, then multiplied by its gate."
-    def forward(self, signal: Signal, finer_size=None) -> dict:
-        gates, output = self.gate(*signal), self.compute(signal.features)
-        return {kind: Signal(weigh(self.follow(kind, output, finer_size), g))
+    "A gated cell by the textbook: each edge is computed, enlarged, then multiplied by its gate."
+    def forward(self, sparse: SparseFeatures, finer_size=None) -> dict:
+        gates, output = self.gate(*sparse), self.compute(sparse.features)
+        return {kind: SparseFeatures(weigh(self.edge_output(kind, output, finer_size), g))
                 for kind, g in zip(self.kinds, gates.unbind(1))}
 
 def plain_supernet(space: SearchSpace) -> RoutingNetwork:
@@ -227,7 +227,7 @@ def replay(network: nn.Module, config: SpeedConfig): # -> a function without arg
                 torch.autograd.grad(y, [x, weight] if learns else [weight], torch.ones_like(y))
     return run
 
-def step_part(config: SpeedConfig) -> tuple[dict, dict]: # figures, seconds
+def step_part(config: SpeedConfig) -> tuple[dict, dict]: # metrics, seconds
     """Shares of the yardstick: of the search step, all gates open, of the plain implementation, and
     of the convolutions alone."""
     ours, (product, product_flops) = build_supernet(config.space), matrix_product(config)
@@ -239,26 +239,26 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]: # figures, seconds
                       "ours": make_step(ours, config), "convolutions": replay(ours, config)},
                      config)
     per_step = 6 * macs / product_flops # yardsticks' worth of operations: 3 passes, 2 each
-    figures = {"multiply_adds": macs,
+    metrics = {"multiply_adds": macs,
                "yardstick_gflops": product_flops / median(times["yardstick"]) / 1e9}
     for name in list(times)[1:]:
-        figures[f"{name}: share of yardstick"] = per_step * ratio(times, "yardstick", name)
-        figures[f"{name}: times ours"] = ratio(times, name, "ours")
-    return figures, times
+        metrics[f"{name}: share of yardstick"] = per_step * ratio(times, "yardstick", name)
+        metrics[f"{name}: times ours"] = ratio(times, name, "ours")
+    return metrics, times
 
 def closed_gates(config: SpeedConfig, p: float) -> dict: # p: share that is shut; for hold_gates
-    "Gates by name, (images, paths), each 0 with probability p, else 0.9."
+    "Gates by name, (images, edges), each 0 with probability p, else 0.9."
     draw, space = torch.Generator().manual_seed(0), config.space
     def gates(cell): return torch.rand(config.images, len(space.kinds_at(*cell)), generator=draw)
     return {gate_name(*cell): .9 * (gates(cell) >= p).float().to(config.device)
             for cell in space.cells()}
 
 def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, dict]:
-    """How much faster a step is with a share of the paths shut at random, image by image, and the
+    """How much faster a step is with a share of the edges shut at random, image by image, and the
     most that the multiply-adds left allow."""
     network = build_supernet(config.space)
     step, table = make_step(network, config), measure_costs(config.space, config.size)
-    x, calls, figures = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
+    x, calls, metrics = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
     def held(values):
         def call():
             with hold_gates(network, values): step()
@@ -267,13 +267,13 @@ def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, d
         values = closed_gates(config, p)
         with torch.no_grad(), hold_gates(network, values), watch_gates(network) as seen: network(x)
         calls[f"{p:g}"] = held(values)
-        cost = realised_cost(table, gates_by_path(config.space, seen)).mean().item()
-        figures[f"{p:g}: multiply-adds left"] = cost / table.full
+        cost = realised_cost(table, gates_by_edge(config.space, seen)).mean().item()
+        metrics[f"{p:g}: multiply-adds left"] = cost / table.full
     times = in_turns(calls, config)
     for p in shares:
-        figures[f"{p:g}: times faster"] = ratio(times, "0", f"{p:g}")
-        figures[f"{p:g}: at most"] = 1 / figures[f"{p:g}: multiply-adds left"]
-    return figures, times
+        metrics[f"{p:g}: times faster"] = ratio(times, "0", f"{p:g}")
+        metrics[f"{p:g}: at most"] = 1 / metrics[f"{p:g}: multiply-adds left"]
+    return metrics, times
 
 def fitted_line(work: list, seconds: list) -> dict: # slope, intercept, r2
     "The least-squares line of seconds over work."
@@ -363,16 +363,16 @@ def memory_part(config: SpeedConfig) -> tuple[dict, dict]:
         raise ValueError("the peak of a process is read from /proc, which Linux has: take a GPU")
     peaks = {name: peak_alone(name, config) for name in WAYS}
     times = in_turns({name: step_in_way(name, config) for name in WAYS[2:]}, config)
-    figures = {f"{name}: bytes": peak for name, peak in peaks.items()}
+    metrics = {f"{name}: bytes": peak for name, peak in peaks.items()}
     n = config.images
     for name in WAYS[2:]:
-        for other in WAYS[:2]: figures[f"{name}: of {other}"] = peaks[name] / peaks[other]
+        for other in WAYS[:2]: metrics[f"{name}: of {other}"] = peaks[name] / peaks[other]
         twice = peak_alone(name, dataclasses.replace(config, images=2 * n))
         least = [computed_bytes(config, k, name == "recompute") for k in (n, 2 * n)]
-        figures[f"{name}: bytes an image"] = (twice - peaks[name]) / n
-        figures[f"{name}: bytes an image, over computed"] = ((twice - peaks[name])
+        metrics[f"{name}: bytes an image"] = (twice - peaks[name]) / n
+        metrics[f"{name}: bytes an image, over computed"] = ((twice - peaks[name])
                                                              / (least[1] - least[0]))
-    return {**figures, "recompute: times the seconds": ratio(times, "recompute", "ours"),
+    return {**metrics, "recompute: times the seconds": ratio(times, "recompute", "ours"),
             "largest batch": largest_batches(config)}, times
 
 def largest_batches(config: SpeedConfig, memories: tuple = (24, 80), # of a GPU, 1e9 bytes
@@ -391,22 +391,22 @@ def largest_batches(config: SpeedConfig, memories: tuple = (24, 80), # of a GPU,
 # ---- The terms of a search step, and what is beside them
 
 class SearchStep:
-    "One search step as `train` takes it, on one batch, and its parts; all paths stay open."
+    "One search step as `train` takes it, on one batch, and its parts; all edges stay open."
     def __init__(self, config: SpeedConfig, data, folder: str, **changes): # of SearchConfig
         from accelerate import Accelerator
         n = config.images
         self.config = c = SearchConfig(
             folder=folder, size=config.size, layers=config.layers, channels=config.channels,
             batch_labelled=n, batch_unlabelled=n, batch_jigsaw=n, ramp=(0., 0.), threshold=0.,
-            cost_ramp=(0., 0.), harden_ramp=(0., 0.), budget=1., budget_gain=0., **changes)
+            cost_ramp=(0., 0.), binary_ramp=(0., 0.), budget=1., budget_gain=0., **changes)
         self.accelerator = Accelerator(mixed_precision=c.precision, cpu=config.device == "cpu")
         space = dataclasses.replace(config.space, num_classes=data.train.spec.num_classes)
         self.table = view_table(space, config.size, c.gate)
         network = build_supernet(space, gate=c.gate)
-        self.cost = BudgetTerms(network, self.table, c) if c.w_cost else None
+        self.cost = BudgetLosses(network, self.table, c) if c.w_cost else None
         self.parts = make_parts(network, c, self.accelerator)
-        self.parts["trainee"].train()
-        self.network, self.optimiser = self.accelerator.prepare(self.parts["trainee"],
+        self.parts["multitask"].train()
+        self.network, self.optimiser = self.accelerator.prepare(self.parts["multitask"],
                                                                 self.parts["optimiser"])
         self.permutations = permutation_set(c.jigsaw_n, c.jigsaw_permutations)
         self.views = make_batches(dataclasses.replace(c, steps=10**6), data)
@@ -417,10 +417,10 @@ class SearchStep:
         weights, before = step_weights(self.config, 1., self.cost), state_before(self.parts)
         charge = self.cost and (lambda gates: self.cost(gates, 1.))
         with self.accelerator.autocast():
-            terms, figures = objective(self.network, self.parts["trainee"], self.parts["teacher"],
+            losses, metrics = objective(self.network, self.parts["multitask"], self.parts["teacher"],
                                        self.batches, weights, self.config, self.permutations,
                                        seed_step(0, 0), charge)
-        loss = sum(weights[name] * term for name, term in terms.items())
+        loss = sum(weights[name] * term for name, term in losses.items())
         take_step(loss, self.accelerator, self.parts, self.optimiser, lambda name: True,
                   self.config, 1, before)
 
@@ -429,18 +429,18 @@ def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
     the shares of views, gates (against static ones), budget and teacher in it."""
     with tempfile.TemporaryDirectory() as folder:
         data = load_training_data(SearchConfig(folder=folder, size=config.size))
-        alone = dict(w_jig=0., w_semi=0., w_cost=0., w_harden=0.)
+        alone = dict(w_jig=0., w_semi=0., w_cost=0., w_binary=0.)
         kinds = {"all terms": {}, "labels alone": alone, "static gates": dict(gate="static")}
         steps = {name: SearchStep(config, data, folder, precision=config.precision, **changes)
                  for name, changes in kinds.items()}
         whole = steps["all terms"]
-        with torch.no_grad(), watch_gates(whole.parts["trainee"].model) as gates:
-            whole.parts["trainee"].model(torch.cat([whole.batches["labelled"]["image"],
+        with torch.no_grad(), watch_gates(whole.parts["multitask"].model) as gates:
+            whole.parts["multitask"].model(torch.cat([whole.batches["labelled"]["image"],
                                                     whole.batches["unlabelled"]["weak"]]))
         gates = {name: g.detach().requires_grad_() for name, g in gates.items()}
         calls = {**steps, "views": lambda: next(whole.views),
                  "budget": lambda: sum(whole.cost(gates, 1.)[0].values()).backward(),
-                 "teacher": lambda: whole.parts["teacher"].update(whole.parts["trainee"], 1)}
+                 "teacher": lambda: whole.parts["teacher"].update(whole.parts["multitask"], 1)}
         times = in_turns(calls, config)
     times["gates"] = [a - b for a, b in zip(times["all terms"], times["static gates"])]
     flops = {name: step_flops(step.config, step.table) for name, step in steps.items()}
@@ -462,7 +462,7 @@ def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tu
     pair = {"ours": ours, "rival": build_baseline(config.rival, ours.space.num_classes).eval()}
     flops = {name: count_cost(network, config.network_size).flops for name, network in pair.items()}
     x = torch.randn(1, 3, *config.network_size, generator=torch.Generator().manual_seed(0))
-    figures = {**{f"{name}: multiply-adds": n for name, n in flops.items()},
+    metrics = {**{f"{name}: multiply-adds": n for name, n in flops.items()},
                "multiply-adds, rival over ours": flops["rival"] / flops["ours"]}
     calls, times = {"torch": {}, "onnx": {}}, {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -473,16 +473,16 @@ def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tu
             if "onnx" not in runtimes or config.device != "cpu": continue # it is the processor's
             path = export_onnx(network, config.network_size, f"{folder}/{name}.onnx")
             calls["onnx"][name] = lambda run=onnx_network(path): run(x)
-            figures[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
+            metrics[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
                                                                   config.network_size)
         for runtime, both in calls.items(): # apart: threads that wait for more would be in the way
             seconds = in_turns(both, config)
             times |= {f"{name}, {runtime}": s for name, s in seconds.items()}
             if not both: continue
-            gain = figures[f"{runtime}: times faster"] = ratio(seconds, "rival", "ours")
-            figures[f"{runtime}: of the gain in multiply-adds"] = (gain * flops["ours"]
+            gain = metrics[f"{runtime}: times faster"] = ratio(seconds, "rival", "ours")
+            metrics[f"{runtime}: of the gain in multiply-adds"] = (gain * flops["ours"]
                                                                    / flops["rival"])
-    return figures, times
+    return metrics, times
 
 def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple[dict, dict]:
     """Seconds to derive architectures and to count them by the cost table; how many of some are
@@ -548,13 +548,13 @@ def run_parts(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRec
         else:
             torch.manual_seed(0)
             start = time.perf_counter()
-            figures, times = PARTS[part](config)
-            RunRecord("speed", part, dataclasses.asdict(config), 0, figures,
+            metrics, times = PARTS[part](config)
+            RunRecord("speed", part, dataclasses.asdict(config), 0, metrics,
                       {**{name: median(seconds) for name, seconds in times.items()},
                        "whole part": time.perf_counter() - start}).save(folder)
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
         records[part] = RunRecord.load(folder/"speed-record.json")
-        print(json.dumps(records[part].figures, indent=1), flush=True)
+        print(json.dumps(records[part].metrics, indent=1), flush=True)
     return records
 
 def main(argv=None) -> int: # exit status

@@ -39,7 +39,7 @@ from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
 from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, delayed_interrupt
-from selfsupnas.viz.report import comparison_table, summarise, to_markdown
+from selfsupnas.viz.tables import comparison_table, summarise, to_markdown
 
 # ---- A comparison as parameters
 
@@ -66,7 +66,7 @@ class CampaignConfig:
     rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone
     semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with consistency too, see semi_arms
     arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
-    open: bool = True # is the grid with every path open trained, too?
+    open: bool = True # is the grid with every edge open trained, too?
     random: int = 6 # random routes of the derived network's cost; all arms for the first
     only: str = "*" # names of runs, as a shell pattern
     workers: int = 2 # runs at a time
@@ -145,7 +145,7 @@ def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trial
     trials = {lr: record_of(config, trial_name(config, network, lr), "retrain")
               for lr in config.lrs}
     return (None if None in trials.values()
-            else max(trials, key=lambda lr: trials[lr].figures["val_miou"] or 0.)) # None: undefined
+            else max(trials, key=lambda lr: trials[lr].metrics["val_miou"] or 0.)) # None: undefined
 
 def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
     return dict(data=config.data, root=config.root, size=config.size, crop=config.crop,
@@ -298,14 +298,14 @@ def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.r
         test, trained = (RunRecord.load(path),
                          RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json"))
         fraction, network, seed = path.parts[-5:-2]
-        name, row = next(iter(test.figures["rows"].items()))
+        name, row = next(iter(test.metrics["rows"].items()))
         found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed),
                       "file": str(path),
                       "parameters": {"fraction": float(fraction),
                                      **dict(zip(("network", "arm"), network.rsplit("-", 1))),
                                      "lr": trained.parameters["lr"],
                                      "steps": trained.parameters["steps"]},
-                      "figures": {"test_miou": row["miou"], "val_miou": trained.figures["val_miou"],
+                      "metrics": {"test_miou": row["miou"], "val_miou": trained.metrics["val_miou"],
                                   "iou": row["iou"], "gflops": row["gflops"],
                                   "parameter_count": row["parameters"]},
                       "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"],
@@ -411,12 +411,12 @@ def drop_checkpoints(config: CampaignConfig, run: Run):
 
 def outcome(record: RunRecord) -> str:
     "What a stage reports; of a search: of its derived network with inherited weights, if trained."
-    figures = record.figures
+    metrics = record.metrics
     if record.stage == "evaluate":
-        return f"{figures['split']} mIoU {miou_text(next(iter(figures['rows'].values()))['miou'])}"
+        return f"{metrics['split']} mIoU {miou_text(next(iter(metrics['rows'].values()))['miou'])}"
     if record.stage == "search" and not record.parameters.get("w_sup", 1): # no labels
-        return f"val jigsaw accuracy {figures['jigsaw_val_accuracy']:.3f}"
-    miou = figures.get("val_miou", figures.get("derived_inherited_val_miou"))
+        return f"val jigsaw accuracy {metrics['jigsaw_val_accuracy']:.3f}"
+    miou = metrics.get("val_miou", metrics.get("derived_inherited_val_miou"))
     return f"val mIoU {miou_text(miou)}"
 
 def run_campaign(config: CampaignConfig,
@@ -497,7 +497,7 @@ def members(stage: str,
     return runs
 
 # the columns of a table for each stage, beside the parameters of the grid
-FIGURES = {"search": {"derived_inherited_val_miou": "val mIoU, inherited", "supernet_val_miou":
+METRICS = {"search": {"derived_inherited_val_miou": "val mIoU, inherited", "supernet_val_miou":
                       "val mIoU, supernet", "realised_share": "realised cost / full",
                       "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
            "retrain": {"val_miou": "val mIoU", "gflops": "GFLOPs (1e9 multiply-adds)"}}
@@ -509,9 +509,9 @@ def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool:
         log = Path(config.folder)/run.name/stage/f"{stage}.log"
         print(f"sweep: {run.name} FAILED: {reason(log, stage, status)}", flush=True)
         return False
-    figures = {name: record.figures.get(name) for name in FIGURES[stage]}
+    metrics = {name: record.metrics.get(name) for name in METRICS[stage]}
     print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value
-                                             in figures.items() if value is not None), flush=True)
+                                             in metrics.items() if value is not None), flush=True)
     return True
 
 def run_sweep(config: SweepConfig, runs: list[Run],
@@ -526,14 +526,14 @@ def run_sweep(config: SweepConfig, runs: list[Run],
                  config.workers, "sweep", pause, stop)
 
 def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str: # markdown; "" without any
-    "Mean and spread over seeds of the figures of a sweep, a row for each other point of its grid."
+    "Mean and spread over seeds of the metrics of a sweep, a row for each other point of its grid."
     stage = runs[0].stages[0][0]
     found = [(run, record_of(config, run.name, stage)) for run in runs]
     records = [{**vars(record), "name": stage, "file": run.name} for run, record in found if record]
     if not records: return ""
     by = [f"parameters.{name}" for name in grid if name != "seed"]
-    known = {name: header for name, header in FIGURES[stage].items()
-             if any(record["figures"].get(name) is not None for record in records)}
+    known = {name: header for name, header in METRICS[stage].items()
+             if any(record["metrics"].get(name) is not None for record in records)}
     rows = summarise(records, by, list(known))
     for row in rows: # a tuple or a truth value as the command line has it
         row.update({name: str(row[name]) for name in by})
@@ -639,7 +639,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--parameters", action="store_true", help="list them and stop")
     text = "a stage at each point of a grid of parameters; can be stopped and started again"
     command = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
-    command.add_argument("stage", metavar="STAGE", choices=tuple(FIGURES), help="search, retrain")
+    command.add_argument("stage", metavar="STAGE", choices=tuple(METRICS), help="search, retrain")
     command.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE...")
     command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
                          metavar=("NAME", "VALUE"), help="set a parameter of all runs")

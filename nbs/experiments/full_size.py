@@ -20,12 +20,12 @@ from selfsupnas.data.datasets import CITYSCAPES_SPEC
 from selfsupnas.data.voc import VOC_SPEC
 from selfsupnas.rivals import random_architecture
 from selfsupnas.space.budget import CostTable, measure_costs, static_cost
-from selfsupnas.space.cell import Signal
+from selfsupnas.space.cell import SparseFeatures
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, feature_sizes
 from selfsupnas.stages.retraining import RetrainConfig
-from selfsupnas.stages.searching import BudgetTerms, SearchConfig, make_space, make_table
+from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_space, make_table
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.batches import load_training_data
@@ -92,7 +92,7 @@ def active_terms(config: TrainingConfig, done: float) -> dict: # done: share of 
 
 def run_flops(config: TrainingConfig, table: CostTable,
               share: float = 1., # of the grid's cost: 1 for the supernet
-              # does the executed cost follow the budget? False: no path ever closes
+              # does the executed cost follow the budget? False: no edge ever closes
               follow: bool = True) -> float:
     "Multiply-adds of all steps of a run, without validation."
     ends, total, moments = {}, 0., 1000 # a step is linear in the share that is executed
@@ -138,7 +138,7 @@ def cell_bytes(model: RoutingNetwork, precision: str, side: int) -> int:
     """Bytes kept of one cell at stride 4, the largest, for one image of side x side: `recompute`
     holds one cell at a time."""
     cell, (size, _) = model.cells["1_0"], feature_sizes((side, side))[:2]
-    features = Signal(torch.randn(1, model.space.channels, *size))
+    features = SparseFeatures(torch.randn(1, model.space.channels, *size))
     return saved_bytes(lambda: [out.features for out in cell(features).values()], cell, precision)
 
 def head_bytes(model: RoutingNetwork, precision: str, side: int) -> dict: # part -> bytes
@@ -146,13 +146,13 @@ def head_bytes(model: RoutingNetwork, precision: str, side: int) -> dict: # part
     perturbed features need it; for one image of side x side."""
     image, label, size = (torch.randn(1, 3, side, side),
                           torch.zeros(1, side, side, dtype=torch.long), (side, side))
-    with torch.no_grad(): signals = model.walk(image)
-    signals = {scale: signal._replace(features=signal.features.requires_grad_())
-               for scale, signal in signals.items()}
-    finest = model.decode(signals, size)[0].detach().requires_grad_()
+    with torch.no_grad(): by_scale = model.walk(image)
+    by_scale = {scale: sparse._replace(features=sparse.features.requires_grad_())
+               for scale, sparse in by_scale.items()}
+    finest = model.decode(by_scale, size)[0].detach().requires_grad_()
     def head(features): return pixel_cross_entropy(model.classify(features, size), label)
     return {"head": saved_bytes(lambda: head(finest), model, precision),
-            "perturbed": saved_bytes(lambda: head(model.decode(signals, size)[0]), model,
+            "perturbed": saved_bytes(lambda: head(model.decode(by_scale, size)[0]), model,
                                      precision)}
 
 @lru_cache
@@ -200,7 +200,7 @@ def measure_rate(
         # be fewer
         config: SearchConfig,
         steps: int = 5,
-        # of the grid's cost; 1: the supernet, all paths open; less: a random route of that cost
+        # of the grid's cost; 1: the supernet, all edges open; less: a random route of that cost
         share: float = 1.,
         ) -> tuple:
     """Train on drawn scenes for a few steps with all terms, the supernet or a network as retraining
@@ -211,7 +211,7 @@ def measure_rate(
     config = dataclasses.replace(config, data="streetscenes", root=None, split_folder=None,
                                  crop=None, label_fraction=1 / 10, steps=steps, logs=1,
                                  ramp=(0., 0.), cost_ramp=(0., 0.), w_cost=1e-9,
-                                 budget_gain=0., w_harden=0.)
+                                 budget_gain=0., w_binary=0.)
     with tempfile.TemporaryDirectory() as config.folder:
         data = load_training_data(config)
         table = make_table(config, data)
@@ -220,7 +220,7 @@ def measure_rate(
             def route_cost(kept): return static_cost(table, kept)
             route = random_architecture(table.space, route_cost, share * table.full, seed=0)
             model, share = StaticNetwork(route), route_cost(route.kept) / table.full
-        else: cost = BudgetTerms(model, table, config)
+        else: cost = BudgetLosses(model, table, config)
         seconds = train(model, config, data, cost).step_ms / 1e3
     flops = step_flops(config, table, share)
     return flops / seconds, seconds, flops
@@ -231,9 +231,9 @@ RATES = (1e12, 3e12, 1e13)
 @dataclass(frozen=True)
 class Estimate:
     "What a run will take; multiply-adds, if not said otherwise."
-    step: float # of a step with all terms and all paths open
+    step: float # of a step with all terms and all edges open
     run: float # of all steps, if the executed cost follows its budget
-    open: float # of all steps, if no path ever closed
+    open: float # of all steps, if no edge ever closed
     memory: float # bytes, at least
 
     def hours(self, rate: float) -> float: # rate: multiply-adds a second, sustained
@@ -331,10 +331,10 @@ def measure_recipe(name: str, stage: str, # as in `recipe_config`
         SearchConfig(**shared | {"size": config.crop, "layers": searched.layers,
                                  "channels": searched.channels}),
         steps, 1. if stage == "search" else searched.budget)
-    figures = {"multiply_adds": flops, "multiply_adds_per_second": rate,
+    metrics = {"multiply_adds": flops, "multiply_adds_per_second": rate,
                "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None}
     record = RunRecord("rate", f"{name} {stage}", {**dataclasses.asdict(config), "measured": steps},
-                       config.seed, figures, {"step": seconds})
+                       config.seed, metrics, {"step": seconds})
     record.save(folder)
     return record
 
@@ -343,12 +343,12 @@ def measure_recipe(name: str, stage: str, # as in `recipe_config`
 def measured_text(record: RunRecord | None, e: Estimate) -> list: # one line; none without a record
     "What `measure_recipe` measured, and the hours that the run would take at that rate."
     if not record: return []
-    figures, steps = record.figures, record.parameters["measured"]
-    peak = f"{figures['peak_bytes'] / 1e9:.0f} GB at its peak, " if figures["peak_bytes"] else ""
+    metrics, steps = record.metrics, record.parameters["measured"]
+    peak = f"{metrics['peak_bytes'] / 1e9:.0f} GB at its peak, " if metrics["peak_bytes"] else ""
     return [f"Measured on one {record.hardware['gpu'] or 'processor'}, {steps} steps on drawn "
             f"scenes: {record.timings['step']:.2f} s a step, {peak}"
-            f"{figures['multiply_adds_per_second'] / 1e12:.1f}e12 multiply-adds a second; "
-            f"{e.hours(figures['multiply_adds_per_second']):.0f} hours at that rate."]
+            f"{metrics['multiply_adds_per_second'] / 1e12:.1f}e12 multiply-adds a second; "
+            f"{e.hours(metrics['multiply_adds_per_second']):.0f} hours at that rate."]
 
 def recipe_text(name: str, stage: str,
                 record: RunRecord | None = None) -> str: # of measure_recipe
@@ -360,10 +360,10 @@ def recipe_text(name: str, stage: str,
     add = {"search": f"-p label_fraction 0.125 -p folder {other}/search",
            "retrain": f"-p folder {other}/retrain -p architecture {other}/search/architecture.json "
            f"-p split_folder {other}/search/split"}[stage]
-    words = {"search": ("search", "with all paths open"),
+    words = {"search": ("search", "with all edges open"),
              "retrain": ("retraining", f"and {BUDGET:.0%} of the grid's cost")}[stage]
     hours = [f"{float(f'{e.hours(rate):.2g}'):g} at {rate / 1e12:g}e12" for rate in RATES]
-    closed = (f" ({e.open:.1e} if no path ever closed)" if e.run < e.open
+    closed = (f" ({e.open:.1e} if no edge ever closed)" if e.run < e.open
               else f", for a network of {BUDGET:.0%} of the grid's cost")
     head = [f"NOT RUN: what follows is estimated. A full-size {words[0]} on "
             f"{SETS[config.data]['spec'].name}, {recipes()[name]['search']['layers'][0]} layers, "

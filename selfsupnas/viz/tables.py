@@ -225,7 +225,7 @@ def to_html(rows:list, # dicts, from `summarise`
     return f"<table>\n<thead>{line('th', headers)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 # %% ../../nbs/viz/04_tables.ipynb #d0f156d8
-def comparison_table(results:list, # of `selfsupnas.campaign.compared`
+def comparison_table(results:list, # of `compared` in nbs/experiments/campaign.py
                      # which rows to show, by fraction, network and arm; None: all
                      keep:Callable=None,
                      latency:bool=True, # False: it was measured beside other work
