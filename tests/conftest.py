@@ -71,7 +71,7 @@ def quietly(run, log, *args):
 def start():
     "start(run, log, *args) starts a process that has imported everything."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfsupnas.stages.searching", "selfsupnas.stages.retraining", "selfsupnas.execution", "accelerate", "papermill", "tqdm.auto"])
+    context.set_forkserver_preload(["selfsupnas.stages.searching", "selfsupnas.stages.retraining", "selfsupnas.cli", "accelerate", "papermill", "tqdm.auto"])
     def start(*args):
         process = context.Process(target=quietly, args=args)
         process.start()

@@ -8,7 +8,7 @@ from campaign import (CampaignConfig, Run, best_lr, command_words, compared, dri
 from conftest import wait_until
 
 from selfsupnas.core import RunRecord
-from selfsupnas.parameters import field_docs
+from selfsupnas.cli import field_docs
 from selfsupnas.rivals import all_open
 from selfsupnas.space.architecture import save_architecture
 from selfsupnas.space.grid import SearchSpace

@@ -8,9 +8,9 @@ from conftest import ROOT, draw_folder
 from selfsupnas.space.architecture import Architecture, save_architecture
 from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.cli import main, plan_demo
-from selfsupnas.execution import run_notebook, run_stage
+from selfsupnas.cli import run_notebook, run_stage
 from selfsupnas.space.grid import SearchSpace
-from selfsupnas.parameters import STAGES, parse_parameters, stage_config
+from selfsupnas.cli import STAGES, parse_parameters, stage_config
 
 
 @pytest.fixture

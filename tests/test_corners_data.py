@@ -21,7 +21,7 @@ from selfsupnas.train.log import RunLog
 from selfsupnas.stages.searching import SearchConfig
 from selfsupnas.show import save_figure, show_samples
 from selfsupnas.data.splits import load_split
-from selfsupnas.parameters import check_inputs
+from selfsupnas.cli import check_inputs
 from selfsupnas.data.voc import draw_voc, read_names
 
 H, W = 64, 80

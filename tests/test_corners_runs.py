@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, draw_folder, same_run
 
-from selfsupnas import execution
+from selfsupnas import cli
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.train.checkpoint import FREE, FolderInUse, checkpoint_paths, step_of
 from selfsupnas.cli import main
@@ -167,12 +167,12 @@ def fails_or_not(path, *sources):
 def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
     good, bad = fails_or_not(tmp_path/"good.ipynb", "1 + 1"), fails_or_not(tmp_path/"bad.ipynb", "1 / 0")
     folder = tmp_path/"run"
-    assert execution.run_stage("search", {}, folder, source=good) == 0
+    assert cli.run_stage("search", {}, folder, source=good) == 0
     whole = (folder/"search.ipynb").read_bytes()
-    assert execution.run_stage("search", {}, folder, source=bad) == 1
+    assert cli.run_stage("search", {}, folder, source=bad) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err and (folder/"search-failed.ipynb").exists()
     assert (folder/"search.ipynb").read_bytes() == whole and not (folder/"search-running.ipynb").exists()
-    assert execution.run_stage("search", {}, folder, source=good) == 0 and not (folder/"search-failed.ipynb").exists()
+    assert cli.run_stage("search", {}, folder, source=good) == 0 and not (folder/"search-failed.ipynb").exists()
 
 
 def test_the_same_command_at_once_is_refused(tmp_path, capsys):
@@ -182,11 +182,11 @@ def test_the_same_command_at_once_is_refused(tmp_path, capsys):
     first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "holds\n"
-        with pytest.raises(FolderInUse, match="another run is writing to .*run"): execution.run_stage("search", {}, folder, source=seconds)
+        with pytest.raises(FolderInUse, match="another run is writing to .*run"): cli.run_stage("search", {}, folder, source=seconds)
         assert main(["search", "--folder", str(folder), "-p", "steps", "1"]) == 2 and "another run is writing" in capsys.readouterr().err
         assert [path.name for path in folder.iterdir()] == [".command.lock"]
     finally: first.communicate("")
-    assert execution.run_stage("search", {}, folder, source=seconds) == 0
+    assert cli.run_stage("search", {}, folder, source=seconds) == 0
 
 
 def test_a_budget_out_of_reach_is_refused_before_a_kernel_starts(place, capsys, monkeypatch):
@@ -390,7 +390,7 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(place, monkeypatch)
 
 
 def test_a_folder_may_have_braces(tmp_path):
-    assert execution.run_stage("search", {}, tmp_path/"a {x} b", source=fails_or_not(tmp_path/"good.ipynb", "1 + 1")) == 0
+    assert cli.run_stage("search", {}, tmp_path/"a {x} b", source=fails_or_not(tmp_path/"good.ipynb", "1 + 1")) == 0
     assert (tmp_path/"a {x} b"/"search.ipynb").exists()
 
 

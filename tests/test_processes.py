@@ -124,7 +124,7 @@ STAGE = dict(SMALL, **SHORT, seed=3)
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     "The search stage, whole: here, by notebook_launcher in a kernel, and by torchrun as a command."
-    from selfsupnas.execution import run_notebook
+    from selfsupnas.cli import run_notebook
     from selfsupnas.stages.searching import SearchConfig, search
     place = tmp_path_factory.mktemp("stages")
     search(SearchConfig(folder=str(place/"one"), **STAGE))

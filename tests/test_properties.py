@@ -28,7 +28,7 @@ from selfsupnas.stages.retraining import RetrainConfig
 from selfsupnas.stages.searching import SearchConfig
 from selfsupnas.space.supernet import gates_by_edge, gates_from_edges, build_supernet
 from selfsupnas.data.splits import LabelSplit, label_count, load_split, save_split
-from selfsupnas.parameters import parse_value
+from selfsupnas.cli import parse_value
 
 FAST = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def examples(count): return settings(max_examples=count, **FAST)

@@ -10,7 +10,7 @@ from selfsupnas.train.batches import check_shares
 from selfsupnas.cli import make_parser
 from selfsupnas.core import from_parameters
 from selfsupnas.distributed import World
-from selfsupnas.parameters import STAGES, parse_parameters, stage_config
+from selfsupnas.cli import STAGES, parse_parameters, stage_config
 
 INDEX = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf8"))
 README = (ROOT/"README.md").read_text("utf8")

@@ -14,7 +14,7 @@ from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.stages.retraining import retrain
 from selfsupnas.stages.searching import search
-from selfsupnas.parameters import stage_config
+from selfsupnas.cli import stage_config
 from selfsupnas.data.voc import draw_voc
 
 RATES = ROOT/"nbs"/"experiments"/"records"/"rates"

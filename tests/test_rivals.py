@@ -18,7 +18,7 @@ from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.stages.retraining import RetrainConfig, load_network, load_retrain, retrain
 from selfsupnas.space.supernet import build_supernet
-from selfsupnas.parameters import check_inputs
+from selfsupnas.cli import check_inputs
 
 SPACE = SearchSpace(11)
 SEARCHED = SearchSpace(11, 3, 16, ("sep_conv_3x3", "conv_3x3"), search_operations=True)

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from selfsupnas.execution import run_notebook
+from selfsupnas.cli import run_notebook
 
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 BAR = re.compile(r"\d+%\||\[(\d+:)?\d\d:\d\d[<,]") # tqdm's text: 12%|..., [00:00<?

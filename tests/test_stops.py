@@ -26,7 +26,7 @@ def in_python(folder):
 
 def as_command(folder):
     "What `selfsupnas search` does, with a notebook that draws nothing."
-    from selfsupnas.execution import run_stage
+    from selfsupnas.cli import run_stage
     sys.exit(run_stage("search", SMALL, folder, source=Path(folder).parent/"search.ipynb"))
 
 

@@ -1,13 +1,14 @@
 "The house rules that a machine can check: import direction, run notebooks, sizes, outputs, import time."
-import ast, base64, dataclasses, importlib, json, re, subprocess, sys
+import ast, base64, dataclasses, importlib, re, subprocess, sys
 
 import pytest
 from conftest import ROOT
 from imports import CHAPTERS, MODULES, NOTEBOOKS, cells, is_exported, module_of, package_imports, wrong_imports
 
 from selfsupnas.core import from_parameters
-from selfsupnas.parameters import STAGES, field_docs, stage_config
+from selfsupnas.cli import STAGES, field_docs, stage_config
 
+OUTSIDE = sorted((ROOT/"nbs"/"experiments").glob("*.py")) # plain files, no part of the package
 HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill", "onnx", "onnxruntime", "onnxscript", "huggingface_hub", "tensorboard", "submitit", "torchvision")
 
 

@@ -63,7 +63,7 @@ def test_the_wheel_is_complete(wheel):
 
 
 def test_it_works_without_the_checkout(python, tmp_path):
-    code = ("import selfsupnas; from selfsupnas.parameters import STAGES, stage_notebook; print(selfsupnas.__file__); "
+    code = ("import selfsupnas; from selfsupnas.cli import STAGES, stage_notebook; print(selfsupnas.__file__); "
             "print(*map(stage_notebook, STAGES), sep='\\n')")
     done = run([python, "-c", code], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed
 from selfsupnas.data.loaders import to_device
 from selfsupnas.export import export_onnx, fold_batch_norm, largest_gap, onnx_network
 from selfsupnas.metrics import check_logits, confusion_matrix
-from selfsupnas.parameters import parse_parameters
+from selfsupnas.cli import parse_parameters
 from selfsupnas.rivals import build_baseline, random_architecture
 from selfsupnas.space.budget import measure_costs, realised_cost, static_cost
 from selfsupnas.space.cell import GatedCell, SparseFeatures, weigh
@@ -417,7 +417,8 @@ class SearchStep:
         weights, before = step_weights(self.config, 1., self.cost), state_before(self.parts)
         charge = self.cost and (lambda gates: self.cost(gates, 1.))
         with self.accelerator.autocast():
-            losses, metrics = objective(self.network, self.parts["multitask"], self.parts["teacher"],
+            losses, metrics = objective(self.network, self.parts["multitask"],
+                                        self.parts["teacher"],
                                        self.batches, weights, self.config, self.permutations,
                                        seed_step(0, 0), charge)
         loss = sum(weights[name] * term for name, term in losses.items())

@@ -33,8 +33,7 @@ from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, pr
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.splits import make_split, save_split
 from selfsupnas.metrics import miou_text
-from selfsupnas.parameters import (check_inputs, describe, parse_parameters, parse_value,
-                                   stage_config)
+from selfsupnas.cli import check_inputs, describe, parse_parameters, parse_value, stage_config
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
