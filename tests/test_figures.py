@@ -437,7 +437,7 @@ def test_sample_sheet():
     return figure
 
 
-TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost", "binary": "binarization_loss"}
+TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost", "binary": "binarization"}
 
 
 @figure_test
@@ -930,8 +930,8 @@ def test_explore_split():
 
 # Are all figures here, and do the tests notice?
 
-FUNCTIONS = {name: found for module in pkgutil.iter_modules(selfsupnas.__path__)
-             for name, found in vars(importlib.import_module(f"selfsupnas.{module.name}")).items()
+FUNCTIONS = {name: found for module in pkgutil.walk_packages(selfsupnas.__path__, "selfsupnas.")
+             for name, found in vars(importlib.import_module(module.name)).items()
              if inspect.isfunction(found) and not name.startswith("_")}
 
 
@@ -945,7 +945,7 @@ def makes_figure(name):
     "Does it give out a figure: by its name, in the modules of figures, or by what it calls?"
     by_name = name.startswith(("plot_", "show_")) or name in ("legend", "sample_sheet")
     module = FUNCTIONS[name].__module__.rpartition(".")[2]
-    return (by_name and module in ("show", "plots", "pictures", "routes", "survey") or
+    return (by_name and module in ("show", "curves", "routes", "predictions", "inspection") or
             bool(names_in(FUNCTIONS[name].__code__) & {"new_figure", "subplots"}))
 
 

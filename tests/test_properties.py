@@ -17,7 +17,7 @@ from selfsupnas.space.cost import count_flops
 from selfsupnas.space.derivation import derive
 from selfsupnas.metrics import Metrics, confusion_matrix
 from selfsupnas.stages.pareto_front import ParetoConfig
-from selfsupnas.space.gate import CLOSED, gate_activation, hold_gates, put, take, watch_gates
+from selfsupnas.space.gate import CLOSED, gate_activation, hold_gates, place_rows, select_rows, watch_gates
 from selfsupnas.space.grid import SearchSpace, trace_route
 from selfsupnas.tasks.jigsaw import cut_and_shuffle, jigsaw_accuracy, join_cells, solve_positions, split_cells, unshuffle
 from selfsupnas.space.network import StaticNetwork, inherit
@@ -185,7 +185,7 @@ def test_a_gate_is_shut_or_open_and_nothing_between(logits, threshold, leak):
 def test_put_is_the_inverse_of_take(rows, seed):
     images = torch.tensor(rows)
     features = torch.randn(len(rows), 2, 3, generator=torch.Generator().manual_seed(seed))
-    back = put(take(features, images), images)
+    back = place_rows(select_rows(features, images), images)
     assert back[images].equal(features[images]) and not back[~images].any()
 
 

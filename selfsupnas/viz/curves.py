@@ -31,7 +31,7 @@ def known_points(rows:list, # log lines, dicts with "step"
 
 # %% ../../nbs/viz/01_curves.ipynb #c06da40c
 _TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "cost",
-          "binary": "undecided gates"}
+          "binary": "binarization"}
 # title, {key: name}, factor, logarithmic
 HISTORY_PANELS = (
     ("loss terms, unweighted", _TERMS, 1, True),
