@@ -22,7 +22,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift notebook-tests notebooks docs hooks clean
+.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift notebook-tests notebooks imports docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -218,6 +218,9 @@ notebooks: env ## execute all notebooks in place and say how long each took; NB=
 	  echo "== notebooks: $$nb took $$((SECONDS - begun)) s"
 	done
 	nbdev_clean
+
+imports: env ## a picture of the imports between rooms, nbs/figures/imports.png, and their lines; fails if one points against the order
+	@python tests/imports.py
 
 # Links between notebooks become links between pages; what a page shows lies in it.
 docs: env ## the notebooks as web pages: _docs/index.html

@@ -77,35 +77,41 @@ def lines_of_rooms():
 
 
 def draw(to):
-    "Save the picture: rooms from top to bottom in reading order, an arc from each to what it imports, red where it points down."
+    """Save the picture: a row for each room in reading order, an arrow from it to each room that it imports from, with the number of imports.
+
+    All arrows point to the left, to earlier rooms; one that points to the right would be red. Returns the number of those.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.patches import FancyArrowPatch
     lines, counts = lines_of_rooms(), arrows()
     names = list(lines)
-    at = {name: -i for i, name in enumerate(names)}
-    fig, ax = plt.subplots(figsize=(9, 9.5), dpi=110)
-    for name in names:
-        modules, count = lines[name]
-        ax.text(-.1, at[name], name, ha="right", va="center", fontsize=13, weight="bold")
-        ax.barh(at[name], count / 500, height=.45, left=.05, color="#56B4E9")
-        ax.text(.1 + count / 500, at[name], f"{count:,} lines, {modules} {'module' if modules == 1 else 'modules'}", va="center", fontsize=10)
+    fig, (ax, bars) = plt.subplots(1, 2, figsize=(12, 7), dpi=100, width_ratios=(3, 1), sharey=True, layout="constrained")
+    for i, name in enumerate(names):
+        ax.axhline(i, color="0.93", lw=1, zorder=0)
+        ax.plot(i, i, "s", ms=17, color="#56B4E9", zorder=1)
     for (importing, imported), count in counts.items():
-        up = at[imported] > at[importing]
-        reach = abs(at[imported] - at[importing])
-        ax.add_patch(FancyArrowPatch((-1.9, at[importing] + .08), (-1.9, at[imported] - .08), connectionstyle=f"arc3,rad={-.28 if up else .28}",
-                                     arrowstyle="-|>", mutation_scale=9, lw=.5 + .35 * count ** .5, color="0.35" if up else "#D55E00", alpha=.75,
-                                     shrinkA=2, shrinkB=2, zorder=20 - reach))
-    wrong = sum(names.index(a) <= names.index(b) for a, b in counts)
-    ax.set_title(f"imports between rooms: {sum(counts.values())} between modules, {len(counts)} arrows, {wrong} against the order", fontsize=12, loc="left")
-    ax.set_xlim(-6.6, 8.2); ax.set_ylim(-len(names) + .3, .8); ax.axis("off")
-    fig.savefig(to, bbox_inches="tight")
+        i, j = names.index(importing), names.index(imported)
+        colour = "0.55" if j < i else "#D55E00"
+        ax.annotate("", (j, i), (i, i), arrowprops=dict(arrowstyle="-|>", color=colour, lw=1, shrinkA=9, shrinkB=11), zorder=2)
+        ax.text(j, i, count, ha="center", va="center", fontsize=10, bbox=dict(boxstyle="circle,pad=.2", fc="w", ec=colour), zorder=3)
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="left", fontsize=11)
+    ax.xaxis.tick_top(); ax.xaxis.set_label_position("top")
+    ax.set_yticks(range(len(names)), names, fontsize=11)
+    ax.set_xlabel("imported room"); ax.set_ylabel("importing room")
+    ax.set_xlim(-.7, len(names) - .3); ax.invert_yaxis()
+    bars.barh(range(len(names)), [count for _, count in lines.values()], height=.5, color="#56B4E9")
+    for i, (modules, count) in enumerate(lines.values()): bars.text(count + 20, i, f"{count:,} in {modules}", va="center", fontsize=10)
+    bars.set_xlabel("exported lines, in modules"); bars.set_xlim(0, 1.35 * max(count for _, count in lines.values()))
+    for axes in (ax, bars): axes.spines[:].set_visible(False); axes.tick_params(length=0)
+    wrong = sum(names.index(importing) <= names.index(imported) for importing, imported in counts)
+    fig.suptitle(f"Imports between rooms: {sum(counts.values())} in {len(counts)} arrows, {wrong} against the reading order")
+    fig.savefig(to)
     return wrong
 
 
 if __name__ == "__main__":
-    to = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT/"runs"/"imports.png"
+    to = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT/"nbs"/"figures"/"imports.png"
     to.parent.mkdir(parents=True, exist_ok=True)
     wrong = draw(to)
     rooms = lines_of_rooms()
