@@ -140,3 +140,13 @@ def test_heavy_libraries_load_when_used():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", ["", ".data", ".data.toy", ".space", ".tasks", ".train", ".stages", ".viz"])
+def test_what_users_type_is_taken_from_its_module(package):
+    "What a package offers is there, and is no module; what it does not offer is refused with what it has."
+    found = importlib.import_module(f"selfsupnas{package}")
+    names = dir(found)
+    assert names
+    for name in names: assert getattr(found, name) is not None and not hasattr(getattr(found, name), "__path__"), name
+    with pytest.raises(AttributeError, match=names[0]): found.nothing_of_that_name
