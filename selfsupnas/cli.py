@@ -22,10 +22,10 @@ from .core import (RENAMED_STAGES, OWN_PROCESS, RunRecord, from_parameters,
 from .data.datasets import CAMVID_SPEC, DATASETS, STREETSCENES_SIZE, load_dataset
 from .data.files import NO_IMAGE, SPLITS
 from .data.splits import check_no_leak, label_count, load_split
-from .distributed import own_device
+from .distributed import local_device
 from .space.architecture import load_architecture
-from .train.checkpoint import (FolderInUse, Stopped, delayed_interrupt, earlier_run,
-                                         finished_line, own_folder, stop_line)
+from .train.checkpoint import (FolderInUse, Stopped, deferred_interrupts, finished_run,
+                                         finished_message, lock_folder, stop_message)
 from .train.config import check_precision
 
 # %% ../nbs/08_cli.ipynb #3524d711
@@ -141,7 +141,7 @@ def check_pareto(stage: str, config, later: bool):
     for budget in config.budgets: refuse_budget(budget, least)
 
 def check_training_inputs(stage: str, config, later: bool): # of search and retrain
-    check_precision(config.precision, own_device())
+    check_precision(config.precision, local_device())
     if stage == "retrain" and not later:
         from selfsupnas.stages.retraining import check_files
         check_files(config)
@@ -202,7 +202,7 @@ def run_interruptible(run: Callable, # takes minutes to hours, in a thread
         try: run()
         except BaseException as e: raised.append(e)
     thread, told = threading.Thread(target=body), -pause
-    with delayed_interrupt() as came:
+    with deferred_interrupts() as came:
         thread.start()
         while thread.is_alive():
             thread.join(.1)
@@ -223,14 +223,14 @@ def run_stage(stage:str, parameters:dict, folder, # checked parameters; where th
     not run again. ValueError where the folder has another run, FolderInUse while one goes on."""
     folder = Path(folder)
     config = from_parameters(stage_config(stage), {**parameters, "folder": str(folder)})
-    if (made := earlier_run(config, stage)) and (folder/f"{stage}.ipynb").is_file():
-        print(f"selfsupnas {stage}: {finished_line(config, made)}; its notebook is "
+    if (made := finished_run(config, stage)) and (folder/f"{stage}.ipynb").is_file():
+        print(f"selfsupnas {stage}: {finished_message(config, made)}; its notebook is "
               f"{folder}/{stage}.ipynb")
         return 0
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OSError(f"cannot write to {folder}: {e.strerror}; take another --folder") from e
-    with own_folder(folder, wait=.1, lock=".command.lock"):
+    with lock_folder(folder, wait=.1, lock=".command.lock"):
         return run_held(stage, parameters, folder, source or stage_notebook(stage))
 
 def run_held(stage: str, parameters: dict, folder: Path, source) -> int: # exit status
@@ -251,7 +251,7 @@ def run_held(stage: str, parameters: dict, folder: Path, source) -> int: # exit 
         return 1
     if came:
         running.unlink(missing_ok=True)
-        print(f"selfsupnas {stage}: {stop_line(folder)}", file=sys.stderr, flush=True)
+        print(f"selfsupnas {stage}: {stop_message(folder)}", file=sys.stderr, flush=True)
         return 128 + came[0]
     running.replace(output)
     failed.unlink(missing_ok=True)
@@ -300,7 +300,7 @@ def plan_demo(data:str, folder, pairs) -> dict: # stage -> checked parameters
         mine = usual | parse_parameters(cls, [pair for pair in pairs if pair[0] in fields[stage]])
         plan[stage] = {**mine, **wired.get(stage, {}), "data": data, "folder": str(folder/stage)}
         config = from_parameters(cls, plan[stage])
-        finished = finished and earlier_run(config, stage) is not None
+        finished = finished and finished_run(config, stage) is not None
         if not finished: check_inputs(stage, config, later=True)
     return plan
 
@@ -451,7 +451,7 @@ def run_command(words) -> int: # exit status
     pairs = words.pairs + ([("folder", words.folder)] if words.folder else [])
     parameters = parse_parameters(cls, pairs)
     config = from_parameters(cls, parameters)
-    if not earlier_run(config, words.stage): check_inputs(words.stage, config)
+    if not finished_run(config, words.stage): check_inputs(words.stage, config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: return run_launched(words.stage, config)
     return run_stage(words.stage, parameters, config.folder)
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'OWN_PROCESS', 'RENAMED', 'RENAMED_STAGES', 'seed_everything', 'keep_freed_memory', 'in_own_process',
-           'renamed', 'renamed_record', 'record_path', 'kind_name', 'from_parameters', 'check_fields', 'written_aside',
-           'write_json', 'digest_of', 'read_text', 'read_json', 'hashable', 'hash_fields', 'FrozenDict', 'cache_folder',
-           'cached_arrays', 'versions', 'commit', 'hardware', 'RunRecord', 'Timer', 'is_live', 'progress_bar']
+           'rename_keys', 'rename_record', 'record_path', 'kind_name', 'from_parameters', 'check_fields',
+           'atomic_write', 'write_json', 'file_digest', 'read_text', 'read_json', 'hashable', 'hash_fields',
+           'FrozenDict', 'cache_folder', 'cached_arrays', 'versions', 'commit', 'hardware', 'RunRecord', 'Timer',
+           'is_live', 'progress_bar']
 
 # %% ../nbs/01_core.ipynb #cell-02
 import ctypes, dataclasses, hashlib, json, math, os, platform, random, subprocess
@@ -62,17 +63,17 @@ RENAMED = {"w_harden": "w_binary", "harden_ramp": "binary_ramp", "harden": "bina
            "paths_once_closed": "edges_once_closed", "figures": "metrics"}
 RENAMED_STAGES = {"front": "pareto"}
 
-def renamed(data): # plain data: dicts, lists, numbers, texts -> the same, keys renamed
+def rename_keys(data): # plain data: dicts, lists, numbers, texts -> the same, keys rename_keys
     "Plain data of version 0.1 with the names of this version, at any depth."
-    if isinstance(data, list): return [renamed(value) for value in data]
+    if isinstance(data, list): return [rename_keys(value) for value in data]
     if not isinstance(data, dict): return data
-    return {RENAMED.get(key, key): renamed(value) for key, value in data.items()}
+    return {RENAMED.get(key, key): rename_keys(value) for key, value in data.items()}
 
-def renamed_record(data: dict) -> dict: # what a file of a record holds
+def rename_record(data: dict) -> dict: # what a file of a record holds
     "A run record with the names of this version; one of this version is returned as it is."
     if "figures" not in data: return data
     stage = data.get("stage")
-    return {**renamed(data), "stage": RENAMED_STAGES.get(stage, stage)
+    return {**rename_keys(data), "stage": RENAMED_STAGES.get(stage, stage)
             if isinstance(stage, str) else stage}
 
 def record_path(folder, stage: str) -> Path: # of the record of a stage, there or not
@@ -161,7 +162,7 @@ def check_fields(config, # a dataclass instance
 
 # %% ../nbs/01_core.ipynb #cell-15
 @contextmanager
-def written_aside(path): # yields the path to write to; the file gets its name at the end
+def atomic_write(path): # yields the path to write to; the file gets its name at the end
     """What raises within leaves no file, and an older one as it was. Raises OSError that names the
     file; its folder is made when missing."""
     path = Path(path)
@@ -184,11 +185,11 @@ def write_json(path, # file to write; its folder is made when missing
     what JSON cannot hold."""
     if dataclasses.is_dataclass(obj): obj = dataclasses.asdict(obj)
     text = json.dumps(obj, indent=1, allow_nan=False) + "\n"
-    with written_aside(path) as aside: aside.write_text(text, encoding="utf8")
+    with atomic_write(path) as aside: aside.write_text(text, encoding="utf8")
     return Path(path)
 
 # %% ../nbs/01_core.ipynb #f35c1f15
-def digest_of(paths) -> str: # the first digits of a SHA-256
+def file_digest(paths) -> str: # the first digits of a SHA-256
     "Of the content of files; one that is not there counts as empty."
     found = hashlib.sha256()
     for path in map(Path, paths): found.update(path.read_bytes() if path.is_file() else b"")
@@ -256,7 +257,7 @@ def cached_arrays(path,  # the .npz file
         warnings.warn(f"the cached file {path} is damaged; it is made again")
     arrays = build()
     try:
-        with written_aside(path) as aside: np.savez_compressed(aside, **arrays)
+        with atomic_write(path) as aside: np.savez_compressed(aside, **arrays)
     except OSError as e:
         warnings.warn(f"cannot write the cache {path} ({e}): set SELFSUPNAS_CACHE elsewhere")
     return arrays
@@ -338,7 +339,7 @@ class RunRecord:
         path = Path(path)
         if not path.exists(): raise FileNotFoundError(f"no run record at {path}")
         data, stage = read_json(path, "a run record"), path.name.removesuffix("-record.json")
-        try: record = from_parameters(cls, renamed_record(data))
+        try: record = from_parameters(cls, rename_record(data))
         except (TypeError, ValueError) as e:
             raise ValueError(f"{path} is not a run record: {e}") from None
         if stage != path.name and RENAMED_STAGES.get(stage, stage) != record.stage:

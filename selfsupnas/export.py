@@ -26,8 +26,8 @@ from .rivals import hand_crafted
 from .train.batches import image_size
 from .stages.evaluation import recorded_root
 from .train.checkpoint import load_weights, save_weights
-from .train.config import LEAST
-from .core import RunRecord, read_json, write_json, written_aside
+from .train.config import MIN_SIDE
+from .core import RunRecord, read_json, write_json, atomic_write
 from .data.datasets import load_dataset
 from .space.network import StaticNetwork
 from .data.files import SegmentationSpec
@@ -53,8 +53,8 @@ TOLERANCE = 1e-4 # of the largest logit, or of 1 where all are smaller
 
 def check_export_size(size) -> tuple: # (H,W)
     "Two whole numbers, each 33 or more; else ValueError."
-    if len(size) != 2 or not all(isinstance(n, int) and n >= LEAST for n in size):
-        raise ValueError(f"size must be (height, width), each {LEAST} or more, not {size!r}")
+    if len(size) != 2 or not all(isinstance(n, int) and n >= MIN_SIDE for n in size):
+        raise ValueError(f"size must be (height, width), each {MIN_SIDE} or more, not {size!r}")
     return tuple(size)
 
 def largest_gap(network: nn.Module, # in evaluation mode
@@ -63,7 +63,7 @@ def largest_gap(network: nn.Module, # in evaluation mode
     """The largest difference of two networks' logits as a share of the largest logit, over several
     sizes and batches; infinite for another shape."""
     draw, gaps = torch.Generator().manual_seed(0), []
-    for shape in ((1, *size), (2, size[0] + 1, size[1] + 3), (3, 45, 67), (1, LEAST, LEAST)):
+    for shape in ((1, *size), (2, size[0] + 1, size[1] + 3), (3, 45, 67), (1, MIN_SIDE, MIN_SIDE)):
         images = torch.randn(shape[0], 3, *shape[1:], generator=draw)
         with torch.no_grad(): wanted, got = logits_of(network(images)), logits_of(other(images))
         same = got.shape == wanted.shape and got.isfinite().all()
@@ -90,8 +90,8 @@ class LogitsAlone(nn.Module):
 def trace_program(network: nn.Module) -> torch.export.ExportedProgram: # images -> logits
     "The network with batch norm folded, by torch.export; batch, height and width are free."
     from torch.export import Dim, export
-    images = torch.zeros(2, 3, 2 * LEAST, 3 * LEAST) # an example; no two sizes alike
-    sides = {0: Dim("batch", min=1), 2: Dim("height", min=LEAST), 3: Dim("width", min=LEAST)}
+    images = torch.zeros(2, 3, 2 * MIN_SIDE, 3 * MIN_SIDE) # an example; no two sizes alike
+    sides = {0: Dim("batch", min=1), 2: Dim("height", min=MIN_SIDE), 3: Dim("width", min=MIN_SIDE)}
     folded = fold_batch_norm(network)
     with torch.no_grad(): alone = isinstance(folded(images), torch.Tensor)
     return export(folded if alone else LogitsAlone(folded), (images,), dynamic_shapes=(sides,),
@@ -107,7 +107,7 @@ def export_program(network: nn.Module, # on the CPU
     program = trace_program(network)
     for node in program.graph.nodes: # notes that name files of this machine; only ONNX needs them
         for note in ("stack_trace", "nn_module_stack", "torch_fn"): node.meta.pop(note, None)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         torch.export.save(program, aside)
         check_gap(network, torch.export.load(aside).module(), size, path)
     return path
@@ -150,7 +150,7 @@ def export_onnx(network: nn.Module, # on the CPU
     graph = model.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info):
         del part.metadata_props[:] # where it came from: longer than the weights
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         onnx.save_model(model, aside)
         onnx.checker.check_model(str(aside), full_check=True)
         check_gap(network, onnx_network(aside), size, path)
@@ -310,7 +310,7 @@ A network for semantic segmentation: one route through a grid of scales, and not
 {" ".join(notes)}\n
 {to_markdown(rows, ["what", "of this network"])}\n\n## Use\n
 `images` are float32 (B,3,H,W), red, green, blue in 0..1, minus {mean}, over {std}; H and W are
-{LEAST} or more. `logits` are (B,{usage.spec.num_classes},H,W); the largest names the class:
+{MIN_SIDE} or more. `logits` are (B,{usage.spec.num_classes},H,W); the largest names the class:
 {", ".join(f"{i} {c}" for i, c in enumerate(usage.spec.classes))}. Labels of
 {usage.spec.ignore_index} were ignored.\n\n{uses}\n\n## Licence\n
 {licence or "None was stated: ask whoever gave you this folder. That of the data counts, too."}
@@ -337,7 +337,7 @@ def save_pretrained(network: StaticNetwork, folder,
     folder = Path(folder)
     save_weights(network, folder/"model.safetensors")
     files = [file for file in USES if (folder/file).exists()] + ["config.json"]
-    with written_aside(folder/"README.md") as aside:
+    with atomic_write(folder/"README.md") as aside:
         aside.write_text(model_card(folder.resolve().name, usage, record, tested, licence, files),
                          encoding="utf8")
     return write_json(folder/"config.json", config).parent # last: the folder is whole

@@ -18,8 +18,8 @@ from torch import nn
 
 from .data.augment import normalise
 from .core import progress_bar
-from .data.files import unless_unreadable
-from .distributed import World, all_reduce_sum, union_of, world
+from .data.files import tolerant_reader
+from .distributed import World, all_reduce_sum, all_gather_dict, world
 from .show import new_figure
 from .tasks.teacher import logits_of
 
@@ -164,7 +164,7 @@ def readable_pairs(dataset, # [i] -> (image, label), with .ids
                    indices, # which, in this order
                   ): # yields (id, image, label)
     "The pairs one by one; passes over what cannot be read if the data set says `skip_unreadable`."
-    read = unless_unreadable(dataset, lambda i: dataset[i], None)
+    read = tolerant_reader(dataset, lambda i: dataset[i], None)
     for i in indices:
         if pair := read(i): yield dataset.ids[i], *pair
 
@@ -317,7 +317,7 @@ def evaluate_segmenter(model:nn.Module, # images (B,3,H,W), normalised -> logits
                                       spec.ignore_index)
             bar.update(len(ids))
     total = all_reduce_sum(total)
-    if hasattr(dataset, "unreadable"): dataset.unreadable.update(union_of(dataset.unreadable))
+    if hasattr(dataset, "unreadable"): dataset.unreadable.update(all_gather_dict(dataset.unreadable))
     if not total.sum():
         raise NothingLabelled(f"none of the {len(dataset)} images has a labelled pixel: all labels "
                               f"are ignore_index {spec.ignore_index}, so there is nothing to "

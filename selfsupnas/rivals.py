@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .space.architecture import Architecture, derive_greedily, reached
+from .space.architecture import Architecture, derive_greedily, connected_edges
 from .space.budget import CostTable, measure_costs, static_cost
 from .space.cost import count_cost
 from .space.derivation import derive
@@ -200,11 +200,11 @@ def random_architecture(space:SearchSpace,
     # among: what may be open; None: everything
     "A route of random importances, derived within `target`; `ValueError` when no draw comes close."
     draw = random.Random(seed)
-    among = space.known if among is None else among
+    among = space.gated_set if among is None else among
     for _ in range(tries):
         importance = {edge: draw.random() * (edge in among) for edge in space.gated()}
         found = derive_greedily(space, importance, cost, target).unweighted()
-        if cost(found.kept) >= (1 - tolerance) * target: return found
+        if cost(found.selected) >= (1 - tolerance) * target: return found
     raise ValueError(f"in {tries} draws no random route cost {1 - tolerance:.0%} to 100 % of "
                      f"{target:,.0f}; allow a larger tolerance")
 
@@ -248,7 +248,7 @@ def fit_channels(name:str, # one of `SCALABLE`
 # %% ../nbs/05_rivals.ipynb #cbc68d14
 def open_parts(space:SearchSpace, coarsest:int=len(STRIDES) - 1) -> set:
     "All edges among the scales up to `coarsest`, and the searched candidates there."
-    return reached(space, {part for part in space.gated()
+    return connected_edges(space, {part for part in space.gated()
                            if max(part.scale, part.scale + STEP.get(part.kind, 0)) <= coarsest})
 
 def narrowest(name:str, # of the rival, for the message
@@ -341,7 +341,7 @@ def batch_norm_route(space:SearchSpace, size:tuple, # (H,W)
     table, importance = measure_costs(space, size), batch_norm_scales(space, state)
     refuse_cost("batch_norm_route", asked, static_cost(table, []),
                 static_cost(table, open_parts(space)))
-    def cost(route): return static_cost(table, route.kept)
+    def cost(route): return static_cost(table, route.selected)
     for k in (1, 8): # the second is seldom needed, and takes longer
         for route in derive(space, importance, table, asked, k):
             if cost(route) >= (1 - TOLERANCE) * asked: return route.unweighted()

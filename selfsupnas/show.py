@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import written_aside
+from .core import atomic_write
 
 # %% ../nbs/03_show.ipynb #cell-08
 def as_array(x, # NumPy array, torch tensor (any device) or nested list
@@ -269,6 +269,6 @@ def save_figure(fig, # matplotlib Figure
     if path.suffix[1:].lower() not in known:
         raise ValueError(f"cannot tell the format of {str(path)!r}: end the name in one of "
                          f"{', '.join('.' + k for k in sorted(known))}")
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         fig.savefig(aside, dpi=dpi or fig.dpi, bbox_inches="tight", facecolor="white")
     return path

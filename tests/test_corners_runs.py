@@ -13,7 +13,7 @@ from conftest import ROOT, draw_folder, same_run
 
 from selfsupnas import cli
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
-from selfsupnas.train.checkpoint import FREE, FolderInUse, checkpoint_paths, step_of
+from selfsupnas.train.checkpoint import IGNORED_PARAMETERS, FolderInUse, checkpoint_paths, step_of
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
 from selfsupnas.export import export_run
@@ -87,7 +87,7 @@ def test_another_run_is_refused_before_anything_is_touched(place, stage):
 def test_what_changes_no_result_makes_no_other_run(place, capsys, stage):
     run, config = STAGES[stage]
     changes = dict(workers=1, cache_gb=1., logs=2, checkpoints=5, resume=False)
-    assert set(changes) < set(FREE)
+    assert set(changes) < set(IGNORED_PARAMETERS)
     shutil.copytree(stage, "elsewhere")
     assert run(dataclasses.replace(config, folder="elsewhere", **changes)).record.seed == 0 and "nothing is computed" in capsys.readouterr().out
 
@@ -178,7 +178,7 @@ def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
 def test_the_same_command_at_once_is_refused(tmp_path, capsys):
     "The second is told so, and the notebook of the first stays its own."
     folder, seconds = tmp_path/"run", fails_or_not(tmp_path/"second.ipynb", "1 + 1")
-    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.train.checkpoint import own_folder\nwith own_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
+    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.train.checkpoint import lock_folder\nwith lock_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "holds\n"

@@ -17,7 +17,7 @@ import selfsupnas
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.train.batches import load_training_data
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
-from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, own_folder, read_checkpoint
+from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, lock_folder, read_checkpoint
 from selfsupnas.cli import main
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
@@ -208,7 +208,7 @@ def read_only(act):
 
 
 def taken():
-    with own_folder("new"): run_search("new")
+    with lock_folder("new"): run_search("new")
 
 
 def split_of(labelled, unlabelled="", **more):

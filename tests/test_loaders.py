@@ -13,7 +13,7 @@ from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.retraining import load_network
-from selfsupnas.stages.searching import unchosen
+from selfsupnas.stages.searching import without_choice_images
 from selfsupnas.data.splits import save_split
 from selfsupnas.data.voc import draw_voc
 
@@ -99,7 +99,7 @@ def test_images_of_many_sizes_go_through_all_three_stages(root, tmp_path, comman
     assert done.returncode == 0, done.stdout + done.stderr
     record = RunRecord.load(tmp_path/"voc"/"evaluate"/"evaluate-record.json")
     network = load_network(tmp_path/"voc"/"retrain")
-    report = unchosen(load_dataset("voc_aug", "val", root), network.architecture) # two of the four chose the route
+    report = without_choice_images(load_dataset("voc_aug", "val", root), network.architecture) # two of the four chose the route
     assert record.metrics["split"] == "val" and record.metrics["images"] == len(report) == 2 and record.metrics["size"] == [64, 64]
     by_hand = evaluate_segmenter(network, report, progress=False)
     assert record.metrics["rows"]["searched"]["miou"] == pytest.approx(by_hand.miou, abs=1e-3) and "On the val images" in done.stdout

@@ -27,9 +27,9 @@ from selfsupnas.metrics import check_logits, confusion_matrix
 from selfsupnas.cli import parse_parameters
 from selfsupnas.rivals import build_baseline, random_architecture
 from selfsupnas.space.budget import measure_costs, realised_cost, static_cost
-from selfsupnas.space.cell import GatedCell, SparseFeatures, weigh
+from selfsupnas.space.cell import GatedCell, SparseFeatures, scale_features
 from selfsupnas.space.cost import count_cost
-from selfsupnas.space.gate import hold_gates, watch_gates
+from selfsupnas.space.gate import fix_gates, record_gates
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, gate_name, gates_by_edge
@@ -37,7 +37,7 @@ from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.train.batches import load_training_data, make_batches
-from selfsupnas.train.loop import (make_optimiser, make_parts, seed_step, state_before,
+from selfsupnas.train.loop import (make_optimiser, build_training_parts, seed_step, forward_state,
                                    step_weights, take_step, train)
 from selfsupnas.train.step import objective
 from selfsupnas.zoo import load
@@ -166,8 +166,8 @@ def matrix_product(config: SpeedConfig, n: int = 2048): # a call, and its floati
 class PlainCell(GatedCell):
     "A gated cell by the textbook: each edge is computed, enlarged, then multiplied by its gate."
     def forward(self, sparse: SparseFeatures, finer_size=None) -> dict:
-        gates, output = self.gate(*sparse), self.compute(sparse.features)
-        return {kind: SparseFeatures(weigh(self.edge_output(kind, output, finer_size), g))
+        gates, output = self.gate(*sparse), self.apply_operations(sparse.features)
+        return {kind: SparseFeatures(scale_features(self.edge_output(kind, output, finer_size), g))
                 for kind, g in zip(self.kinds, gates.unbind(1))}
 
 def plain_supernet(space: SearchSpace) -> RoutingNetwork:
@@ -246,7 +246,7 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]: # metrics, seconds
         metrics[f"{name}: times ours"] = ratio(times, name, "ours")
     return metrics, times
 
-def closed_gates(config: SpeedConfig, p: float) -> dict: # p: share that is shut; for hold_gates
+def closed_gates(config: SpeedConfig, p: float) -> dict: # p: share that is shut; for fix_gates
     "Gates by name, (images, edges), each 0 with probability p, else 0.9."
     draw, space = torch.Generator().manual_seed(0), config.space
     def gates(cell): return torch.rand(config.images, len(space.kinds_at(*cell)), generator=draw)
@@ -261,11 +261,11 @@ def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, d
     x, calls, metrics = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
     def held(values):
         def call():
-            with hold_gates(network, values): step()
+            with fix_gates(network, values): step()
         return call
     for p in (0., *shares):
         values = closed_gates(config, p)
-        with torch.no_grad(), hold_gates(network, values), watch_gates(network) as seen: network(x)
+        with torch.no_grad(), fix_gates(network, values), record_gates(network) as seen: network(x)
         calls[f"{p:g}"] = held(values)
         cost = realised_cost(table, gates_by_edge(config.space, seen)).mean().item()
         metrics[f"{p:g}: multiply-adds left"] = cost / table.full
@@ -404,7 +404,7 @@ class SearchStep:
         self.table = view_table(space, config.size, c.gate)
         network = build_supernet(space, gate=c.gate)
         self.cost = BudgetLosses(network, self.table, c) if c.w_cost else None
-        self.parts = make_parts(network, c, self.accelerator)
+        self.parts = build_training_parts(network, c, self.accelerator)
         self.parts["multitask"].train()
         self.network, self.optimiser = self.accelerator.prepare(self.parts["multitask"],
                                                                 self.parts["optimiser"])
@@ -414,7 +414,7 @@ class SearchStep:
                         for name, b in next(self.views).items()}
 
     def __call__(self):
-        weights, before = step_weights(self.config, 1., self.cost), state_before(self.parts)
+        weights, before = step_weights(self.config, 1., self.cost), forward_state(self.parts)
         charge = self.cost and (lambda gates: self.cost(gates, 1.))
         with self.accelerator.autocast():
             losses, metrics = objective(self.network, self.parts["multitask"],
@@ -435,7 +435,7 @@ def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
         steps = {name: SearchStep(config, data, folder, precision=config.precision, **changes)
                  for name, changes in kinds.items()}
         whole = steps["all terms"]
-        with torch.no_grad(), watch_gates(whole.parts["multitask"].model) as gates:
+        with torch.no_grad(), record_gates(whole.parts["multitask"].model) as gates:
             whole.parts["multitask"].model(torch.cat([whole.batches["labelled"]["image"],
                                                     whole.batches["unlabelled"]["weak"]]))
         gates = {name: g.detach().requires_grad_() for name, g in gates.items()}
@@ -498,9 +498,9 @@ def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple
     some = architectures[::max(1, count // checked)][:checked]
     def built(): return [count_cost(StaticNetwork(a), config.size).flops for a in some]
     calls = {"derive": lambda: [derived(k) for k in range(count)],
-             "count": lambda: [cost(a.kept) for a in architectures],
+             "count": lambda: [cost(a.selected) for a in architectures],
              "build, count by fvcore": built}
-    equal = sum(cost(a.kept) == flops for a, flops in zip(some, built()))
+    equal = sum(cost(a.selected) == flops for a, flops in zip(some, built()))
     times = in_turns(calls, dataclasses.replace(config, rounds=max(1, config.rounds // 2)))
     by_fvcore = median(times["build, count by fvcore"]) * count / len(some)
     return {"architectures": count, "seconds to derive them": median(times["derive"]),

@@ -37,7 +37,7 @@ from selfsupnas.cli import check_inputs, describe, parse_parameters, parse_value
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
-from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, delayed_interrupt
+from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_interrupts
 from selfsupnas.viz.tables import comparison_table, summarise, to_markdown
 
 # ---- A comparison as parameters
@@ -281,7 +281,7 @@ def make_routes(config: CampaignConfig):
         table = measure_costs(searched.space, config.size)
         def cost(kept): return static_cost(table, kept)
         for i in lacking:
-            save_architecture(random_architecture(searched.space, cost, cost(searched.kept), i),
+            save_architecture(random_architecture(searched.space, cost, cost(searched.selected), i),
                               place/f"random-{i}.json")
 
 # ---- What came out
@@ -387,7 +387,7 @@ def drive(look: Callable, # -> list of (run, its stages that have no record), as
                 del running[run.name]
                 if not ended(run, stage, process.poll()): failed.append(run.name)
     finally:
-        with delayed_interrupt(): # an impatient second ctrl-C would leave runs behind
+        with deferred_interrupts(): # an impatient second ctrl-C would leave runs behind
             for *_, process in running.values(): stop(process)
         bar.close()
 

@@ -18,10 +18,10 @@ import numpy as np
 from .toy.bluemarble import BLUEMARBLE_CLASSES, BLUEMARBLE_PALETTE, bluemarble_tiles
 from .cityscapes import (CITYSCAPES_CLASSES, CITYSCAPES_COUNTS, CITYSCAPES_PALETTE,
                                         CITYSCAPES_TABLE, cityscapes_folder, find_cityscapes)
-from ..core import cache_folder, cached_arrays, digest_of, read_text
+from ..core import cache_folder, cached_arrays, file_digest, read_text
 from .files import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, PairDataset,
                                    SegmentationSpec, check_size, check_split, list_files,
-                                   match_pairs, spelled, unused_files)
+                                   match_pairs, find_spelling, unused_files)
 from .toy.streetscenes import SCENES_VERSION, draw_scene
 from ..show import distinct_colours
 from .voc import VOC
@@ -160,7 +160,7 @@ def folder_pairs(root, split:str, fractions:tuple, seed:int,
     if not images.is_dir():
         raise FileNotFoundError(f"there is no folder {images}: put your dataset into "
                                 "ROOT/images/{train,val,test} and ROOT/masks/{train,val,test}")
-    bare, more = spelled(images, *UNLABELLED) if split == "train" else None, {}
+    bare, more = find_spelling(images, *UNLABELLED) if split == "train" else None, {}
     if bare and bare.is_dir():
         more = {f"{bare.name}/{stem}": (p, None)
                 for stem, p in list_files(bare, IMAGE_TYPES).items()}
@@ -290,6 +290,6 @@ def data_digest(name: str, root, splits: tuple) -> str | None: # None: it cannot
             sizes = [[os.path.getsize(path) if path else 0 for path in pair] for pair in pairs]
             found.update(repr((split, data.spec.classes, data.ids, sizes)).encode())
             masks = [pair[1] for pair in pairs if pair[1]]
-            found.update(digest_of(masks[::max(1, len(masks)//32)]).encode())
+            found.update(file_digest(masks[::max(1, len(masks)//32)]).encode())
     except (OSError, ValueError): return None # which the run itself will say
     return found.hexdigest()[:16]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .files import (PairDataset, numbers_in, read_all, resize_pair,
-                                   unless_unreadable, unused_lines)
+from .files import (PairDataset, mask_numbers, read_all, resize_pair,
+                                   tolerant_reader, describe_unused)
 from ..show import show_samples
 
 # %% ../../nbs/data/08_inspection.ipynb #2d9e27e4
@@ -96,7 +96,7 @@ def check_classes(dataset:PairDataset, split:str, # its name, for the message
     rows = [where[name] for name in (dataset.labelled_ids if ids is None else ids)]
     step, numbers = max(1, len(rows)//block), set()
     rows = [i for first in range(step) for i in rows[first::step]] # spread, block by block
-    look = unless_unreadable(dataset, lambda i: numbers_in(dataset.label(i)), [])
+    look = tolerant_reader(dataset, lambda i: mask_numbers(dataset.label(i)), [])
     for start in range(0, len(rows), block):
         part = rows[start:start + block]
         numbers |= set(sum(read_all(lambda k: look(part[k]), len(part), "a look at the masks"), []))
@@ -134,7 +134,7 @@ def survey_text(found:Survey) -> str: # several lines
     elif found.grey:
         lines.append(f"masks: {found.grey:,} of {labelled:,} hold 0 and {spec.ignore_index} alone, "
                      "others hold more: are they 0/255 masks? Then a class is ignored in them")
-    beside = unused_lines(found.unused, getattr(dataset, "base", None))
+    beside = describe_unused(found.unused, getattr(dataset, "base", None))
     return "\n".join(lines + [f"passed over: {line}" for line in beside])
 
 # %% ../../nbs/data/08_inspection.ipynb #1d456d64

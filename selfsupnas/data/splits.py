@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import read_json, read_text, write_json, written_aside
-from .files import numbers_in, read_all, spelled, unless_unreadable
+from ..core import read_json, read_text, write_json, atomic_write
+from .files import mask_numbers, read_all, find_spelling, tolerant_reader
 
 # %% ../../nbs/data/05_splits.ipynb #cell-08
 @dataclass
@@ -48,7 +48,7 @@ def classes_present(dataset,
     "Which classes occur in which image; reads each label once and decodes no image."
     rows = range(len(dataset)) if rows is None else rows
     present = np.zeros((len(rows), dataset.spec.num_classes), bool)
-    look = unless_unreadable(dataset, lambda k: numbers_in(dataset.label(rows[k])), [])
+    look = tolerant_reader(dataset, lambda k: mask_numbers(dataset.label(rows[k])), [])
     found = read_all(look, len(rows), "classes of each label")
     for numbers, row in zip(found, present): row[[n for n in numbers if n < len(row)]] = True
     return present
@@ -101,7 +101,7 @@ def save_split(split:LabelSplit,
     lines = {name: dataset.split_line(i) for i, name in enumerate(dataset.ids)} if dataset else {}
     for name, ids in [("labeled.txt", split.labelled), ("unlabeled.txt", split.unlabelled)]:
         text = "".join(f"{lines.get(i, i)}\n" for i in ids)
-        with written_aside(folder/name) as aside: aside.write_text(text, encoding="utf-8")
+        with atomic_write(folder/name) as aside: aside.write_text(text, encoding="utf-8")
     write_json(folder/"split.json", dict(
         dataset=split.dataset, fraction=split.fraction, seed=split.seed,
         labelled=len(split.labelled), unlabelled=len(split.unlabelled)))
@@ -109,7 +109,7 @@ def save_split(split:LabelSplit,
 
 # %% ../../nbs/data/05_splits.ipynb #c8e85459
 def find_id(line:str,   # of a split file
-            names:dict, # from `dataset.known_names()`
+            names:dict, # from `dataset.ids_by_name()`
            ) -> str: # or None
     "The id that a line names: an id, or the path of an image, perhaps with that of a mask behind."
     ends = [len(line)] + [i for i in range(len(line) - 1, 0, -1) if line[i].isspace()]
@@ -121,7 +121,7 @@ def read_ids(path,  # labeled.txt or unlabeled.txt
              dataset) -> list: # of ids, in the order of the file
     "The ids of one split file; FileNotFoundError, or ValueError for what is unknown or twice."
     def plain(text): return unicodedata.normalize("NFC", text) # an accent is a letter of its own,
-    path, names = Path(path), dataset.known_names()            # or not, as a system likes it
+    path, names = Path(path), dataset.ids_by_name()            # or not, as a system likes it
     names = {plain(name): i for name, i in names.items()}
     if not path.is_file():
         raise FileNotFoundError(f"there is no split file {path}; write one with save_split")
@@ -145,7 +145,7 @@ def load_split(folder,  # that holds labeled.txt and unlabeled.txt, or labelled.
               ) -> LabelSplit:
     "Read a split; raises ValueError unless each image is known, on one side only, some labelled."
     folder, has_label = Path(folder), set(dataset.labelled_ids)
-    files = [spelled(folder, f"{word}labeled.txt", f"{word}labelled.txt") for word in ("", "un")]
+    files = [find_spelling(folder, f"{word}labeled.txt", f"{word}labelled.txt") for word in ("", "un")]
     labelled, unlabelled = (read_ids(path, dataset) for path in files)
     bare = [i for i in labelled if i not in has_label]
     if bare: raise ValueError(f"{files[0]} names {len(bare)} images that have no "

@@ -46,7 +46,7 @@ def route_rules(space: SearchSpace,
     ways = {cell: [] for cell in cells} # of each cell, what may arrive: name -> factor
     for cell in cells:
         layer, scale = cell
-        live, computes, parts = ("live", cell), ("computes", cell), space.by_cell[cell]
+        live, computes, parts = ("live", cell), ("computes", cell), space.gated_by_cell[cell]
         edges = [part for part in parts if part.kind in STEP]
         for part in parts: rules.add({part: 1, computes: -1}, high=0)
         rules.add({computes: 1, **dict.fromkeys(edges, -1)}, high=0)
@@ -136,7 +136,7 @@ def derive(space: SearchSpace,
 def check_derivation(space, importance, table, budget, k, differ, keep_operations):
     "Raise ValueError for what `derive` cannot work with."
     if table.space != space: raise ValueError(f"the costs are of {table.space}, not of {space}")
-    missing = space.known - importance.keys()
+    missing = space.gated_set - importance.keys()
     if missing:
         raise ValueError(f"importance lacks {len(missing)} edges, {min(missing)} among them")
     odd = [edge for edge in space.gated() if not math.isfinite(importance[edge])]

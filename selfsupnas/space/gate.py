@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOSED', 'GATES', 'gate_activation', 'select_rows', 'place_rows', 'index_add_rows', 'Gate', 'StaticGate', 'make_gate',
-           'gates_of', 'set_gate_threshold', 'watch_gates', 'hold_gates']
+           'gates_of', 'set_gate_threshold', 'record_gates', 'fix_gates']
 
 # %% ../../nbs/space/03_gate.ipynb #cell-02
 import torch
@@ -64,7 +64,7 @@ def index_add_rows(parts: list, # of (rows (number of True, ...), images (n,) bo
 class Gate(nn.Module):
     """Soft conditional gate: (B,channels,H,W) -> (B,edges) in [0, 1). Source: Li et al., CVPR 2020;
     the leak and the factor are ours."""
-    together = False # with other processes: see selfsupnas.distributed.synchronise
+    synchronised = False # with other processes: see selfsupnas.distributed.synchronise
 
     def __init__(self, channels: int, # of the cell's input
                  edges: int, # outgoing edges, 1 to 3
@@ -87,7 +87,7 @@ class Gate(nn.Module):
         single = False
         if self.training and size[0] * size[1] == 1:
             count = len(x)
-            if self.together: count = int(all_reduce_sum(torch.tensor(count, device=x.device)))
+            if self.synchronised: count = int(all_reduce_sum(torch.tensor(count, device=x.device)))
             single = count == 1
         if not single and min(x.shape[-2:]) >= self.shrink:
             x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
@@ -129,8 +129,8 @@ def set_gate_threshold(model: nn.Module, threshold: float): # from CLOSED to und
     for gate in gates_of(model).values(): gate.threshold.fill_(threshold)
 
 # %% ../../nbs/space/03_gate.ipynb #36854638
-class watch_gates:
-    """`with watch_gates(model) as gates: model(x)` fills gates[name] = (B,edges) for each gate; the
+class record_gates:
+    """`with record_gates(model) as gates: model(x)` fills gates[name] = (B,edges) for each gate; the
     last call counts."""
     def __init__(self, model: nn.Module): self.model = model
 
@@ -145,8 +145,8 @@ class watch_gates:
         for hook in self.hooks: hook.remove()
 
 # %% ../../nbs/space/03_gate.ipynb #17bdbc5d
-class hold_gates:
-    """`with hold_gates(model, values): ...` replaces the gates by fixed values, by name; absent
+class fix_gates:
+    """`with fix_gates(model, values): ...` replaces the gates by fixed values, by name; absent
     images stay at 0."""
     def __init__(self, model: nn.Module, values: dict):
         # name of a Gate in model -> (edges,) or (B,edges) tensor in [0, 1]

@@ -17,7 +17,7 @@ class StaticNetwork(RoutingNetwork):
     def __init__(self, architecture: Architecture):
         space = architecture.space
         def cell(layer, scale, kinds):
-            weights = {edge.kind: weight for edge, weight in architecture.kept.items()
+            weights = {edge.kind: weight for edge, weight in architecture.selected.items()
                        if edge[:2] == (layer, scale)}
             return Cell(space.channels_at(scale), architecture.operations_at(layer, scale),
                         kinds, weights)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'cost_row', 'train_baseline', 'check_labels', 'class_order', 'Reordered', 'recorded_root',
-           'training_counts', 'EvaluateResult', 'load_evaluation', 'open_evaluation', 'images_to_report', 'evaluate',
+           'training_class_counts', 'EvaluateResult', 'load_evaluation', 'open_evaluation', 'report_images', 'evaluate',
            'evaluation_table']
 
 # %% ../../nbs/stages/03_evaluation.ipynb #987b2240
@@ -17,17 +17,17 @@ import torch
 from ..space.architecture import load_architecture
 from ..rivals import BASELINES, GRID_RIVALS, build_baseline, hand_crafted
 from ..train.batches import image_size
-from ..train.checkpoint import make_room, once
+from ..train.checkpoint import remove_earlier_run, run_once
 from ..train.config import TrainingConfig
-from ..core import SEEDS, RunRecord, Timer, check_fields, digest_of, read_json, write_json
+from ..core import SEEDS, RunRecord, Timer, check_fields, file_digest, read_json, write_json
 from ..space.cost import count_cost, measure_latency
 from ..data.datasets import data_digest, load_dataset
 from ..metrics import (Metrics, check_views, class_counts, evaluate_segmenter,
                                 record_metrics, trivial_predictor_metrics)
 from ..data.files import SPLITS, PairDataset
-from ..distributed import own_device
-from .retraining import RetrainConfig, load_network, retrain_once
-from .searching import unchosen
+from ..distributed import local_device
+from .retraining import RetrainConfig, load_network, retrain_or_load
+from .searching import without_choice_images
 from ..data.splits import load_split
 from ..data.inspection import check_classes
 
@@ -63,9 +63,9 @@ class EvaluateConfig:
         if made.is_file():
             told = RunRecord.load(made, needs=("data", "root")).parameters
             found = data_digest(self.data or told["data"], self.root or told["root"], (self.split,))
-        return {"network": digest_of([f"{self.network}/network.safetensors"]), "root": found}
+        return {"network": file_digest([f"{self.network}/network.safetensors"]), "root": found}
 
-    def leaves(self) -> tuple: return () # what it leaves is soon made again
+    def output_files(self) -> tuple: return () # what it leaves is soon made again
 
 # %% ../../nbs/stages/03_evaluation.ipynb #cell-06
 def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
@@ -87,7 +87,7 @@ def train_baseline(name: str, retrained: dict, config: EvaluateConfig):
     fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split",
                   w_sup=1., sup_start=0., w_jig=0., w_semi=0., drop_path=0., recompute=False,
                   seed=config.seed, resume=True, overwrite=config.overwrite)
-    return retrain_once(RetrainConfig(**fields, architecture=name)).trained.model
+    return retrain_or_load(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../../nbs/stages/03_evaluation.ipynb #1a9cf1c1
 def check_labels(dataset: PairDataset, split: str):
@@ -136,7 +136,7 @@ def recorded_root(given: str | None, # root that was asked for; None: the record
         raise FileNotFoundError(f"{e}. The record of {where} says root={recorded!r}, which is "
                                 f"looked for from {Path.cwd()}: give another root") from None
 
-def training_counts(made: RunRecord, config: EvaluateConfig, size) -> torch.Tensor: # (K,) pixels
+def training_class_counts(made: RunRecord, config: EvaluateConfig, size) -> torch.Tensor: # (K,) pixels
     "Of each class in the labelled images: as the retraining recorded them, else counted."
     if "class_pixels" in made.metrics: return torch.tensor(made.metrics["class_pixels"])
     given = None if config.data else config.root # which is that of the other data
@@ -171,7 +171,7 @@ def load_evaluation(folder, **places) -> EvaluateResult: # where things are now:
 
 def open_evaluation(config: EvaluateConfig) -> tuple: # network, dataset, record of the retraining
     "What is to be evaluated, and on what; ValueError where their classes do not agree."
-    network = load_network(config.network).to(own_device())
+    network = load_network(config.network).to(local_device())
     made = RunRecord.load(Path(config.network)/"retrain-record.json",
                           needs=("architecture", "data", "root", "size"))
     retrained = made.parameters
@@ -188,29 +188,29 @@ def open_evaluation(config: EvaluateConfig) -> tuple: # network, dataset, record
     return network, data, made
 
 # %% ../../nbs/stages/03_evaluation.ipynb #d1e55011
-def images_to_report(config: EvaluateConfig, data):
+def report_images(config: EvaluateConfig, data):
     "Of the validation set those that did not choose the architecture; of any other, all."
     file = Path(config.network)/"architecture.json"
     if config.split != "val" or not file.is_file(): return data
-    return unchosen(data, load_architecture(file))
+    return without_choice_images(data, load_architecture(file))
 
-@once("evaluate", load_evaluation)
+@run_once("evaluate", load_evaluation)
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate a retrained network; leaves evaluate-record.json and confusion.json in
     `config.folder`. Raises FileNotFoundError for a folder without a retraining, ValueError for
     classes that do not agree. An evaluation that is finished there is read from it."""
     timer, folder, inputs = Timer(), Path(config.folder), config.inputs()
     network, data, made = open_evaluation(config)
-    retrained, device = made.parameters, own_device()
+    retrained, device = made.parameters, local_device()
     size = retrained["size"] and tuple(retrained["size"])
-    counts = training_counts(made, config, size)
+    counts = training_class_counts(made, config, size)
     if isinstance(network, Reordered): counts = counts[network.order]
     if config.overwrite and (folder/"evaluate-record.json").exists():
         for name in config.baselines: shutil.rmtree(folder/name, ignore_errors=True)
-    make_room(config, "evaluate")
+    remove_earlier_run(config, "evaluate")
     at = image_size(data, retrained.get("crop"))
     views = {"window": config.window, "scales": config.scales, "flip": config.flip}
-    report = images_to_report(config, data)
+    report = report_images(config, data)
     with timer("evaluation"):
         measured = evaluate_segmenter(network, report, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, report)

@@ -146,7 +146,7 @@ def consistency_loss(kind:Consistency,
                      valid:dict,          # view -> (B, H, W) bool, False on padding, mixed alike
                      threshold,           # confidence threshold tau, or one a class, (K,)
                      diagnosis:dict=None, # view -> (B, H, W) int64 hidden truth, mixed alike
-                     # view -> factor, where processes share a batch: `part_of` its valid pixels
+                     # view -> factor, where processes share a batch: `local_weight` its valid pixels
                      parts:dict=None,
                      )->tuple:            # loss (scalar), diagnostics (dict) of the strong view
     "Weighted sum of a kind's terms; raises `ValueError` for views that are missing or unknown."

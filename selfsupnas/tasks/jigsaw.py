@@ -81,7 +81,7 @@ def crop_tiles(images:torch.Tensor, # (B, C, H, W)
     def offset(slack):
         place = dict(generator=generator, device=generator.device)
         def draw(n): return torch.randint(slack + 1, (n, *source.shape[1:]), **place)
-        return world.drawn(len(source), draw).to(images.device)
+        return world.draw_share(len(source), draw).to(images.device)
 
     top = source // n * cell_h + offset(cell_h - tile_h)
     left = source % n * cell_w + offset(cell_w - tile_w)
@@ -120,17 +120,17 @@ def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the mode
                          f"{tuple(target.shape)}.")
     place = dict(generator=generator, device=generator.device)
     if target is None:
-        target = world.drawn(batch, lambda n: torch.randint(len(permutations), (n,), **place))
+        target = world.draw_share(batch, lambda n: torch.randint(len(permutations), (n,), **place))
         if share < 1:
             same = (permutations == torch.arange(n * n)).all(1).nonzero().flatten()
             if not len(same):
                 raise ValueError(f"share={share} leaves images as they are, and the order of the "
                                  "tiles as they are is not among the permutations")
-            stays = world.drawn(batch, lambda n: torch.rand(n, **place) >= share)
+            stays = world.draw_share(batch, lambda n: torch.rand(n, **place) >= share)
             target = target.where(~stays, same[0])
     target = target.to(device)
     luma = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    grey = world.drawn(batch, lambda n: torch.rand(n, **place) < grey_p)
+    grey = world.draw_share(batch, lambda n: torch.rand(n, **place) < grey_p)
     grey = grey.to(device).view(-1, 1, 1, 1)
     images = torch.where(grey, (images * luma).sum(1, keepdim=True), images)
     source = permutations.to(device)[target]

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from ..data.augment import StrongView, WeakView
-from .config import LEAST, TrainingConfig
+from .config import MIN_SIDE, TrainingConfig
 from ..tasks.consistency import CONSISTENCY
 from ..data.datasets import load_dataset
 from ..metrics import readable_pairs
 from ..data.loaders import Stream, draw_batches
 from ..data.files import (HIDDEN, PairDataset, common_size, preload, resize_pair,
-                                   unused_lines)
+                                   describe_unused)
 from ..distributed import World, world
 from ..data.splits import LabelSplit, load_split, make_split
 from ..data.inspection import check_classes
@@ -39,7 +39,7 @@ class TrainingData:
         return self.split.unlabelled or self.split.labelled
 
     @property
-    def both(self) -> list:
+    def split_ids(self) -> list:
         # ids of the split, in the order of the set: a split file may name a part of it
         named = {*self.split.labelled, *self.split.unlabelled}
         return [name for name in self.train.ids if name in named]
@@ -65,9 +65,9 @@ def image_size(dataset: PairDataset, crop: tuple | None) -> tuple: # (H, W)
     if not size:
         raise ValueError(f"the images of {dataset.spec.name} differ in size: set crop=(height, "
                          "width) for views, or size to resize all images")
-    if min(size) < LEAST:
+    if min(size) < MIN_SIDE:
         raise ValueError(f"the images of {dataset.spec.name} are {size[0]} pixels high and "
-                         f"{size[1]} wide, and {LEAST} are the least: set size to enlarge them")
+                         f"{size[1]} wide, and {MIN_SIDE} are the least: set size to enlarge them")
     return tuple(size)
 
 # %% ../../nbs/train/02_batches.ipynb #80b3c604
@@ -77,7 +77,7 @@ def warn_of_unused(*datasets: PairDataset):
              for dataset in datasets for kind in dataset.unused() if kind != HIDDEN}
     if not found: return
     base = datasets[0].base
-    warnings.warn(f"passed over in {base}: {'; '.join(unused_lines(found, base))}. `selfsupnas "
+    warnings.warn(f"passed over in {base}: {'; '.join(describe_unused(found, base))}. `selfsupnas "
                   "data` says more", stacklevel=3)
 
 def training_sets(config: TrainingConfig) -> tuple: # training set, validation set, what is odd
@@ -108,17 +108,17 @@ def load_training_data(config: TrainingConfig) -> TrainingData:
 # %% ../../nbs/train/02_batches.ipynb #ca5e5003
 def check_shares(config: TrainingConfig, world: World):
     "Raise ValueError where the processes of a run cannot share its batches evenly, or not at all."
-    if config.recompute and world.count > 1:
+    if config.recompute and world.size > 1:
         raise ValueError("recompute=True is for one process: a cell that runs again in one of "
                          "several would wait for the others. Take fewer images a process instead")
-    if config.ohem_threshold and world.count > 1:
+    if config.ohem_threshold and world.size > 1:
         raise ValueError("ohem_threshold is for one process: which pixels are the hard ones of a "
                          "batch, several would not agree on. Use class_weights, or one process")
     used = {"batch_labelled": 1, "batch_unlabelled": config.w_semi, "batch_jigsaw": config.w_jig}
     for name in (name for name, weight in used.items() if weight):
-        if (size := getattr(config, name)) % world.count:
-            raise ValueError(f"{name}={size} cannot be shared evenly by {world.count} processes: "
-                             f"take a multiple of {world.count}, or fewer processes")
+        if (size := getattr(config, name)) % world.size:
+            raise ValueError(f"{name}={size} cannot be shared evenly by {world.size} processes: "
+                             f"take a multiple of {world.size}, or fewer processes")
 
 # %% ../../nbs/train/02_batches.ipynb #ed79a330
 def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> (Stream, images)
@@ -133,7 +133,7 @@ def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> 
                                        strong_views=bool(config.w_strong)),
                                 config.batch_labelled)}
     else:
-        streams = {"plain": (stream(data.both, config.zoom, kind="plain"), config.batch_labelled)}
+        streams = {"plain": (stream(data.split_ids, config.zoom, kind="plain"), config.batch_labelled)}
     strong_views = CONSISTENCY[config.consistency].strong_views
     if config.w_semi:
         ids = (data.split.labelled if config.consistency_images == "labelled"
@@ -142,7 +142,7 @@ def make_streams(config: TrainingConfig, data: TrainingData) -> dict: # name -> 
                                         strong_views=strong_views), config.batch_unlabelled)
     if config.w_jig:
         # padding at its border would tell where a tile belongs
-        streams["jigsaw"] = (stream(data.both, config.jigsaw_zoom, 0., fill=True, kind="jigsaw"),
+        streams["jigsaw"] = (stream(data.split_ids, config.jigsaw_zoom, 0., fill=True, kind="jigsaw"),
                              config.batch_jigsaw)
     return streams
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from ..core import renamed_record, written_aside
+from ..core import rename_record, atomic_write
 from ..show import new_figure
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-08
@@ -73,7 +73,7 @@ def read_records(*paths, # JSON files, or folders searched for `*record*.json` a
         try: record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=no_nan)
         except ValueError as error:
             raise ValueError(f"{path} is not a run record: {error}") from None
-        records.append({**check_record(renamed_record(record), path), "file": str(path)})
+        records.append({**check_record(rename_record(record), path), "file": str(path)})
     return records
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-20
@@ -377,5 +377,5 @@ def write_page(folders, to="report.html") -> Path:
     title = f"<title>selfsupnas: {len(runs)} runs</title>"
     page = (f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n"
             + "\n".join(parts) + "\n")
-    with written_aside(to) as aside: aside.write_text(page, encoding="utf8")
+    with atomic_write(to) as aside: aside.write_text(page, encoding="utf8")
     return Path(to)
