@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..distributed import all_reduce_sum
 
 # %% ../../nbs/space/03_gate.ipynb #54012f89
-CLOSED = 1e-4 # gates up to this value are closed: their edges are not computed. Li et al., CVPR 2020
+CLOSED = 1e-4 # gates up to this value are closed, their edges not computed. Li et al., CVPR 2020
 
 def gate_activation(logits: torch.Tensor, # any shape
                     leak: float = 0.1, # share of the gradient below the threshold; 0 = published
@@ -79,11 +79,11 @@ class Gate(nn.Module):
         nn.init.constant_(self.logits.bias, bias)
 
     def forward(self, x: torch.Tensor, # (n,C,H,W), of the images that are present
-                mask: torch.Tensor | None = None, # (B,) bool on the CPU, which are present; None = all
+                mask: torch.Tensor | None = None, # (B,) bool on the CPU: present; None = all
                ) -> torch.Tensor:
         "Gates (B,edges); exactly 0 for absent images."
         size = [-(-n // self.shrink) for n in x.shape[-2:]]
-        # Batch norm needs two values, so a single image that would shrink to one pixel is not pooled.
+        # Batch norm needs two values: a single image that would shrink to one pixel is not pooled.
         single = False
         if self.training and size[0] * size[1] == 1:
             count = len(x)

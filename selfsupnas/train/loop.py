@@ -327,7 +327,7 @@ def teacher_student_views(trained: TrainResult, config: TrainingConfig, data: Tr
     views = UnlabelledViews(batch, config, torch.Generator().manual_seed(config.seed))
     strong = views.images()["strong"]
     with torch.no_grad():
-        taught = views.mixings["strong"].paste(logits_of(trained.model(batch["weak"])))
+        taught = views.masks["strong"].paste(logits_of(trained.model(batch["weak"])))
         student = logits_of(trained.student(strong))
     return {"weak": denormalise(batch["weak"]).cpu(), "strong": denormalise(strong).cpu(),
             "taught": taught.softmax(1).cpu(), "student": student.softmax(1).cpu()}

@@ -28,7 +28,8 @@ from ..space.grid import STRIDES
 from ..tasks.jigsaw import cut_and_shuffle, jigsaw_accuracy, jigsaw_loss, make_jigsaw_head
 from ..tasks.losses import class_weights_from, pixel_cross_entropy
 from ..tasks.permutations import permutation_set
-from ..distributed import all_reduce_max, local_weight, roll_across_ranks, all_reduce_sum, world
+from ..distributed import (all_reduce_max, all_reduce_sum, local_weight,
+                                    roll_across_ranks, world)
 from ..space.supernet import RoutingNetwork, freeze_running_statistics
 from ..tasks.teacher import (ClassThreshold, EMATeacher, RelativeThreshold, diagnostics_of,
                                       logits_of, pixel_counts)
@@ -237,7 +238,7 @@ class UnlabelledViews:
 def gate_losses(cost: Callable, # see objective
                 gates: dict, # name in the multi-task model -> (B,edges)
                 peer: nn.Module | None) -> tuple[dict, dict]:
-    "Losses and metrics of the gates: the losses of two networks are added, metrics are the first's."
+    "Losses of the gates, added over two networks, and metrics of the first network."
     model_gates, peer_gates = ({name.removeprefix(prefix): g for name, g in gates.items()
                                 if name.startswith(prefix)} for prefix in ("model.", "peer."))
     losses, metrics = cost(model_gates)
