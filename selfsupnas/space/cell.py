@@ -75,8 +75,8 @@ class Down(nn.Sequential):
 def drop_images(features: torch.Tensor, # (B,C,h,w)
                 p: float, # probability for each image, in [0, 1)
                ) -> torch.Tensor:
-    """Drop path: (B,C,h,w), zero for random images, divided by 1 - p for the others. Source: Larsson
-    et al., FractalNet, ICLR 2017."""
+    """Drop path: (B,C,h,w), zero for random images, divided by 1 - p for the others. Source:
+    Larsson et al., FractalNet, ICLR 2017."""
     keep = torch.rand(len(features), 1, 1, 1, device=features.device) >= p
     return features * (keep / (1 - p)).to(features.dtype)
 

@@ -192,8 +192,8 @@ def gates_by_edge(space: SearchSpace,
     image reaches. Raises ValueError for gates of another network."""
     names = {gate_name(*cell) for cell in space.cells()}
     if not gates or set(gates) - names:
-        raise ValueError(f"these are not gates of {space}: {sorted(set(gates) - names)[:2]}; record "
-                         "the network itself, not a module around it")
+        raise ValueError(f"these are not gates of {space}: {sorted(set(gates) - names)[:2]}; "
+                         "record the network itself, not a module around it")
     example = next(iter(gates.values()))
     by_edge = {}
     for edge in space.gated():

@@ -23,7 +23,7 @@ from ..train.checkpoint import (finished_run, load_weights, remove_earlier_run, 
 from ..train.config import TrainingConfig
 from ..core import RunRecord, Timer, check_fields, file_digest, write_json
 from ..space.cost import count_cost
-from ..metrics import class_counts, known_or_none, metrics_or_none, miou_of
+from ..metrics import class_counts, none_if_nan, metrics_or_none, miou_of
 from ..space.network import StaticNetwork, inherit
 from ..train.log import consistency_metrics
 from .searching import jigsaw_metrics, plain_images, recalibrate_batch_norm, without_choice_images
@@ -248,7 +248,7 @@ def retrain(config: RetrainConfig,
                    "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
                    "gflops": cost.gflops,
                    "parameters": cost.parameters,
-                   "val_miou": measured and known_or_none(measured.miou),
+                   "val_miou": measured and none_if_nan(measured.miou),
                    "val_pixel_accuracy": measured and measured.pixel_accuracy,
                    "val_images": len(report),
                    "labelled_images": len(data.split.labelled),

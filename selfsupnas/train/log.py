@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoint import checkpoint_paths, step_of
 from .config import TrainingConfig
 from ..core import write_json
-from ..metrics import evaluate_segmenter, known_or_none
+from ..metrics import evaluate_segmenter, none_if_nan
 from ..data.files import PairDataset
 
 # %% ../../nbs/train/05_log.ipynb #db3bbed4
@@ -82,7 +82,7 @@ class RunLog:
     def finish(self, row: dict, model: nn.Module, val: PairDataset, bar, watch: Callable | None):
         "Validate where it is due, and say and show what the row holds."
         due = len(self.rows) % 5 == 0 or row["step"] == self.config.steps
-        row["val_miou"] = (known_or_none(evaluate_segmenter(model, val, progress=False).miou)
+        row["val_miou"] = (none_if_nan(evaluate_segmenter(model, val, progress=False).miou)
                            if due and self.config.w_sup else None)
         line = self.line(row)
         bar.set_postfix_str(line, refresh=False)
