@@ -155,7 +155,7 @@ def test_one_corrupt_image_in_a_run(data, tmp_path, workers):
         found = search(config)
     assert found.record.metrics["unreadable_files"] == 2
     assert list(found.data.train.unreadable) == ["aachen_000002_000019"] and list(found.data.val.unreadable) == ["lindau_000001_000019"]
-    if not workers: assert sum("left out: cannot read the image" in str(w.message) for w in said) == 2
+    if not workers: assert sum("skipped: cannot read the image" in str(w.message) for w in said) == 2
     assert "lindau_000001" in str(found.data.val.unreadable)
 
 
@@ -167,7 +167,7 @@ def test_damaged_files_in_every_place_of_a_run(data, tmp_path, command):
     assert done.returncode == 0, done.stderr
     record = RunRecord.load(tmp_path/"run"/"search-record.json")
     assert record.metrics["unreadable_files"] == 3 and record.parameters["skip_unreadable"]
-    assert "left out: cannot read the mask" in done.stderr + (tmp_path/"run"/"search.ipynb").read_text("utf8")
+    assert "skipped: cannot read the mask" in done.stderr + (tmp_path/"run"/"search.ipynb").read_text("utf8")
 
 
 def test_the_survey_lists_what_is_faulty_and_says_so_by_its_status(data, tmp_path, monkeypatch, capsys):
