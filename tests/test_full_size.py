@@ -159,7 +159,7 @@ def test_a_share_of_the_cost_is_about_that_share_of_the_memory(space, seed):
     deeper = dataclasses.replace(space, layers=6)
     table, slopes = view_table(deeper, (128, 128), "conditional"), saved_lines(deeper, "conditional", "no")[0]
     route = random_architecture(deeper, lambda kept: static_cost(table, kept), .5 * table.full, seed)
-    share, kept = static_cost(table, route.kept) / table.full, trunk_bytes(StaticNetwork(route).train(), "no", 128)
+    share, kept = static_cost(table, route.selected) / table.full, trunk_bytes(StaticNetwork(route).train(), "no", 128)
     assert .6 < kept / (128**2 * slopes["trunk"] * share) < 1.1
 
 

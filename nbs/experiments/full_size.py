@@ -146,7 +146,7 @@ def head_bytes(model: RoutingNetwork, precision: str, side: int) -> dict: # part
     perturbed features need it; for one image of side x side."""
     image, label, size = (torch.randn(1, 3, side, side),
                           torch.zeros(1, side, side, dtype=torch.long), (side, side))
-    with torch.no_grad(): by_scale = model.walk(image)
+    with torch.no_grad(): by_scale = model.run_grid(image)
     by_scale = {scale: sparse._replace(features=sparse.features.requires_grad_())
                for scale, sparse in by_scale.items()}
     finest = model.decode(by_scale, size)[0].detach().requires_grad_()
@@ -219,7 +219,7 @@ def measure_rate(
         if share < 1:
             def route_cost(kept): return static_cost(table, kept)
             route = random_architecture(table.space, route_cost, share * table.full, seed=0)
-            model, share = StaticNetwork(route), route_cost(route.kept) / table.full
+            model, share = StaticNetwork(route), route_cost(route.selected) / table.full
         else: cost = BudgetLosses(model, table, config)
         seconds = train(model, config, data, cost).step_ms / 1e3
     flops = step_flops(config, table, share)
