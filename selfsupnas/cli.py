@@ -124,8 +124,8 @@ def check_evaluate(stage: str, config, later: bool):
     if not record.is_file(): raise FileNotFoundError(
         f"no retrained network in {config.network}; set the folder of "
         "`selfsupnas retrain` by -p network FOLDER")
-    if (config.data or RunRecord.load(record, needs=("data",)).parameters["data"]) != "streetscenes":
-        open_evaluation(config)
+    data = config.data or RunRecord.load(record, needs=("data",)).parameters["data"]
+    if data != "streetscenes": open_evaluation(config)
 
 def check_pareto(stage: str, config, later: bool):
     from selfsupnas.stages.pareto_front import search_config
@@ -192,7 +192,8 @@ def run_notebook(source, # .ipynb file
     # papermill formats braces in a path as parameter names
     source, output = (str(path).replace("{", "{{").replace("}", "}}") for path in (source, output))
     execute_notebook(source, output, values, kernel_name="python3", language="python",
-                     cwd=os.getcwd(), progress_bar=False, kernel_manager_class=kernel_manager_class(started),
+                     cwd=os.getcwd(), progress_bar=False,
+                     kernel_manager_class=kernel_manager_class(started),
                      stdout_file=out or sys.stdout, stderr_file=err or sys.stderr)
 
 # %% ../nbs/08_cli.ipynb #cell-36
@@ -299,15 +300,15 @@ def plan_demo(data:str, folder, pairs) -> dict:
     names = sorted(set().union(*fields.values()) - {"architecture", "network", "folder", "data"})
     unknown = [name for name, _ in pairs if name not in names]
     if unknown:
-        raise ValueError(f"unknown parameter {', '.join(unknown)} for the demo (which sets data and "
-                         f"folder by --data and --folder); known: {', '.join(names)}")
+        raise ValueError(f"unknown parameter {', '.join(unknown)} for the demo (which sets data "
+                         f"and folder by --data and --folder); known: {', '.join(names)}")
     inputs = {"retrain": {"architecture": str(folder/"search"/"architecture.json")},
               "evaluate": {"network": str(folder/"retrain")}}
     plan, finished = {}, True # all stages so far: a later one needs their files
     for stage, cls in configs.items():
         defaults = {name: value for name, value in DEMO.get(data, {}).items()
                     if name in fields[stage]}
-        values = defaults | parse_parameters(cls, [pair for pair in pairs if pair[0] in fields[stage]])
+        values = defaults | parse_parameters(cls, [p for p in pairs if p[0] in fields[stage]])
         plan[stage] = {**values, **inputs.get(stage, {}), "data": data, "folder": str(folder/stage)}
         config = from_parameters(cls, plan[stage])
         finished = finished and finished_run(config, stage) is not None
@@ -359,8 +360,8 @@ def open_splits(name:str, root, splits=None) -> tuple: # splits: None for all th
         try: datasets[split] = load_dataset(name, split, root, incomplete=True)
         except FileNotFoundError as e: missing[split] = e
         except (ValueError, OSError) as e: faults[split] = e
-    for error in (missing | faults).values() if not datasets else missing.values() if splits else ():
-        raise error
+    errors = missing | faults if not datasets else missing if splits else {}
+    for error in errors.values(): raise error
     for split, error in missing.items(): print(f"[{split}] missing: {error}")
     for split, error in faults.items(): print(f"[{split}] faulty: {error}")
     return datasets, len(faults)
@@ -426,13 +427,16 @@ def make_parser() -> argparse.ArgumentParser:
     text = "a retrained network as a folder: weights, classes, model card, program, ONNX"
     export = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
     export.add_argument("run", metavar="RUN", help="folder of a retraining, or the folder above")
-    export.add_argument("--to", metavar="FOLDER", help="default: travel/ in the folder of the retraining")
-    export.add_argument("--program", action="store_true", help="add network.pt2, which needs only torch")
+    export.add_argument("--to", metavar="FOLDER",
+                        help="default: travel/ in the folder of the retraining")
+    export.add_argument("--program", action="store_true",
+                        help="add network.pt2, which needs only torch")
     export.add_argument("--onnx", action="store_true", help="add network.onnx, for ONNX runtimes")
     export.add_argument("--evaluate", metavar="FOLDER", help="evaluation in the model card; "
                         "default: evaluate/ beside the retraining, if it exists")
     export.add_argument("--root", help="of the data; default: that of the retraining")
-    export.add_argument("--licence", metavar="TEXT", help="short name or sentence for the model card")
+    export.add_argument("--licence", metavar="TEXT",
+                        help="short name or sentence for the model card")
     return parser
 
 # %% ../nbs/08_cli.ipynb #6bb57bdf

@@ -114,25 +114,25 @@ def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, mon
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         monkeypatch.setattr(training, "to_device", stop_in_step(5))
-        with pytest.raises(KeyboardInterrupt, match="goes on from step 5"): search(config)
+        with pytest.raises(KeyboardInterrupt, match="resume at step 5"): search(config)
     finally: signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(training, "to_device", plain)
     assert not Path("search/search-record.json").exists()
-    with pytest.raises(ValueError, match="search has an unfinished run of other parameters, at step 5.*steps=8 .now 2."): search(SEARCH)
+    with pytest.raises(ValueError, match="search has an unfinished run with other parameters, at step 5.*steps=8 .now 2."): search(SEARCH)
     with pytest.raises(ValueError, match="resume=False"): search(dataclasses.replace(config, overwrite=False, resume=False))
     capsys.readouterr()
     search(config)
-    assert "goes on at step 5" in capsys.readouterr().out
+    assert "resumes at step 5" in capsys.readouterr().out
     search(dataclasses.replace(config, folder="whole"))
     same_run(Path("search"), Path("whole"))
 
 
 def test_a_run_on_another_file_of_the_same_name_is_another_run(place):
     search(dataclasses.replace(SEARCH, seed=1, overwrite=True))
-    with pytest.raises(ValueError, match="what architecture=.* holds is another by now"): retrain(RETRAIN)
-    with pytest.raises(ValueError, match="what search=.* holds is another by now"): pareto(PARETO)
+    with pytest.raises(ValueError, match="the files at architecture=.* have changed"): retrain(RETRAIN)
+    with pytest.raises(ValueError, match="the files at search=.* have changed"): pareto(PARETO)
     retrain(dataclasses.replace(RETRAIN, lr=.1, overwrite=True))
-    with pytest.raises(ValueError, match="what network=.* holds is another by now"): evaluate(EVALUATE)
+    with pytest.raises(ValueError, match="the files at network=.* have changed"): evaluate(EVALUATE)
 
 
 # -- The command
@@ -144,7 +144,7 @@ def test_the_command_reads_too_and_starts_no_kernel(place, capsys, monkeypatch):
     assert main(["search", *words(SEARCH)]) == 0 and "nothing is computed" in capsys.readouterr().out
     for more in (["-p", "steps", "4"], ["-p", "steps", "4", "-p", "resume", "True"], ["-p", "seed", "3"]):
         assert main(["search", *words(SEARCH), *more]) == 2
-        assert "finished run of other parameters" in capsys.readouterr().err
+        assert "finished run with other parameters" in capsys.readouterr().err
     assert main(["search", *words(SEARCH), "-p", "overwrite", "True", "-p", "budget", ".01"]) == 2 and "out of reach" in capsys.readouterr().err
     assert contents("search") == before
 
@@ -305,7 +305,7 @@ def test_a_finished_run_on_other_data_is_another_run(place, stage, change):
     run, config = STAGES[stage]
     if stage == "evaluate" and change is more_images: change = other_masks # which changes its split, too
     change()
-    with pytest.raises(ValueError, match="what root=.* holds is another by now"): run(config)
+    with pytest.raises(ValueError, match="the files at root=.* have changed"): run(config)
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
@@ -315,7 +315,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
         patch.setattr(module, "save_statistics", lambda *_: 1 / 0)
         search(config)
     more_images()
-    with pytest.raises(ValueError, match="unfinished run.*what root='data' holds is another by now"): search(config)
+    with pytest.raises(ValueError, match="unfinished run.*the files at root='data' have changed"): search(config)
 
 
 def test_the_same_data_may_be_elsewhere(place, capsys):
@@ -386,7 +386,7 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(place, monkeypatch)
     def mkdir(self, *args, **options): raise OSError(30, "Read-only file system", str(self))
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert search(SEARCH).record.seed == 0
-    with pytest.raises(ValueError, match="finished run of other parameters"): search(dataclasses.replace(SEARCH, seed=1))
+    with pytest.raises(ValueError, match="finished run with other parameters"): search(dataclasses.replace(SEARCH, seed=1))
 
 
 def test_a_folder_may_have_braces(tmp_path):

@@ -391,26 +391,26 @@ FAULTS = {
     },
     "Checkpoints": {
         "of other parameters": (unfinished("retrain", raises(ValueError, lambda: run_retrain(lr=.5))), r"retrain has an unfinished run .*checkpoint-000002.pt.*: lr=0.003 \(now 0.5\).*another folder, or overwrite=True"),
-        "of another grid": (unfinished("search", raises(ValueError, lambda: run_search(channels=8))), r"other parameters.*: channels=4 \(now 8\)\. Give it these again"),
+        "of another grid": (unfinished("search", raises(ValueError, lambda: run_search(channels=8))), r"other parameters.*: channels=4 \(now 8\)\. Use the same parameters"),
         "of another stage": (unfinished("search", raises(ValueError, lambda: run_retrain("search"))), "other parameters.*: .*layers=2"),
         "of a run that is not to go on": (unfinished("retrain", raises(ValueError, lambda: run_retrain(resume=False))), "retrain has an unfinished run .*resume=False: .*overwrite=True"),
         "of another architecture under the same name": (unfinished("retrain", after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain()))),
-                                                        "what architecture=.* holds is another by now"),
+                                                        "the files at architecture=.* have changed"),
         "of another network under the same name": (unfinished("retrain", after(of_another_network, raises(ValueError, lambda: run_retrain()))),
-                                                   "is of another network, though its parameters are the same.*another folder"),
-        **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "not one of 1 checkpoints in retrain is whole: .*overwrite=True") for what, write in (
+                                                   "holds another network, although its parameters are the same.*another folder"),
+        **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "none of the checkpoints in retrain is intact .*: .*overwrite=True") for what, write in (
             ("cut short", cut), ("empty", lambda p: p.write_bytes(b"")), ("pickles that would run a command", lambda p: p.write_bytes(pickle.dumps(Evil()))),
             ("torch's own pickles that would", lambda p: torch.save({"step": Evil()}, p)), ("with other things in them", lambda p: torch.save({"step": 2, "parameters": [], "parts": {}}, p)))},
         "in a folder that another run holds": (raises(FolderInUse, taken), "another run is writing to new: wait until it ends"),
     },
     "Folders with a finished run": {
-        "more steps": (raises(ValueError, lambda: run_search(steps=4)), r"search has a finished run of other parameters: steps=2 \(now 4\)\. .*another folder, or overwrite=True"),
-        "more steps, to be resumed": (raises(ValueError, lambda: run_retrain(steps=4, resume=True)), r"retrain has a finished run of other parameters: steps=2 \(now 4\)"),
-        "more steps, as a command": (command("search", "--folder", "search", *SAME, "-p", "steps", "4"), r"finished run of other parameters: steps=2 \(now 4\)"),
+        "more steps": (raises(ValueError, lambda: run_search(steps=4)), r"search has a finished run with other parameters: steps=2 \(now 4\)\. .*another folder, or overwrite=True"),
+        "more steps, to be resumed": (raises(ValueError, lambda: run_retrain(steps=4, resume=True)), r"retrain has a finished run with other parameters: steps=2 \(now 4\)"),
+        "more steps, as a command": (command("search", "--folder", "search", *SAME, "-p", "steps", "4"), r"finished run with other parameters: steps=2 \(now 4\)"),
         "an evaluation of another kind": (raises(ValueError, lambda: run_evaluate("evaluate", flip=True)), r"evaluate has a finished run .*: flip=False \(now True\)"),
         "another stage": (raises(ValueError, lambda: run_retrain("search", overwrite=True)), "search has a run of another stage .search-record.json.: take another folder"),
         "an evaluation in the folder of its network": (raises(ValueError, lambda: run_evaluate("retrain")), "retrain has a run of another stage"),
-        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "what architecture=.* holds is another by now"),
+        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "the files at architecture=.* have changed"),
         "another run whose parameters are wrong, to replace it": (raises(ValueError, lambda: run_search(root="data", overwrite=True, label_fraction=.1)), "less than one image"),
         "another run whose data is gone, to replace it": (raises(FileNotFoundError, lambda: run_search(root="nowhere", overwrite=True)), "nowhere/images"),
         "half its record": (after(lambda: cut("search/search-record.json"), raises(ValueError, run_search)), "search-record.json is not a run record"),
@@ -433,8 +433,8 @@ FAULTS = {
         "for an export with other classes": (raises(ValueError, lambda: export_run_with("ab")), "2 classes, but the network has 3"),
     },
     "The disk": {
-        "full at a checkpoint of a new run": (too_large(30_000, lambda: run_search("new")), "cannot write new/checkpoint-000002.pt: File too large; .*; there is no whole checkpoint"),
-        "full at the second checkpoint": (full("checkpoint-000002.pt", lambda: run_retrain("new", logs=2)), "cannot write new/checkpoint-000002.pt: No space left.*last whole checkpoint is new/checkpoint-000001.pt"),
+        "full at a checkpoint of a new run": (too_large(30_000, lambda: run_search("new")), "cannot write new/checkpoint-000002.pt: File too large; .*; there is no checkpoint"),
+        "full at the second checkpoint": (full("checkpoint-000002.pt", lambda: run_retrain("new", logs=2)), "cannot write new/checkpoint-000002.pt: No space left.*last checkpoint is new/checkpoint-000001.pt"),
         "full at the copy of the best": (full("best.pt", lambda: run_retrain("new")), "cannot write new/best.pt: No space left on device"),
         "full at the network of a run that is made": (unfinished("retrain", too_large(9_000, lambda: run_retrain())), "cannot write retrain/network.safetensors: "),
         "full at the supernet of a run that is made": (unfinished("search", too_large(9_000, lambda: run_search())), "cannot write search/supernet.safetensors: "),
@@ -480,7 +480,7 @@ def answers():
 
 
 @pytest.mark.parametrize("group, what", CASES, ids=[f"{group}: {what}" for group, what in CASES])
-@pytest.mark.filterwarnings("ignore:.*is passed over", "ignore:.*labelled images are too few")
+@pytest.mark.filterwarnings("ignore:.*it is skipped", "ignore:.*labelled images are too few")
 def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, what):
     do, words = FAULTS[group][what]
     getattr(do, "spoil", lambda: None)()
@@ -511,6 +511,6 @@ def test_a_checkpoint_that_is_damaged_costs_the_steps_since_the_one_before(place
     run_retrain("new", steps=4, logs=4)
     reference = load_file("new/network.safetensors")
     cut("new/checkpoint-000004.pt"), Path("new/retrain-record.json").unlink()
-    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is no checkpoint of this kit, or damaged: .*; it is passed over"): run_retrain("new", steps=4, logs=4)
+    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is damaged, or not a checkpoint of selfsupnas: .*; it is skipped"): run_retrain("new", steps=4, logs=4)
     again = load_file("new/network.safetensors")
     assert again.keys() == reference.keys() and all(again[name].equal(reference[name]) for name in again)

@@ -24,85 +24,89 @@ from ..core import RunRecord, record_path, rename_keys, atomic_write
 from ..distributed import broadcast, world
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a7a7679e
-def step_of(path) -> int | None: # steps done; None: it is no checkpoint
+def step_of(path) -> int | None:
+    "Steps done, from the name of a checkpoint; None for other files."
     match = re.fullmatch(r"checkpoint-(\d+)\.pt", Path(path).name)
     return match and int(match[1])
 
-def checkpoint_paths(folder) -> list: # newest first; the best is not among them
-    "The checkpoints that a folder has."
-    found = [path for path in Path(folder).glob("checkpoint-*.pt") if step_of(path) is not None]
-    return sorted(found, key=step_of, reverse=True)
+def checkpoint_paths(folder) -> list:
+    "Checkpoints of a folder, the newest first; best.pt is not among them."
+    paths = [path for path in Path(folder).glob("checkpoint-*.pt") if step_of(path) is not None]
+    return sorted(paths, key=step_of, reverse=True)
 
-def one_line(error: Exception) -> str: # in one line
-    "The first words of an error of torch, which has a line for each tensor."
+def one_line(error: Exception) -> str:
+    "An error in one line of at most 200 characters: those of torch have a line for each tensor."
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:200] + "..."
 
 def write_checkpoint(path: Path, state: dict):
-    "Atomically; raises OSError that says what is left when there is no room or no permission."
+    "Write atomically; raises OSError that names the last checkpoint if that fails."
     try:
-        with atomic_write(path) as aside, open(aside, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             try: torch.save(state, file)
-            except RuntimeError as e: # torch's last words; the disk's are behind them
+            except RuntimeError as e: # torch hides the error of the disk in its context
                 raise e.__context__ if isinstance(e.__context__, OSError) else OSError(one_line(e))
     except OSError as e:
-        left = next(iter(checkpoint_paths(path.parent)), None)
-        last = (f"the last whole checkpoint is {left}: the same again goes on from it" if left
-                else "there is no whole checkpoint")
+        newest = next(iter(checkpoint_paths(path.parent)), None)
+        last = (f"the last checkpoint is {newest}: run it again to resume there" if newest
+                else "there is no checkpoint")
         raise OSError(f"{e}; {last}") from e
 
 def remove_partial_files(folder):
-    "Remove what a process that was killed left half-written aside: files of a run, no others."
-    own = (r"\.(checkpoint-\d+|best|history|architecture|supernet|derived|network|statistics|"
-           r"confusion|costs|bad-step-\d+|search|\w+-record)\.\d+\.(pt|json|safetensors)")
-    for left in Path(folder).glob(".*"):
-        if re.fullmatch(own, left.name) and left.is_file(): left.unlink()
+    "Remove temporary files that a killed run left, and no other files."
+    temporary = (r"\.(checkpoint-\d+|best|history|architecture|supernet|derived|network|statistics|"
+                 r"confusion|costs|bad-step-\d+|search|\w+-record)\.\d+\.(pt|json|safetensors)")
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(temporary, path.name) and path.is_file(): path.unlink()
 
 # %% ../../nbs/train/04_checkpoint.ipynb #1893f40a
 def save_checkpoint(folder, step: int, # steps done
-                    parts: dict, # name -> what has a state_dict
-                    parameters: dict, # of the run, as JSON takes them
-                    keep: int = 2, # how many of the newest stay
-                    best: bool = False) -> Path: # a copy that stays: best.pt
-    "Write the state of every part; raises OSError where that cannot be."
+                    parts: dict, # name -> object with a state_dict
+                    parameters: dict, # `run_identity` of the run
+                    keep: int = 2, # number of newest checkpoints to keep
+                    best: bool = False) -> Path: # also copy it to best.pt
+    "Write the state of every part and return the path; raises OSError if that fails."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f"checkpoint-{step:06}.pt"
     write_checkpoint(path, {"step": step, "parameters": parameters,
-                       "parts": {name: part.state_dict() for name, part in parts.items()}})
-    found = checkpoint_paths(folder)
-    stay = [old for old in found if step_of(old) <= step][:keep]
-    for old in set(found) - set(stay): old.unlink()
+                            "parts": {name: part.state_dict() for name, part in parts.items()}})
+    paths = checkpoint_paths(folder)
+    newest = [old for old in paths if step_of(old) <= step][:keep]
+    for old in set(paths) - set(newest): old.unlink()
     remove_partial_files(folder)
     if best:
-        with atomic_write(folder/"best.pt") as aside: shutil.copyfile(path, aside)
+        with atomic_write(folder/"best.pt") as temporary: shutil.copyfile(path, temporary)
     return path
 
 # %% ../../nbs/train/04_checkpoint.ipynb #37c9a5ca
-# these change no result: runs that differ in them alone are the same run
+# these change no result: runs that differ only in them are the same run
 IGNORED_PARAMETERS = ("folder", "resume", "overwrite", "workers", "cache_gb", "checkpoints", "logs",
-        "tensorboard")
+                      "tensorboard")
 REMEDIES = "take another folder, or overwrite=True to replace it"
 
 def as_json(config) -> dict:
-    "The parameters of a stage, as a record or a checkpoint gives them back."
+    "Parameters of a stage as they are read from a record or a checkpoint."
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
-def parameter_differences(had: dict, asked: dict) -> str: # "" where there are none
-    """In which parameters the run in a folder is another than the one that is asked for. Those that
-    say where files are differ if the content of the files does."""
-    before, now = had.get("inputs", {}), asked.get("inputs", {})
+def parameter_differences(stored: dict, requested: dict) -> str: # of `run_identity`
+    """Parameters in which two runs differ, as text; empty if there are none. Parameters that name
+    files differ if the content of the files differs."""
+    before, now = stored.get("inputs", {}), requested.get("inputs", {})
     files = {name for name in before.keys() & now.keys() if None not in (before[name], now[name])}
-    told = [f"{name}={value!r} (now {asked.get(name)!r})" for name, value in had.items()
-            if name not in {*IGNORED_PARAMETERS, *files, "inputs"} and asked.get(name) != value]
+    changes = [f"{name}={value!r} (now {requested.get(name)!r})" for name, value in stored.items()
+               if name not in {*IGNORED_PARAMETERS, *files, "inputs"}
+               and requested.get(name) != value]
     for name in (name for name in sorted(files) if before[name] != now[name]):
-        moved = had.get(name) != asked.get(name)
-        told.append(f"{name}={had.get(name)!r} (now {asked.get(name)!r}, which holds something "
-                    "else)" if moved else f"what {name}={had.get(name)!r} holds is another by now")
-    return ", ".join(told)
+        moved = stored.get(name) != requested.get(name)
+        changes.append(f"{name}={stored.get(name)!r} (now {requested.get(name)!r}, with other "
+                       "files)" if moved else f"the files at {name}={stored.get(name)!r} have "
+                       "changed")
+    return ", ".join(changes)
 
-def renamed_state(state: dict) -> dict: # the same, of any depth
-    "A state dict of version 0.1 with the names that its tensors have in this version."
+# %% ../../nbs/train/04_checkpoint.ipynb #cf8ecdd6
+def renamed_state(state: dict) -> dict:
+    "A state dict of version 0.1, at any depth, with the tensor names of this version."
     def name(key):
         key = re.sub(r"gate\.closing$", "gate.threshold", key)
         return re.sub(r"(^|\.)paths\.", r"\1edges.", key)
@@ -110,15 +114,14 @@ def renamed_state(state: dict) -> dict: # the same, of any depth
             if isinstance(value, dict) else value for key, value in state.items()}
 
 def renamed_checkpoint(state: dict) -> dict:
-    "A checkpoint with the names of this version; one of this version is returned as it is."
+    "A checkpoint of version 0.1 with the names of this version; others are returned unchanged."
     if "trainee" not in state["parts"]: return state
     parts = renamed_state(state["parts"])
     parts = {"multitask": parts.pop("trainee"), **parts, "log": rename_keys(parts["log"])}
     return {**state, "parameters": rename_keys(state["parameters"]), "parts": parts}
 
 def read_checkpoint(path) -> dict:
-    """What `save_checkpoint` wrote, also in version 0.1; raises ValueError for a damaged or foreign
-    file."""
+    "Content of a checkpoint, also of version 0.1; raises ValueError for a damaged or foreign file."
     try:
         with zipfile.ZipFile(path) as file:
             if bad := file.testzip(): raise ValueError(f"its entry {bad} is damaged")
@@ -126,68 +129,73 @@ def read_checkpoint(path) -> dict:
         missing = {"step", "parameters", "parts"} - set(state)
         if missing: raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for name in ("parameters", "parts"):
-            if not isinstance(state[name], dict): raise ValueError(f"its {name} are no dict")
-    except Exception as e: # torch, pickle and zip have many names for a damaged file
-        raise ValueError(f"{path} is no checkpoint of this kit, or damaged: {one_line(e)}") from None
+            if not isinstance(state[name], dict): raise ValueError(f"its {name} are not a dict")
+    except Exception as e: # torch, pickle and zip raise many types for a damaged file
+        raise ValueError(f"{path} is damaged, or not a checkpoint of selfsupnas: "
+                         f"{one_line(e)}") from None
     return renamed_checkpoint(state)
 
-def newest_readable(folder) -> tuple: # (path, state); (None, None) where there is none
-    "The newest checkpoint that can be read; warns of those that cannot."
+def newest_readable(folder) -> tuple:
+    "Path and content of the newest intact checkpoint, or (None, None); warns of damaged ones."
     for path in checkpoint_paths(folder):
         try: return path, read_checkpoint(path)
-        except ValueError as e: warnings.warn(f"{e}; it is passed over")
+        except ValueError as e: warnings.warn(f"{e}; it is skipped")
     return None, None
 
 # %% ../../nbs/train/04_checkpoint.ipynb #b15536f5
-def matching_checkpoint(folder, parameters: dict) -> tuple: # (path, state); (None, None)
-    """The newest whole checkpoint of a folder; (None, None) where there is none yet. ValueError for
-    one of another run, and where not one is whole."""
+def matching_checkpoint(folder, parameters: dict) -> tuple: # parameters: `run_identity`
+    """Path and content of the newest intact checkpoint of this run, or (None, None) if there is no
+    checkpoint; raises ValueError for another run, and if no checkpoint is intact."""
     path, state = newest_readable(folder)
     if state is None:
-        if there := checkpoint_paths(folder):
-            raise ValueError(f"not one of {len(there)} checkpoints in {folder} is whole: {REMEDIES}")
+        if paths := checkpoint_paths(folder):
+            raise ValueError(f"none of the checkpoints in {folder} is intact ({len(paths)}): "
+                             f"{REMEDIES}")
         return None, None
-    if differ := parameter_differences(state["parameters"], parameters):
-        raise ValueError(f"{folder} has an unfinished run of other parameters, at step "
-                         f"{state['step']} ({path.name}): {differ}. Give it these again to go on, "
-                         f"{REMEDIES}")
+    if changes := parameter_differences(state["parameters"], parameters):
+        raise ValueError(f"{folder} has an unfinished run with other parameters, at step "
+                         f"{state['step']} ({path.name}): {changes}. Use the same parameters to "
+                         f"resume it, {REMEDIES}")
     return path, state
 
-def load_checkpoint(folder, parts: dict, parameters: dict) -> int: # steps done; 0: begin
-    """Give every part its state from the newest whole checkpoint, if there is one. Raises
-    ValueError for one of another run or network, and where not one is whole."""
+def load_checkpoint(folder, parts: dict, # name -> object with a state_dict
+                    parameters: dict) -> int: # `run_identity`
+    """Load the newest intact checkpoint into the parts and return the steps done, 0 without one;
+    raises ValueError for another run or network, and if no checkpoint is intact."""
     path, state = matching_checkpoint(folder, parameters)
     if state is None: return 0
     try:
         for name, part in parts.items(): part.load_state_dict(state["parts"][name])
-    except (KeyError, ValueError, RuntimeError) as e: # torch has several names for this
-        raise ValueError(f"{path} is of another network, though its parameters are the same: "
+    except (KeyError, ValueError, RuntimeError) as e: # all of them mean other tensors
+        raise ValueError(f"{path} holds another network, although its parameters are the same: "
                          f"{one_line(e)}. For this one, {REMEDIES}") from None
-    print(f"goes on at step {state['step']} from {path}")
+    print(f"resumes at step {state['step']} from {path}")
     return state["step"]
 
 # %% ../../nbs/train/04_checkpoint.ipynb #6d503806
 def save_weights(network: torch.nn.Module, path) -> Path: # NAME.safetensors
-    "Write the weights of a network, atomically; raises OSError that names the file."
-    # not by `save_file`, whose files nobody else may read
+    "Write the weights of a network atomically and return the path; raises OSError with its name."
+    # safetensors' `save_file` writes files that only their owner may read
     data = save({k: v.contiguous() for k, v in network.state_dict().items()})
-    with atomic_write(path) as aside: aside.write_bytes(data)
+    with atomic_write(path) as temporary: temporary.write_bytes(data)
     return Path(path)
 
-def read_weights(path) -> dict: # name -> tensor
-    """What `save_weights` wrote, also in version 0.1; raises FileNotFoundError, or ValueError that
-    names the file."""
+def read_weights(path) -> dict:
+    """Tensors by name of a file of `save_weights`, also of version 0.1; raises FileNotFoundError,
+    or ValueError that names the file."""
     if not Path(path).exists(): raise FileNotFoundError(f"no weights at {path}")
     try: return renamed_state(load_file(path))
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged, or holds no weights: {one_line(e)}") from None
 
-def load_weights(network: torch.nn.Module, path) -> torch.nn.Module: # it, in evaluation mode
-    "Give a network its weights; raises as `read_weights` does, and ValueError for others'."
+def load_weights(network: torch.nn.Module, path) -> torch.nn.Module:
+    """Load weights into a network and return it in evaluation mode; raises as `read_weights` does,
+    and ValueError for weights of another network."""
     weights = read_weights(path)
     try: network.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"{path} does not hold the weights of this network: {one_line(e)}") from None
+        raise ValueError(f"{path} does not hold the weights of this network: "
+                         f"{one_line(e)}") from None
     return network.eval()
 
 # %% ../../nbs/train/04_checkpoint.ipynb #8783782c
@@ -195,10 +203,10 @@ class FolderInUse(RuntimeError):
     "Another run holds the folder."
 
 @contextlib.contextmanager
-def lock_folder(folder, wait: float = 3., # seconds for which another may still hold it
-               lock: str = ".lock"): # a command has its own, from before its kernel has this one
-    """Hold the folder for one run, cleared of what a killed one left half-written; raises
-    FolderInUse while another holds it, OSError if it cannot be written."""
+def lock_folder(folder, wait: float = 3., # seconds to wait while another run holds it
+                lock: str = ".lock"): # file; a command and the kernel that it starts use two
+    """Hold the folder for one run and remove partial files of a killed one; raises FolderInUse
+    while another run holds it, OSError if it cannot be written."""
     from filelock import FileLock, Timeout
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -216,28 +224,28 @@ def lock_folder(folder, wait: float = 3., # seconds for which another may still 
 
 # %% ../../nbs/train/04_checkpoint.ipynb #0381e221
 @contextlib.contextmanager
-def deferred_interrupts(): # gives the list of signals that came
-    "Interrupts (ctrl-C, the stop button, SIGTERM) are noted, however many come."
-    came = []
-    def note(number, frame): came.append(number)
+def deferred_interrupts():
+    "Collect interrupts (ctrl-C, the stop button, SIGTERM) in a list of signals, which it gives."
+    received = []
+    def note(number, frame): received.append(number)
     before = {}
-    if threading.current_thread() is threading.main_thread(): # elsewhere Python allows no handlers
+    if threading.current_thread() is threading.main_thread(): # Python allows handlers only here
         before = {number: signal.signal(number, note) or signal.SIG_DFL
                   for number in (signal.SIGINT, signal.SIGTERM)
-                  if signal.getsignal(number) is not signal.SIG_IGN} # in a shell's background
-    try: yield came
+                  if signal.getsignal(number) is not signal.SIG_IGN} # ignored in the background
+    try: yield received
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
 class Stopped(KeyboardInterrupt):
-    "A run that somebody stopped; a notebook shows its message alone."
-    def _render_traceback_(self) -> list: return [str(self)] # asked for by IPython
+    "A run was stopped by the user; a notebook shows only the message."
+    def _render_traceback_(self) -> list: return [str(self)] # called by IPython
 
 class StoppedScript(Stopped, SystemExit):
-    "The same where no kernel shows it: the interpreter ends with status 130, without a traceback."
+    "The same outside of a notebook: the interpreter exits with status 130, without a traceback."
 
-def stop_error(message: str) -> Stopped: # to be raised
-    "In a kernel the error tells; elsewhere the message is printed."
+def stop_error(message: str) -> Stopped:
+    "The exception to raise; outside of a notebook the message is printed."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None: return Stopped(message)
     print(message, flush=True)
@@ -246,84 +254,88 @@ def stop_error(message: str) -> Stopped: # to be raised
     return error
 
 def stop_message(folder) -> str:
-    "Where the run of a folder goes on."
+    "Says at which step the run of a folder resumes."
     newest = next(iter(checkpoint_paths(folder)), None)
-    return (f"stopped; the same again goes on from step {step_of(newest)} ({newest})" if newest
-            else f"stopped before the first checkpoint in {folder}; the same again does what is "
-            "left")
+    return (f"stopped; run it again to resume at step {step_of(newest)} ({newest})" if newest
+            else f"stopped before the first checkpoint in {folder}; run it again to start anew")
 
 @contextlib.contextmanager
 def stop_in_one_line(config):
-    "What is interrupted within ends as `Stopped`."
+    "Turns an interrupt within the block into `Stopped`."
     try: yield
     except Stopped: raise
     except KeyboardInterrupt: raise stop_error(stop_message(config.folder)) from None
 
 # %% ../../nbs/train/04_checkpoint.ipynb #d1e40001
-def run_identity(config) -> dict: # as JSON gives it back
-    "What makes a run this run: its parameters, and the content of the files it builds on."
+def run_identity(config) -> dict:
+    "What identifies a run: its parameters, as JSON, and digests of the files it builds on."
     return {**as_json(config), "inputs": config.inputs()}
 
-def finished_run(config, stage: str) -> RunRecord | None: # None: there is something to do
-    """The record of the same run, finished before in its folder. ValueError, with nothing touched,
-    where the folder has another run, finished or not, and `overwrite` is not said."""
+def finished_run(config, stage: str) -> RunRecord | None:
+    """The record of this run if its folder holds it finished, else None. Raises ValueError if the
+    folder holds another run, finished or not, and `overwrite` is False; changes nothing."""
     folder = Path(config.folder)
-    made, asked = record_path(folder, stage), run_identity(config)
-    others = [path for path in folder.glob("*-record.json") if path != made]
-    if others:
-        raise ValueError(f"{folder} has a run of another stage ({others[0].name}): take another "
-                         "folder")
+    path, identity = record_path(folder, stage), run_identity(config)
+    other_records = [other for other in folder.glob("*-record.json") if other != path]
+    if other_records:
+        raise ValueError(f"{folder} has a run of another stage ({other_records[0].name}): take "
+                         "another folder")
     if config.overwrite: return None
-    if made.exists():
-        record = RunRecord.load(made)
-        if differ := parameter_differences({**record.parameters, "inputs": record.inputs}, asked):
-            raise ValueError(f"{folder} has a finished run of other parameters: {differ}. To make "
+    if path.exists():
+        record = RunRecord.load(path)
+        stored = {**record.parameters, "inputs": record.inputs}
+        if changes := parameter_differences(stored, identity):
+            raise ValueError(f"{folder} has a finished run with other parameters: {changes}. For "
                              f"this one, {REMEDIES}")
         return record
-    path, _ = matching_checkpoint(folder, asked)
-    if path and not getattr(config, "resume", True):
-        raise ValueError(f"{folder} has an unfinished run ({path.name}), and resume=False: {REMEDIES}")
-    if not path and (there := [name for name in config.output_files() if (folder/name).exists()]):
-        raise ValueError(f"{folder} has {there[0]} of a run without a record: {REMEDIES}")
+    checkpoint, _ = matching_checkpoint(folder, identity)
+    if checkpoint and not getattr(config, "resume", True):
+        raise ValueError(f"{folder} has an unfinished run ({checkpoint.name}), and resume=False: "
+                         f"{REMEDIES}")
+    outputs = [name for name in config.output_files() if (folder/name).exists()]
+    if not checkpoint and outputs:
+        raise ValueError(f"{folder} has {outputs[0]} of a run without a record: {REMEDIES}")
 
 # %% ../../nbs/train/04_checkpoint.ipynb #d1e40011
 def remove_earlier_run(config, stage: str):
-    """With `overwrite`: remove the run that is in the folder. An unfinished one of the same
-    parameters stays, and goes on, unless `resume` is False."""
+    """With `overwrite`, remove the run in the folder. An unfinished run with the same parameters is
+    kept and resumed, unless `resume` is False."""
     if not config.overwrite: return
     folder = Path(config.folder)
     record = record_path(folder, stage)
     if not record.exists() and getattr(config, "resume", True):
         with contextlib.suppress(ValueError):
             if matching_checkpoint(folder, run_identity(config))[0]: return
-    for path in (record, *(folder/name for name in (*config.output_files(), f"{stage}.ipynb", "best.pt")),
-                 *checkpoint_paths(folder)):
-        path.unlink(missing_ok=True) # the record first: what is left is no finished run
+    outputs = (*config.output_files(), f"{stage}.ipynb", "best.pt")
+    # the record first: without it, the rest does not count as a finished run
+    for path in (record, *(folder/name for name in outputs), *checkpoint_paths(folder)):
+        path.unlink(missing_ok=True)
 
-def run_once(stage: str, reopen: Callable): # reopen: folder of a finished run, ... -> as the stage
-    """A stage that holds `config.folder` while it runs, and is read from there where it is finished
-    already. Of several processes the first holds it; what the others write is thrown away."""
-    def decorate(run): # config, ... -> anything
+def run_once(stage: str,
+             reopen: Callable): # (folder of a finished run, ...) -> result of the stage
+    """Decorator of a stage: it holds `config.folder` while it runs, and a finished run is read from
+    there. Of several processes the first holds it; the files of the others are discarded."""
+    def decorate(run): # (config, ...) -> result
         @functools.wraps(run)
-        def held(config, *args, **kwargs):
+        def run_in_folder(config, *args, **kwargs):
             first = world().first
             with stop_in_one_line(config):
-                made = finished_run(config, stage) if first else None # before anything is written
-                if made: print(finished_message(config, made), flush=True)
-                if broadcast(made is not None):
+                record = finished_run(config, stage) if first else None
+                if record: print(finished_message(config, record), flush=True)
+                if broadcast(record is not None):
                     return reopen(config.folder, *args, **kwargs, **locations(config))
                 if first:
                     with lock_folder(config.folder): return run(config, *args, **kwargs)
-                with tempfile.TemporaryDirectory() as aside:
-                    return run(dataclasses.replace(config, folder=aside), *args, **kwargs)
-        return held
+                with tempfile.TemporaryDirectory() as temporary:
+                    return run(dataclasses.replace(config, folder=temporary), *args, **kwargs)
+        return run_in_folder
     return decorate
 
-def locations(config) -> dict: # parameter -> value
-    "Where a config says that things are: a finished run may have been made from elsewhere."
+def locations(config) -> dict:
+    "Parameters that name places, with their values: a finished run may have used other places."
     return {name: getattr(config, name) for name in ("root", "architecture", "supernet", "network",
                                                      "search") if hasattr(config, name)}
 
 def finished_message(config, record: RunRecord) -> str:
-    return (f"{config.folder} has this very run, finished {record.created}: its results are read, "
-            "nothing is computed (overwrite=True makes it again)")
+    return (f"{config.folder} holds this run, finished {record.created}: its results are read, "
+            "nothing is computed (overwrite=True repeats it)")
