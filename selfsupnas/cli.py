@@ -410,7 +410,8 @@ def make_parser() -> argparse.ArgumentParser:
         if stage == "demo":
             command.add_argument("--data", default="streetscenes", choices=sorted(DATASETS))
         else:
-            command.add_argument("--parameters", action="store_true", help="list the parameters and exit")
+            command.add_argument("--parameters", action="store_true",
+                                 help="list the parameters and exit")
     text = "counts, sizes, classes, faulty files and a sheet of samples of a data set"
     inspect = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     inspect.add_argument("name", metavar="NAME", choices=sorted(DATASETS), help=", ".join(DATASETS))

@@ -147,7 +147,8 @@ def load_split(folder,  # with labeled.txt and unlabeled.txt, or labelled.txt an
               ) -> LabelSplit:
     "Read a split; raises ValueError for unknown, repeated or contradictory lines, or no labels."
     folder, has_label = Path(folder), set(dataset.labelled_ids)
-    files = [find_spelling(folder, f"{word}labeled.txt", f"{word}labelled.txt") for word in ("", "un")]
+    files = [find_spelling(folder, f"{prefix}labeled.txt", f"{prefix}labelled.txt")
+             for prefix in ("", "un")]
     labelled, unlabelled = (read_ids(path, dataset) for path in files)
     missing = [i for i in labelled if i not in has_label]
     if missing: raise ValueError(f"{files[0]} names {len(missing)} images that have no "

@@ -87,7 +87,7 @@ class RunLog:
     def finish(self, row: dict, model: nn.Module, val: PairDataset, bar, watch: Callable | None):
         "Validate where it is due, and show the row: in the bar, and by `watch` or a printed line."
         due = len(self.rows) % 5 == 0 or row["step"] == self.config.steps
-        row["val_miou"] = (known_or_none(evaluate_segmenter(model, val, progress=False).miou)
+        row["val_miou"] = (none_if_nan(evaluate_segmenter(model, val, progress=False).miou)
                            if due and self.config.w_sup else None)
         line = log_line(row)
         bar.set_postfix_str(line, refresh=False)
