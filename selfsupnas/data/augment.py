@@ -37,7 +37,7 @@ def _axis(n:int,       # pixels of the source
           size:int,    # pixels of the view
           scale:float, # zoom
          ) -> tuple:
-    "Random crop or padding on one axis: start and length in the source, length and start in the view."
+    "Random crop or padding of one axis: start, length in the source; length, start in the view."
     scaled = max(2, round(n*scale)) # torch 2.14 cannot resize to 1 x 1 pixels
     if scaled <= size: # the whole axis fits: pad
         return 0, n, scaled, int(torch.randint(size - scaled + 1, ()))

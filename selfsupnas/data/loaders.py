@@ -121,8 +121,8 @@ class StepBatches(Dataset):
 
 # %% ../../nbs/data/07_loaders.ipynb #2e2ad397
 def start_process_group(worker:int):
-    """Put a worker into its own process group, so that an interrupt of the run does not end it before
-    the step is done."""
+    """Put a worker into its own process group, so that an interrupt of the run does not end it
+    before the step is done."""
     if hasattr(os, "setpgrp"): os.setpgrp()
 
 def draw_batches(streams:dict, # name -> (Stream, batch size)
@@ -130,8 +130,9 @@ def draw_batches(streams:dict, # name -> (Stream, batch size)
                  workers:int=0, # processes that make views; 0: this process
                  share=list): # selects the positions of a batch for this process; list: all
     "Yield {name: uint8 batch} for each step; the same for any number of workers."
-    loader = DataLoader(StepBatches(streams, share), batch_size=None, sampler=steps, num_workers=workers,
-                        pin_memory=torch.cuda.is_available(), worker_init_fn=start_process_group,
+    loader = DataLoader(StepBatches(streams, share), batch_size=None, sampler=steps,
+                        num_workers=workers, pin_memory=torch.cuda.is_available(),
+                        worker_init_fn=start_process_group,
                         generator=torch.Generator()) # leaves the global generator unchanged
     for batches, unreadable in loader:
         for name, files in unreadable.items(): streams[name][0].dataset.unreadable.update(files)
