@@ -22,7 +22,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from .space.architecture import (architecture_from_json, architecture_to_json, check_json,
                                            check_schema)
 from .data.augment import MEAN, STD
-from .rivals import hand_crafted
+from .rivals import is_hand_crafted
 from .train.batches import image_size
 from .stages.evaluation import recorded_root
 from .train.checkpoint import load_weights, save_weights
@@ -399,7 +399,7 @@ def export_run(run, # folder of a retraining, or one that holds it as retrain/
                             ("architecture", "data", "root", "size", "initialise", "steps"),
                             ("labelled_images", "unlabelled_images", "gflops", "parameters",
                              "val_miou"))
-    if hand_crafted(record.parameters["architecture"]):
+    if is_hand_crafted(record.parameters["architecture"]):
         raise ValueError(f"{run} holds {record.parameters['architecture']}: what travels are "
                          "networks of the grid")
     if onnx: need_onnx()

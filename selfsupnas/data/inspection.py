@@ -153,7 +153,7 @@ class Thumbnails:
 
 def sample_sheet(result:Survey, count:int=6, # number of images
                  side:int=240): # longer side of an image, in pixels
-    "Returns a matplotlib Figure of images beside their labels; raises ValueError if all are faulty."
+    "A matplotlib Figure of images beside their labels; raises ValueError if all are faulty."
     dataset, labelled = result.dataset, set(result.dataset.labelled_ids)
     readable = [i for i, name in enumerate(dataset.ids) if name not in result.faulty]
     readable = [i for i in readable if dataset.ids[i] in labelled] or readable

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..space.architecture import load_architecture
-from ..rivals import BASELINES, GRID_RIVALS, build_baseline, hand_crafted
+from ..rivals import BASELINES, GRID_RIVALS, build_baseline, is_hand_crafted
 from ..train.batches import image_size
 from ..train.checkpoint import remove_earlier_run, run_once
 from ..train.config import TrainingConfig
@@ -35,22 +35,22 @@ from ..data.inspection import check_classes
 @dataclass
 class EvaluateConfig:
     "Parameters of the evaluation stage."
-    folder: str = "runs/evaluate" # where everything is written
+    folder: str = "runs/evaluate" # folder that the run writes to
     network: str = "runs/retrain" # folder of the retraining to evaluate
-    data: str | None = None # another dataset of the same classes; None: that of the retraining
-    root: str | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
-    classes: tuple[str, ...] | None = None # of the data, one for each class of the network
+    data: str | None = None # another dataset with the same classes; None: that of the retraining
+    root: str | None = None # folder of the data; None: that of the retraining, else SELFSUPNAS_DATA
+    classes: tuple[str, ...] | None = None # class of the data for each class of the network
     split: str = "test" # or val, without the images that chose the route
     baselines: tuple[str, ...] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
     train_baselines: bool = False # train them as well: minutes to hours
-    latency_repeats: int = 15 # timed calls; their median counts
-    batch_size: int = 8 # images at once, or windows
+    latency_repeats: int = 15 # timed calls; the latency is their median
+    batch_size: int = 8 # images or windows at once
     window: tuple[int, int] | None = None # (height, width) of sliding windows; None: whole images
-    scales: tuple[float, ...] = (1.,) # of the image; of several, probabilities are added up
-    flip: bool = False # predict the mirror image as well
-    skip_unreadable: bool = False # leave damaged files out and count them; False: they end the run
-    seed: int = 0 # of the baselines' weights
-    overwrite: bool = False # replace the evaluation that the folder holds
+    scales: tuple[float, ...] = (1.,) # of the image; their probabilities are added up
+    flip: bool = False # also predict the mirror image
+    skip_unreadable: bool = False # leave damaged files out and count them; False: they stop the run
+    seed: int = 0 # of the weights of the baselines
+    overwrite: bool = False # replace the evaluation in the folder
 
     def __post_init__(self):
         check_fields(self, least=dict(latency_repeats=1, batch_size=1), ranges=dict(seed=SEEDS),
@@ -215,7 +215,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         measured = evaluate_segmenter(network, report, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, report)
     name = retrained["architecture"]
-    own = name if hand_crafted(name) or name in GRID_RIVALS else "searched"
+    own = name if is_hand_crafted(name) or name in GRID_RIVALS else "searched"
     row, latency = cost_row(own, network, at, config.latency_repeats)
     rows, latencies = ({own: {**row, **record_metrics(measured)},
                         "most frequent class": {"name": "most frequent class",

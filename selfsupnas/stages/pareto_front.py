@@ -36,19 +36,19 @@ from ..data.splits import save_split
 @dataclass
 class ParetoConfig:
     "Parameters of the front stage; all else is taken from the search's record."
-    folder: str = "runs/pareto" # where everything is written
+    folder: str = "runs/pareto" # folder that the run writes to
     search: str = "runs/search" # folder of the search
-    budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.7) # a network for each
-    candidates: int = 8 # exact routes that inherited weights choose among; 1: importance alone
-    choice_images: int = 32 # of the validation set, at most half: they choose, and are not reported
+    budgets: tuple[float, ...] = (0.3, 0.4, 0.5, 0.7) # one network for each
+    candidates: int = 8 # strongest routes, compared with inherited weights; 1: importance alone
+    choice_images: int = 32 # validation images for that choice, at most half; not in any report
     initialise: str = "inherit" # or scratch
-    steps: int = 200 # of each training, the brief kind; 0: none, inherited weights as they are
-    random: int = 2 # random architectures for each budget, of the derived one's cost, trained alike
-    baselines: tuple[str, ...] = () # hand-crafted networks to train, too: selfsupnas.rivals
+    steps: int = 200 # of each training; 0: inherited weights without training
+    random: int = 2 # random architectures for each budget, with equal cost and training
+    baselines: tuple[str, ...] = () # hand-crafted networks to train as well: selfsupnas.rivals
     split: str = "val" # or test: where mIoU is measured
-    root: str | None = None # of the data; None: that of the search
-    seed: int = 0 # of trainings and of random architectures
-    overwrite: bool = False # replace the front that the folder holds
+    root: str | None = None # folder of the data; None: that of the search
+    seed: int = 0 # of trainings and random architectures
+    overwrite: bool = False # replace the front in the folder
 
     def __post_init__(self):
         check_fields(self, choices={"initialise": ("inherit", "scratch"), "split": SPLITS,

@@ -16,7 +16,7 @@ import torch
 
 from ..space.architecture import Architecture, load_architecture, save_architecture
 from ..rivals import (BASELINES, GRID_RIVALS, SCALABLE, build_baseline, fit_channels,
-                               hand_crafted)
+                               is_hand_crafted)
 from ..train.batches import TrainingData, image_size, load_training_data
 from ..train.checkpoint import (finished_run, load_weights, remove_earlier_run, run_once, read_weights,
                                          save_weights)
@@ -56,13 +56,13 @@ class RetrainConfig(TrainingConfig):
     """Parameters of the retraining stage; those that it shares with the search are in
     TrainingConfig."""
     folder: str = "runs/retrain"
-    architecture: str = "runs/search/architecture.json" # file, folder, or a rival's name
-    initialise: str = "scratch" # or inherit: the weights of the supernet that was searched
+    architecture: str = "runs/search/architecture.json" # file, folder, or name of a rival
+    initialise: str = "scratch" # or inherit: the weights of the searched supernet
     supernet: str | None = None # weights to inherit; None: those beside the architecture
     steps: int = 1000 # optimiser steps
-    w_jig: float = 0.1 # less than in the search: a small network has little to spare
-    recalibrate: int = 0 # plain training images that set batch norm's running statistics at the end
-    equal_cost: str | None = None # of a rival built to a cost: the architecture that has it
+    w_jig: float = 0.1 # smaller than in the search: a small network has little capacity to spare
+    recalibrate: int = 0 # plain training images for batch-norm statistics at the end; 0: none
+    equal_cost: str | None = None # architecture whose cost a rival gets, if it is built to a cost
     gflops: float | None = None # or the cost itself, 1e9 multiply-adds: narrow_unet, fast_scnn
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class RetrainConfig(TrainingConfig):
         check_fields(self, choices={"initialise": ("scratch", "inherit")}, least={"recalibrate": 0})
         if self.recalibrate == 1: raise ValueError("recalibrate must be 0, or 2 or more, not 1")
         check_rival(self)
-        if not hand_crafted(self.architecture): return
+        if not is_hand_crafted(self.architecture): return
         for name, right, is_right in (("w_jig", "0", not self.w_jig),
                                       ("initialise", "scratch", self.initialise == "scratch"),
                                       ("drop_path", "0", not self.drop_path),
@@ -93,7 +93,7 @@ class RetrainConfig(TrainingConfig):
 
     def inputs(self) -> dict: # parameter -> digest; None: unknown
         named = "equal_cost" if self.equal_cost else "architecture"
-        files = {} if hand_crafted(self.architecture) and not self.equal_cost else {
+        files = {} if is_hand_crafted(self.architecture) and not self.equal_cost else {
             named: self.file}
         if self.initialise == "inherit" or self.architecture == "batch_norm_route":
             files["supernet"] = self.weights
@@ -108,7 +108,7 @@ def require_weights(config, what: str) -> Path: # what: needs them, for the mess
 
 def check_files(config: RetrainConfig):
     "Raise FileNotFoundError or ValueError for an architecture or a supernet that is not there."
-    if config.equal_cost or not hand_crafted(config.architecture): configured_architecture(config)
+    if config.equal_cost or not is_hand_crafted(config.architecture): configured_architecture(config)
     if config.architecture == "batch_norm_route": require_weights(config, config.architecture)
 
 def target_cost(config: RetrainConfig, size) -> float: # multiply-adds, of a rival built to a cost
@@ -153,7 +153,7 @@ def initial_network(config: RetrainConfig, spec, size) -> torch.nn.Module:
     # spec: SegmentationSpec of the data; size: (H,W) of its images, where rivals meet their cost
     """Fresh weights from the seed and all factors 1, or the supernet's weights and its gates as
     factors; ValueError for other classes than the data's."""
-    if hand_crafted(name := config.architecture):
+    if is_hand_crafted(name := config.architecture):
         channels = (fit_channels(name, spec.num_classes, size, target_cost(config, size))
                     if name in SCALABLE else None)
         torch.manual_seed(config.seed)
@@ -227,7 +227,7 @@ def retrain(config: RetrainConfig,
     ValueError for another."""
     timer, folder = Timer(), Path(config.folder)
     inputs = config.inputs() # as they are read now
-    if not hand_crafted(config.architecture) and config.file.resolve() == (
+    if not is_hand_crafted(config.architecture) and config.file.resolve() == (
             folder/"architecture.json").resolve():
         raise ValueError(f"the retraining would write over {config.file}, which it reads: take "
                          "another folder")
@@ -235,7 +235,7 @@ def retrain(config: RetrainConfig,
     data = load_training_data(config)
     size = image_size(data.train, config.crop)
     network = initial_network(config, data.train.spec, size)
-    alone = hand_crafted(config.architecture) and not config.equal_cost
+    alone = is_hand_crafted(config.architecture) and not config.equal_cost
     report = without_choice_images(data.val, *([] if alone else [configured_architecture(config)]))
     remove_earlier_run(config, "retrain")
     with timer("training"): trained = train(network, config, data, watch=watch)
@@ -262,7 +262,7 @@ def retrain(config: RetrainConfig,
                        **as_trained)
         if config.w_semi:
             metrics.update(consistency_metrics(trained.history, data.train.spec.classes))
-    if not hand_crafted(config.architecture):
+    if not is_hand_crafted(config.architecture):
         save_architecture(trained.model.architecture, folder/"architecture.json")
     save_weights(trained.model, folder/"network.safetensors")
     write_json(folder/"history.json", trained.history)
@@ -285,7 +285,7 @@ def load_network(folder) -> torch.nn.Module: # in evaluation mode
     folder = Path(folder)
     made, weights = folder/"retrain-record.json", folder/"network.safetensors"
     record = RunRecord.load(made, needs=("architecture",)) if made.exists() else None
-    if record and hand_crafted(record.parameters["architecture"]):
+    if record and is_hand_crafted(record.parameters["architecture"]):
         network = build_baseline(record.parameters["architecture"], record.metrics["num_classes"],
                                  record.metrics.get("channels"))
     else:

@@ -51,23 +51,23 @@ class SearchConfig(TrainingConfig):
     "Parameters of the search stage; those that it shares with retraining are in TrainingConfig."
     folder: str = "runs/search"
     layers: int = 6 # L of the grid (published: 16 or 33)
-    channels: int = 16 # C0 at stride 4 (published: 64)
-    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # of a cell: space.operations
-    search_operations: bool = False # candidates carry gates, too: what a cell computes is searched
-    keep_operations: int | None = None # of a derived cell, at most; None: what the budget allows
-    candidates: int = 8 # exact routes that inherited weights choose among; 1: importance alone
-    choice_images: int = 32 # of the validation set, at most half: they choose, and are not reported
+    channels: int = 16 # C0, at stride 4 (published: 64)
+    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # candidate operations of a cell
+    search_operations: bool = False # candidates have gates, too: search what a cell computes
+    keep_operations: int | None = None # of a derived cell, at most; None: limited by the budget
+    candidates: int = 8 # strongest routes, compared with inherited weights; 1: importance alone
+    choice_images: int = 32 # validation images for that choice, at most half; not in any report
     gate: str = "conditional" # or static: one value for all images
-    leak: float = 0.1 # slope of a shut gate, see selfsupnas.space.gate; 0 = published
+    leak: float = 0.1 # slope of a closed gate, see selfsupnas.space.gate; 0 = published
     update: str = "joint" # or alternating: gates learn on a held-out half (first-order DARTS)
-    cost: str = "flops" # what is budgeted: flops (multiply-adds), parameters or latency (measured)
-    budget: float = 0.5 # mu: share of the full grid's cost, of search and derived network
+    cost: str = "flops" # unit of the budget: flops (multiply-adds), parameters, latency (measured)
+    budget: float = 0.5 # mu: share of the full grid's cost, for search and derived network
     budget_of: str = "realised" # or expected (published)
-    budget_gain: float = 0.03 # of the control that holds cost to the budget; 0: none (published)
-    w_cost: float = 6.0 # of the budget; 0 removes it and the control (published: 0.5 to 0.8)
-    cost_ramp: tuple[float, float] = (0.15, 0.4) # the budget rises between these shares
-    w_binary: float = 1.5 # of the term that makes gates decide; 0 removes it, for dynamic inference
-    binary_ramp: tuple[float, float] = (0.4, 0.8) # w_binary rises between these shares
+    budget_gain: float = 0.03 # gain of the control that holds the budget; 0: no control (published)
+    w_cost: float = 6.0 # weight of the cost; 0 removes it and the control (published: 0.5 to 0.8)
+    cost_ramp: tuple[float, float] = (0.15, 0.4) # w_cost rises between these shares of the steps
+    w_binary: float = 1.5 # weight of the binarization loss; 0 removes it, for dynamic inference
+    binary_ramp: tuple[float, float] = (0.4, 0.8) # w_binary rises between these shares of the steps
 
     def __post_init__(self):
         super().__post_init__()
