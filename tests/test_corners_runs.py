@@ -202,7 +202,7 @@ def test_a_missed_budget_is_said(place, capsys):
     found = search(dataclasses.replace(SEARCH, folder="missed", budget=.8, budget_gain=0.))
     assert not found.record.metrics["budget_met"] and "budget_gain" in budget_note(found.record)
     said = capsys.readouterr().out
-    assert "budget missed" in said and "0.8 was asked for" in said and f"of {found.record.metrics['edges']} edges" in said
+    assert "budget missed" in said and "the budget is 0.8" in said and f"of {found.record.metrics['edges']} edges" in said
     assert budget_note(load_search("search").record) is None and found.record.metrics["realised_share"] > .8
 
 

@@ -21,7 +21,7 @@ from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, lock_fold
 from selfsupnas.cli import main
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
-from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
+from selfsupnas.export import NetworkInfo, export_onnx, export_program, export_run, from_pretrained
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.viz.tables import write_page
 from selfsupnas.data.files import SegmentationSpec, UnreadableFile
@@ -316,7 +316,7 @@ FAULTS = {
         "a teacher without labels": (given("search", w_sup="0"), "w_sup=0 needs w_semi=0"),
         "retraining without labels": (given("retrain", w_sup="0", w_semi="0"), "retraining needs labels: w_sup must be over 0"),
         "a jigsaw for a hand-crafted network": (given("retrain", architecture="unet_resnet18"), "unet_resnet18 is no routing network: w_jig must be 0"),
-        "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*ask for more"),
+        "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*take a larger budget"),
         "the same in the folder of a finished search": (raises(ValueError, lambda: run_search(budget=.01, overwrite=True)), "budget 0.01 is out of reach"),
         "a front that asks for less than that": (raises(ValueError, lambda: pareto(ParetoConfig(folder="new", search="search", budgets=(.9, .01)))), "budget 0.01 is out of reach"),
         "alternating updates with one labelled image": (raises(ValueError, lambda: run_search("new", update="alternating", label_fraction=1/6)), "halves the labelled images.*raise label_fraction"),
@@ -453,7 +453,7 @@ FAULTS = {
 
 def export_run_with(classes):
     from selfsupnas.export import save_pretrained
-    save_pretrained(load_network("retrain"), "new", usage=Usage(SegmentationSpec("data", tuple(classes), ((0, 0, 0),) * len(classes)), (64, 80)))
+    save_pretrained(load_network("retrain"), "new", info=NetworkInfo(SegmentationSpec("data", tuple(classes), ((0, 0, 0),) * len(classes)), (64, 80)))
 
 
 CASES = [(group, what) for group, rows in FAULTS.items() for what in rows]

@@ -95,7 +95,7 @@ class Scene:
     sun:tuple # sideways and forward length of a shadow per metre of height
 
     def ink(self, colour, label, z, texture=GRAIN + 1, shade=1.0):
-        "RGB at a distance of z metres, and a byte with the class (high bits) and texture (low bits)."
+        "RGB at z metres, and a byte with the class (high bits) and the texture (low bits)."
         keep = math.exp(-z * self.thick)
         rgb = [int(c * l * shade * keep + h * (1 - keep))
                for c, l, h in zip(colour, self.light, self.haze)]
@@ -241,7 +241,7 @@ def soften(label:np.ndarray, # (H,W) uint8
     solid, out = SOLID[label], label.copy()
     for a, ok, to in ((label, solid, out), (label.T, solid.T, out.T)):
         same = (a[1:] == a[:-1]) & ok[1:]
-        to[2:-1][same[2:] & same[:-2] & (a[2:-1] != a[1:-2])] = VOID  # both at least two pixels thick
+        to[2:-1][same[2:] & same[:-2] & (a[2:-1] != a[1:-2])] = VOID  # both two pixels or more
     return out
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-42
