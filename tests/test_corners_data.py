@@ -413,7 +413,7 @@ def test_only_the_labelled_part_is_void(root, which):
 def test_some_void_masks_are_counted(root, capsys):
     save(root/"masks"/"train"/"0.png", one(255)())
     status, said = look(root, capsys)
-    assert status == 0 and "1 of them are void all over" in said and not warned(lambda: load_training_data(config(root)))
+    assert status == 0 and "1 of them have no labelled pixel" in said and not warned(lambda: load_training_data(config(root)))
 
 
 def test_damaged_masks_may_be_left_out_by_the_checks_too(root):
@@ -544,4 +544,4 @@ def test_some_masks_of_0_and_255_are_told(tmp_path, capsys):
     draw_folder(tmp_path/"data", dict(train=6, val=2))
     for i in range(3): Image.fromarray(np.where(np.arange(64 * 80) < 900, 255, 0).astype(np.uint8).reshape(64, 80)).save(tmp_path/"data"/"masks"/"train"/f"{i}.png")
     assert main(["data", "folder", str(tmp_path/"data"), "--folder", str(tmp_path/"sheets")]) == 0
-    assert "masks: 3 of 6 hold 0 and 255 alone" in capsys.readouterr().out
+    assert "masks: 3 of 6 hold only 0 and 255" in capsys.readouterr().out

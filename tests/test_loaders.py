@@ -17,7 +17,7 @@ from selfsupnas.stages.searching import without_choice_images
 from selfsupnas.data.splits import save_split
 from selfsupnas.data.voc import draw_voc
 
-pytestmark = pytest.mark.filterwarnings("ignore:not one mask of") # drawn trees lack most classes
+pytestmark = pytest.mark.filterwarnings("ignore:no mask of") # drawn trees lack most classes
 
 
 @pytest.fixture(scope="module")

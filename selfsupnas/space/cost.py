@@ -46,8 +46,8 @@ def by_shapes(count: Callable) -> Callable: # an entry of COUNTERS
     return lambda ins, outs: count([_shape(v) for v in ins], _shape(outs[0]))
 
 def einsum_products(ins, outs) -> Counter:
-    """The fvcore handle of einsum, by torch's counter. fvcore's own handle assumes the best order of
-    several factors, which torch does not use."""
+    """The fvcore handle of einsum, by torch's counter: fvcore's own handle assumes the best order
+    of several factors, which torch does not use, and is off by one."""
     from torch.utils.flop_counter import FlopCounterMode
     factors = [torch.empty(_shape(v), device="meta") for v in ins[1].node().inputs()]
     with FlopCounterMode(display=False) as counter: torch.einsum(ins[0].toIValue(), *factors)
