@@ -159,8 +159,8 @@ def replace_costs(table: CostTable,
 
 # %% ../../nbs/space/09_budget.ipynb #b067e9bc
 def static_cost(table: CostTable, open_edges: Iterable[Edge]) -> float:
-    """Cost of the static network with these edges and candidates, in the table's unit; multiply-adds
-    equal fvcore's count of the network."""
+    """Cost of the static network with these edges and candidates, in the table's unit;
+    multiply-adds equal fvcore's count of the network."""
     open_edges = set(open_edges)
     live = trace_route(table.space, open_edges)
     cost = sum([table.open_cells[scale][kinds] for (_, scale), kinds in live.items() if kinds])
@@ -276,7 +276,7 @@ def budget_loss(table: CostTable,
 # %% ../../nbs/space/09_budget.ipynb #f2e46707
 def follow_budget(threshold: float, # gate threshold
                   realised: float, target: float, # shares of the full grid's cost
-                  gain: float = 0.03, # step per unit of difference; about 50 steps to follow a change
+                  gain: float = 0.03, # step per unit of difference; follows in about 50 steps
                  ) -> float:
     "The gate threshold of the next step, from CLOSED to 0.95, by integral control. Ours."
     return min(0.95, max(CLOSED, threshold + gain * (realised - target)))
