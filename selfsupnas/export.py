@@ -337,8 +337,8 @@ def save_pretrained(network: StaticNetwork, folder,
                          "export_program or export_onnx")
     info = info or getattr(network, "info", None) or (network_info(record) if record else None)
     if info is None:
-        raise ValueError("the classes are unknown: pass info=NetworkInfo(spec, size), or the record "
-                         "of the retraining")
+        raise ValueError("the classes are unknown: pass info=NetworkInfo(spec, size), or the "
+                         "record of the retraining")
     config = config_to_json(network.architecture, info)
     config_from_json(config) # check that the file can be read
     if record: check_records(network, record, evaluation)
