@@ -741,7 +741,7 @@ def frozen_kinds():
     from selfsupnas.space.architecture import Architecture
     from selfsupnas.tasks.consistency import CONSISTENCY, Consistency
     from selfsupnas.space.cost import Cost
-    from selfsupnas.export import Usage
+    from selfsupnas.export import NetworkInfo
     from selfsupnas.data.files import SegmentationSpec
     import dataclasses
     def space(layers=2, **more): return SearchSpace(3, layers, 4, ["sep_conv_3x3", "identity"], **more)
@@ -756,7 +756,7 @@ def frozen_kinds():
         "Cost": lambda: (Cost((1, 2), 3, 4, {"conv": 3, "mm": 1}, {"add": 1}), Cost((1, 2), 3, 4, {"mm": 1, "conv": 3}, {"add": 1}), Cost((1, 2), 3, 4, {"conv": 4}, {})),
         "Consistency": lambda: (CONSISTENCY["cps"], dataclasses.replace(CONSISTENCY["cps"]), CONSISTENCY["unimatch"]),
         "SegmentationSpec": lambda: (spec("a", "b"), SegmentationSpec("s", ("a", "b"), ((0, 0, 0), (1, 2, 3))), spec("b", "a")),
-        "Usage": lambda: (Usage(spec("a", "b"), [64, 80]), Usage(spec("a", "b"), (64, 80)), Usage(spec("a", "b"), (64, 64)))}
+        "NetworkInfo": lambda: (NetworkInfo(spec("a", "b"), [64, 80]), NetworkInfo(spec("a", "b"), (64, 80)), NetworkInfo(spec("a", "b"), (64, 64)))}
 
 
 FROZEN = frozen_kinds()

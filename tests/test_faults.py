@@ -268,7 +268,7 @@ FAULTS = {
         "a report of half a record": (after(lambda: cut(R), command("report", "retrain")), "retrain-record.json is not a run record"),
         "a report into a folder": (command("report", "retrain", "--to", "data"), "cannot write data: Is a directory"),
         "an export of nothing": (command("export", "nowhere"), "no run record at nowhere/retrain-record.json"),
-        "an export of a hand-crafted network": (after(spoilt(within("parameters", put(architecture="unet_resnet18")), R), command("export", "retrain")), "what travels are networks of the grid"),
+        "an export of a hand-crafted network": (after(spoilt(within("parameters", put(architecture="unet_resnet18")), R), command("export", "retrain")), "only networks of the grid"),
         "an export into a file": (command("export", "retrain", "--to", "data/classes.txt"), "cannot write data/classes.txt/model.safetensors"),
         "an export with the metrics of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
         "a sheet of no samples": (command("data", "folder", "data", "--samples", "0"), "samples must be 1 or more, not 0"),

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from full_size import step_flops, step_memory, view_table
 from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed_memory
 from selfsupnas.data.loaders import to_device
-from selfsupnas.export import export_onnx, fold_batch_norm, largest_gap, onnx_network
+from selfsupnas.export import export_onnx, fold_batch_norm, max_relative_difference, load_onnx
 from selfsupnas.metrics import check_logits, confusion_matrix
 from selfsupnas.cli import parse_parameters
 from selfsupnas.rivals import build_baseline, random_architecture
@@ -473,8 +473,8 @@ def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tu
             calls["torch"][name] = lambda network=folded: network(image)
             if "onnx" not in runtimes or config.device != "cpu": continue # it is the processor's
             path = export_onnx(network, config.network_size, f"{folder}/{name}.onnx")
-            calls["onnx"][name] = lambda run=onnx_network(path): run(x)
-            metrics[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
+            calls["onnx"][name] = lambda run=load_onnx(path): run(x)
+            metrics[f"{name}: gap of the exported"] = max_relative_difference(network, load_onnx(path),
                                                                   config.network_size)
         for runtime, both in calls.items(): # apart: threads that wait for more would be in the way
             seconds = in_turns(both, config)

@@ -17,12 +17,13 @@ from ..core import hash_fields
 from .teacher import logits_of, over, pseudo_label_diagnostics
 
 # %% ../../nbs/tasks/04_consistency.ipynb #cell-30
-def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
-                      teacher_logits:torch.Tensor, # (B, K, H, W)
-                      valid:torch.Tensor,          # (B, H, W) bool
-                      threshold,                   # confidence, in [0, 1]; or one a class, (K,)
-                      )->tuple: # the logits of student and teacher, see logits_of
-    "Raise `ValueError` unless the inputs of a consistency term belong together."
+def check_consistency(student_logits: torch.Tensor, # (B, K, H, W)
+                      teacher_logits: torch.Tensor, # (B, K, H, W)
+                      valid: torch.Tensor, # (B, H, W) bool
+                      threshold, # confidence, in [0, 1]; or one a class, (K,)
+                      ) -> tuple:
+    """Return the logits of student and teacher, see logits_of; raise `ValueError` for inputs that do
+    not belong together."""
     student_logits, teacher_logits = logits_of(student_logits), logits_of(teacher_logits)
     shape = tuple(student_logits.shape)
     if len(shape) != 4 or teacher_logits.shape != shape:
@@ -40,15 +41,16 @@ def check_consistency(student_logits:torch.Tensor, # (B, K, H, W)
     return student_logits, teacher_logits
 
 # %% ../../nbs/tasks/04_consistency.ipynb #cell-33
-def mean_teacher(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
-                 teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
-                 valid:torch.Tensor,          # (B, H, W) bool, False on padding
-                 threshold=0.95,              # tau, for the diagnostics alone
-                 diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
-                 summed:bool=False,           # over the classes, K times as much; False: their mean
-                 temperature:float=1.,        # of the teacher's softmax; under 1 sharpens it
-                 )->tuple:                    # loss (scalar), diagnostics (dict)
-    "Squared difference of the softmaxes: mean or sum over classes, then mean over valid pixels."
+def mean_teacher(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
+                 teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
+                 valid: torch.Tensor, # (B, H, W) bool, False on padding
+                 threshold=0.95, # tau, for the diagnostics alone
+                 diagnosis_label: torch.Tensor = None, # (B, H, W) int64, for the diagnostics alone
+                 summed: bool = False, # over the classes, K times as much; False: their mean
+                 temperature: float = 1., # of the teacher's softmax; under 1 sharpens it
+                 ) -> tuple:
+    """Loss (scalar) and diagnostics (dict): squared difference of the softmaxes, mean or sum over
+    classes, mean over valid pixels. Source: Tarvainen and Valpola, NeurIPS 2017."""
     student_logits, teacher_logits = check_consistency(student_logits, teacher_logits, valid,
                                                        threshold)
     goal = (teacher_logits.detach().float() / temperature).softmax(1)
@@ -58,13 +60,14 @@ def mean_teacher(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
     return loss, pseudo_label_diagnostics(teacher_logits, valid, threshold, diagnosis_label)
 
 # %% ../../nbs/tasks/04_consistency.ipynb #cell-35
-def fixmatch(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
-             teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
-             valid:torch.Tensor,          # (B, H, W) bool, False on padding
-             threshold=0.95,              # confidence threshold tau, or one a class, (K,)
-             diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
-             )->tuple:                    # loss (scalar), diagnostics (dict)
-    "Cross-entropy with the teacher's class where it is sure, divided by ALL valid pixels."
+def fixmatch(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
+             teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
+             valid: torch.Tensor, # (B, H, W) bool, False on padding
+             threshold=0.95, # confidence threshold tau, or one a class, (K,)
+             diagnosis_label: torch.Tensor = None, # (B, H, W) int64, for the diagnostics alone
+             ) -> tuple:
+    """Loss (scalar) and diagnostics (dict): cross-entropy with the teacher's class where its
+    confidence reaches the threshold, divided by ALL valid pixels. Source: Sohn et al., NeurIPS 2020."""
     student_logits, teacher_logits = check_consistency(student_logits, teacher_logits, valid,
                                                        threshold)
     confidence, guess = teacher_logits.detach().float().softmax(1).max(1)
@@ -73,22 +76,24 @@ def fixmatch(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
     return loss, pseudo_label_diagnostics(teacher_logits, valid, threshold, diagnosis_label)
 
 # %% ../../nbs/tasks/04_consistency.ipynb #2ce6af1f
-def hard_labels(student_logits:torch.Tensor, # (B, K, H, W) on the strong view
-                teacher_logits:torch.Tensor, # (B, K, H, W) of the other network, mixed alike
-                valid:torch.Tensor,          # (B, H, W) bool, False on padding
-                threshold=0.95,              # tau, for the diagnostics alone
-                diagnosis_label:torch.Tensor=None, # (B, H, W) int64, for the diagnostics alone
-                )->tuple:                    # loss (scalar), diagnostics (dict)
-    "Cross-entropy with the other network's class: Chen et al., CPS (CVPR 2021)."
+def hard_labels(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
+                teacher_logits: torch.Tensor, # (B, K, H, W) of the other network, mixed alike
+                valid: torch.Tensor, # (B, H, W) bool, False on padding
+                threshold=0.95, # tau, for the diagnostics alone
+                diagnosis_label: torch.Tensor = None, # (B, H, W) int64, for the diagnostics alone
+                ) -> tuple:
+    """Loss (scalar) and diagnostics (dict): cross-entropy with the other network's class. Source:
+    Chen et al., CPS, CVPR 2021."""
     loss, _ = fixmatch(student_logits, teacher_logits, valid, 0.)
     return loss, pseudo_label_diagnostics(teacher_logits, valid, threshold, diagnosis_label)
 
 # %% ../../nbs/tasks/04_consistency.ipynb #b2029f66
-def perturb_features(features:torch.Tensor,          # (B, C, h, w), on their way to the classifier
-                     p:float=0.5,                    # probability that a channel is switched off
-                     generator:torch.Generator=None, # on the CPU; None: torch's own
-                     )->torch.Tensor:                # (B, C, h, w)
-    "Channel dropout, per image: the feature perturbation of UniMatch (Yang et al., CVPR 2023)."
+def perturb_features(features: torch.Tensor, # (B, C, h, w), on their way to the classifier
+                     p: float = 0.5, # probability that a channel is switched off
+                     generator: torch.Generator = None, # on the CPU; None: torch's own
+                     ) -> torch.Tensor:
+    """Channel dropout for each image, (B, C, h, w): the feature perturbation of UniMatch. Source: Yang
+    et al., CVPR 2023."""
     if not 0 <= p < 1:
         raise ValueError(f"p is the probability that a channel goes, in [0, 1), got {p}.")
     features = logits_of(features, "features") # a backbone of torchvision returns a dict, too
@@ -120,15 +125,15 @@ class Consistency:
                              f"peer go together, got {self.teacher!r} and {', '.join(names)}.")
 
     @property
-    def strong_views(self)->int: # how many independent strong views to make
+    def strong_views(self) -> int: # how many independent strong views to make
         return 1 + ("strong2" in self.weights)
 
     @property
-    def perturbed(self)->bool: # whether the weak view's features are perturbed
+    def perturbed(self) -> bool: # whether the weak view's features are perturbed
         return "perturbed" in self.weights
 
     @property
-    def peer(self)->bool: # whether a second network is trained
+    def peer(self) -> bool: # whether a second network is trained
         return "peer" in self.weights
 
 # %% ../../nbs/tasks/04_consistency.ipynb #853a4d3a
@@ -140,16 +145,17 @@ CONSISTENCY = { # what a run may ask for by name
     "cps": Consistency(hard_labels, {"strong": 1., "peer": 1.}, "peer")}
 
 # %% ../../nbs/tasks/04_consistency.ipynb #b9c5296c
-def consistency_loss(kind:Consistency,
-                     student:dict,        # view -> logits (B, K, H, W) that are trained
-                     goal:dict,           # view -> the teacher's logits (B, K, H, W), mixed alike
-                     valid:dict,          # view -> (B, H, W) bool, False on padding, mixed alike
-                     threshold,           # confidence threshold tau, or one a class, (K,)
-                     diagnosis:dict=None, # view -> (B, H, W) int64 hidden truth, mixed alike
-                     # view -> factor, where processes share a batch: `local_weight` its valid pixels
-                     parts:dict=None,
-                     )->tuple:            # loss (scalar), diagnostics (dict) of the strong view
-    "Weighted sum of a kind's terms; raises `ValueError` for views that are missing or unknown."
+def consistency_loss(kind: Consistency,
+                     student: dict, # view -> logits (B, K, H, W) that are trained
+                     goal: dict, # view -> the teacher's logits (B, K, H, W), mixed alike
+                     valid: dict, # view -> (B, H, W) bool, False on padding, mixed alike
+                     threshold, # confidence threshold tau, or one a class, (K,)
+                     diagnosis: dict = None, # view -> (B, H, W) int64 hidden truth, mixed alike
+ # view -> factor, where processes share a batch: `local_weight` its valid pixels
+                     parts: dict = None,
+                     ) -> tuple:
+    """Loss (scalar), the weighted sum of a kind's terms, and diagnostics (dict) of the strong view;
+    raises `ValueError` for missing and unknown views."""
     views = kind.weights.keys()
     for argument, named in (("student", student), ("goal", goal), ("valid", valid)):
         if named.keys() != views:

@@ -18,20 +18,21 @@ from ..distributed import World
 from .teacher import logits_of
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-06
-def split_cells(images:torch.Tensor, # (B, C, H, W)
-                n:int,               # cells a side
-                )->torch.Tensor:     # (B, n*n, C, H//n, W//n), row by row
-    "Cut images into n x n equal cells; rows and columns left over at bottom and right go."
+def split_cells(images: torch.Tensor, # (B, C, H, W)
+                n: int, # cells a side
+                ) -> torch.Tensor:
+    """Cut images into n x n equal cells, (B, n*n, C, H//n, W//n), row by row; remaining rows and
+    columns at bottom and right are dropped."""
     batch, channels, height, width = images.shape
     h, w = height // n, width // n
     cells = images[:, :, :n * h, :n * w].reshape(batch, channels, n, h, n, w)
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-07
-def join_cells(cells:torch.Tensor, # (B, n*n, C, h, w), row by row
-               size:tuple,         # H, W of the image wanted, n*h <= H and n*w <= W
-               )->torch.Tensor:    # (B, C, H, W)
-    "Lay cells out as images of `size`; what they do not cover at bottom and right is zero."
+def join_cells(cells: torch.Tensor, # (B, n*n, C, h, w), row by row
+               size: tuple, # H, W of the image wanted, n*h <= H and n*w <= W
+               ) -> torch.Tensor:
+    "Arrange cells as images (B, C, H, W); zero where no cell covers them, at bottom and right."
     batch, tiles, channels, h, w = cells.shape
     n = math.isqrt(tiles)
     images = cells.view(batch, n, n, channels, h, w).permute(0, 3, 1, 4, 2, 5)
@@ -39,20 +40,21 @@ def join_cells(cells:torch.Tensor, # (B, n*n, C, h, w), row by row
     return F.pad(images, (0, size[1] - n * w, 0, size[0] - n * h))
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-08
-def unshuffle(shuffled:torch.Tensor,    # (B, C, H, W), from `cut_and_shuffle`
-              permutation:torch.Tensor, # (B, n*n) int64, which source tile each position shows
-              )->torch.Tensor:          # (B, C, H, W)
-    "Put every tile back to the cell it came from, so that a guess can be looked at."
+def unshuffle(shuffled: torch.Tensor, # (B, C, H, W), from `cut_and_shuffle`
+              permutation: torch.Tensor, # (B, n*n) int64, which source tile each position shows
+              ) -> torch.Tensor:
+    "Move every tile back to its source cell, (B, C, H, W)."
     cells = split_cells(shuffled, math.isqrt(permutation.shape[1]))
     order = permutation.argsort(1).to(shuffled.device)
     picture = torch.arange(len(shuffled), device=shuffled.device)[:, None]
     return join_cells(cells[picture, order], shuffled.shape[-2:])
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #77023db2
-def border_solver(shuffled:torch.Tensor,     # (B, C, H, W)
-                  permutations:torch.Tensor, # (P, n*n) int64
-                  )->torch.Tensor:           # (B,) int64, which permutation, 0..P-1
-    "The permutation that leaves the smallest jumps across the inner borders: no learning at all."
+def border_solver(shuffled: torch.Tensor, # (B, C, H, W)
+                  permutations: torch.Tensor, # (P, n*n) int64
+                  ) -> torch.Tensor:
+    """Index (B,) int64 of the permutation that leaves the smallest jumps across the inner borders:
+    no learning."""
     n = math.isqrt(permutations.shape[1])
     h, w = shuffled.shape[2] // n, shuffled.shape[3] // n
     jumps = []
@@ -64,13 +66,14 @@ def border_solver(shuffled:torch.Tensor,     # (B, C, H, W)
     return torch.stack(jumps, 1).argmin(1)
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-28
-def crop_tiles(images:torch.Tensor, # (B, C, H, W)
-               source:torch.Tensor, # (B, n*n) int64, the cell that each output position shows
-               tile_share:float,    # side of a tile as a share of its cell's side, in (0, 1]
-               generator:torch.Generator, # draws the offset of every tile inside its cell
-               world:World=World(), # processes that share a batch: drawn as for all of it
-               )->torch.Tensor:     # (B, n*n, C, tile height, tile width)
-    "Crop for every position one tile at a random place inside its source cell, without a loop."
+def crop_tiles(images: torch.Tensor, # (B, C, H, W)
+               source: torch.Tensor, # (B, n*n) int64, the cell that each output position shows
+               tile_share: float, # side of a tile as a share of its cell's side, in (0, 1]
+               generator: torch.Generator, # draws the offset of every tile inside its cell
+               world: World = World(), # processes that share a batch: drawn as for all of it
+               ) -> torch.Tensor:
+    """Crop one tile at a random place inside the source cell of each position: (B, n*n, C, tile
+    height, tile width). Raises `ValueError` for a tile without pixels."""
     (height, width), n = images.shape[-2:], math.isqrt(source.shape[1])
     cell_h, cell_w = height // n, width // n
     tile_h, tile_w = int(tile_share * cell_h), int(tile_share * cell_w)
@@ -91,26 +94,27 @@ def crop_tiles(images:torch.Tensor, # (B, C, H, W)
     return images[picture, :, rows, columns].movedim(-1, 2)
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-33
-def normalise_tiles(tiles:torch.Tensor, # (B, T, C, h, w)
-                    eps:float=1e-5,     # added to the variance: a flat tile becomes 0, not NaN
-                    )->torch.Tensor:    # (B, T, C, h, w)
-    "Give each tile mean 0 and variance 1 by its own two numbers over all channels and pixels."
+def normalise_tiles(tiles: torch.Tensor, # (B, T, C, h, w)
+                    eps: float = 1e-5, # added to the variance: a flat tile becomes 0, not NaN
+                    ) -> torch.Tensor:
+    "Give each tile mean 0 and variance 1 over all its channels and pixels, (B, T, C, h, w)."
     variance, mean = torch.var_mean(tiles, (2, 3, 4), correction=0, keepdim=True)
     return (tiles - mean) * (variance + eps).rsqrt()
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #d034a2ce
-def cut_and_shuffle(images:torch.Tensor,       # (B, 3, H, W) float, as the model takes them
-                    permutations:torch.Tensor, # (P, n*n) int64, from `permutation_set`
-                    generator:torch.Generator, # draws permutations, grey images and offsets
-                    target:torch.Tensor=None,  # (B,) int64, which permutation; None: drawn
-                    tile_share:float=0.76,     # side of a tile as a share of its cell's side
-                    grey_p:float=0.3,          # probability that a whole image turns grey
-                    eps:float=1e-5,            # see `normalise_tiles`
-                    normalise:bool=True,       # False: tiles keep their brightness and contrast
-                    share:float=1.0,           # of images that are shuffled; others stay
-                    world:World=World(),       # processes that share a batch
-                    )->tuple:                  # shuffled (B, 3, H, W), target (B,) int64
-    "Make jigsaws: position j of the output shows source tile `permutations[target][j]`."
+def cut_and_shuffle(images: torch.Tensor, # (B, 3, H, W) float, as the model takes them
+                    permutations: torch.Tensor, # (P, n*n) int64, from `permutation_set`
+                    generator: torch.Generator, # draws permutations, grey images and offsets
+                    target: torch.Tensor = None, # (B,) int64, which permutation; None: drawn
+                    tile_share: float = 0.76, # side of a tile as a share of its cell's side
+                    grey_p: float = 0.3, # probability that a whole image turns grey
+                    eps: float = 1e-5, # see `normalise_tiles`
+                    normalise: bool = True, # False: tiles keep their brightness and contrast
+                    share: float = 1.0, # of images that are shuffled; others stay
+                    world: World = World(), # processes that share a batch
+                    ) -> tuple:
+    """Make jigsaws: returns the shuffled images (B, 3, H, W) and target (B,) int64; position j shows
+    source tile `permutations[target][j]`."""
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError("images must be float (B, 3, H, W), normalised as for the model, got "
                          f"{images.dtype} {tuple(images.shape)}.")
@@ -146,17 +150,17 @@ class JigsawHead(nn.Module):
     "Name the permutation from a feature map: average each tile, concatenate, one linear layer."
 
     def __init__(self,
-                 in_channels:int,      # channels of the feature map, best one at stride 8 or 16
-                 n:int,                # tiles a side
-                 num_permutations:int, # P, the number of classes
+                 in_channels: int, # channels of the feature map, best one at stride 8 or 16
+                 n: int, # tiles a side
+                 num_permutations: int, # P, the number of classes
                  ):
         super().__init__()
         self.in_channels, self.n = in_channels, n
         self.classify = nn.Linear(in_channels * n * n, num_permutations)
 
     def forward(self,
-                features:torch.Tensor, # (B, in_channels, h, w), h and w at least n
-                )->torch.Tensor:       # (B, P) logits
+                features: torch.Tensor, # (B, in_channels, h, w), h and w at least n
+                ) -> torch.Tensor: # (B, P) logits
         "Answer for a batch of jigsaws; raises `ValueError` on a map that is too small."
         features = logits_of(features, "features") # a backbone of torchvision returns a dict
         if features.dim() != 4 or features.shape[1] != self.in_channels:
@@ -174,14 +178,14 @@ class PositionHead(JigsawHead):
     "Say of each place which source tile it shows: pooled as in `JigsawHead`, one linear layer."
 
     def __init__(self,
-                 in_channels:int, # channels of the feature map, best one at stride 8 or 16
-                 n:int,           # tiles a side
+                 in_channels: int, # channels of the feature map, best one at stride 8 or 16
+                 n: int, # tiles a side
                  ):
         super().__init__(in_channels, n, n ** 4)  # n*n places, n*n tiles
 
     def forward(self,
-                features:torch.Tensor, # (B, in_channels, h, w), h and w at least n
-                )->torch.Tensor:       # (B, n*n, n*n) logits: place, source tile
+                features: torch.Tensor, # (B, in_channels, h, w), h and w at least n
+                ) -> torch.Tensor: # (B, n*n, n*n) logits: place, source tile
         "Answer for a batch of jigsaws; raises `ValueError` on a map that is too small."
         return super().forward(features).unflatten(1, (self.n ** 2, self.n ** 2))
 
@@ -189,21 +193,23 @@ class PositionHead(JigsawHead):
 JIGSAW_HEADS = {"permutation": JigsawHead, "position": PositionHead}
 
 
-def make_jigsaw_head(kind:str,             # a key of `JIGSAW_HEADS`
-                     in_channels:int,      # channels of the feature map
-                     n:int,                # tiles a side
-                     num_permutations:int, # P; the position head has no use for it
-                     )->JigsawHead:        # features (B, C, h, w) -> logits (B, P) or (B, T, T)
-    "A head by name, for a loop that need not know which; `ValueError` for an unknown name."
+def make_jigsaw_head(kind: str, # a key of `JIGSAW_HEADS`
+                     in_channels: int, # channels of the feature map
+                     n: int, # tiles a side
+                     num_permutations: int, # P; the position head has no use for it
+                     ) -> JigsawHead:
+    """A head by name: features (B, C, h, w) -> logits (B, P) or (B, T, T); `ValueError` for an unknown
+    name."""
     if kind not in JIGSAW_HEADS:
         raise ValueError(f"A jigsaw head is one of {', '.join(JIGSAW_HEADS)}, not {kind!r}.")
     classes = (num_permutations,) if kind == "permutation" else ()
     return JIGSAW_HEADS[kind](in_channels, n, *classes)
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #75eab7dd
-def solve_positions(logits:torch.Tensor, # (B, T, T): place, source tile
-                    )->torch.Tensor:     # (B, T) int64, which source tile each place shows
-    "The permutation of greatest total log-probability; `ValueError` for wrong shapes and NaN."
+def solve_positions(logits: torch.Tensor, # (B, T, T): place, source tile
+                    ) -> torch.Tensor:
+    """The permutation of greatest total log-probability: (B, T) int64, the source tile of each place.
+    Raises `ValueError` for wrong shapes and NaN."""
     from scipy.optimize import linear_sum_assignment
     logits = logits_of(logits)
     if logits.dim() != 3 or logits.shape[1] != logits.shape[2]:
@@ -218,7 +224,7 @@ def solve_positions(logits:torch.Tensor, # (B, T, T): place, source tile
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #ff9de163
 def _by_place(logits, permutations):
-    "Whether logits are those of a `PositionHead`; raises `ValueError` if they are of neither head."
+    "Are these the logits of a `PositionHead`? Raises `ValueError` for logits of neither head."
     count, tiles = permutations.shape
     if tuple(logits.shape[1:]) not in ((count,), (tiles, tiles)):
         raise ValueError(f"For {count} permutations of {tiles} tiles logits are (B, {count}) or "
@@ -226,11 +232,12 @@ def _by_place(logits, permutations):
     return logits.dim() == 3
 
 
-def jigsaw_loss(logits:torch.Tensor,       # (B, P) or (B, T, T)
-                target:torch.Tensor,       # (B,) int64, 0..P-1
-                permutations:torch.Tensor, # (P, T) int64, the set of `cut_and_shuffle`
-                )->torch.Tensor:           # scalar; ln P, or ln T, is the value of guessing
-    "Cross-entropy over permutations, or over the tiles of each place; mean over the batch."
+def jigsaw_loss(logits: torch.Tensor, # (B, P) or (B, T, T)
+                target: torch.Tensor, # (B,) int64, 0..P-1
+                permutations: torch.Tensor, # (P, T) int64, the set of `cut_and_shuffle`
+                ) -> torch.Tensor:
+    """Cross-entropy over permutations, or over the tiles of each place, mean over the batch: a scalar,
+    ln P or ln T for a guess."""
     logits = logits_of(logits)
     if not _by_place(logits, permutations):
         return F.cross_entropy(logits.float(), target)
@@ -238,21 +245,23 @@ def jigsaw_loss(logits:torch.Tensor,       # (B, P) or (B, T, T)
     return F.cross_entropy(logits.float().flatten(0, 1), tiles.flatten())
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #b1f1544b
-def jigsaw_guess(logits:torch.Tensor,       # (B, P) or (B, T, T)
-                 permutations:torch.Tensor, # (P, T) int64
-                 )->torch.Tensor:           # (B, T) int64, which source tile each place shows
-    "The permutation a head believes in: the most probable of the set, or the solver's."
+def jigsaw_guess(logits: torch.Tensor, # (B, P) or (B, T, T)
+                 permutations: torch.Tensor, # (P, T) int64
+                 ) -> torch.Tensor:
+    """The permutation that a head predicts, (B, T) int64, the source tile of each place: the most
+    probable of the set, or the solver's."""
     logits = logits_of(logits)
     if _by_place(logits, permutations):
         return solve_positions(logits)
     return permutations.to(logits.device)[logits.argmax(1)]
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #100f4473
-def jigsaw_accuracy(logits:torch.Tensor,       # (B, P) or (B, T, T)
-                    target:torch.Tensor,       # (B,) int64
-                    permutations:torch.Tensor, # (P, T) int64
-                    )->tuple:                  # two scalars in 0..1, without gradient
-    "Share of pictures put back wholly right, and of tiles in their right place."
+def jigsaw_accuracy(logits: torch.Tensor, # (B, P) or (B, T, T)
+                    target: torch.Tensor, # (B,) int64
+                    permutations: torch.Tensor, # (P, T) int64
+                    ) -> tuple:
+    """Share of images with all tiles in place, and of tiles in place: two scalars in 0..1, without
+    gradient."""
     logits = logits_of(logits)
     known = logits.detach().isfinite().flatten(1).all(1)
     given = logits.detach().masked_fill(~known.view(-1, *[1] * (logits.dim() - 1)), 0)

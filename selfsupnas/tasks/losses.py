@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from .teacher import logits_of
 
 # %% ../../nbs/tasks/05_losses.ipynb #cell-06
-def check_pixels(logits:torch.Tensor,  # (B, K, H, W)
-                 labels:torch.Tensor,  # (B, H, W) int64
-                 ignore_index:int=255, # id of the pixels that carry no label
+def check_pixels(logits: torch.Tensor, # (B, K, H, W)
+                 labels: torch.Tensor, # (B, H, W) int64
+                 ignore_index: int = 255, # id of the pixels that carry no label
                  ):
-    "Raise `ValueError` if logits and labels do not belong together or an id names no class."
+    "Raise `ValueError` if logits and labels do not match or a label is not a class."
     if logits.dim() != 4 or labels.dim() != 3 or labels.dtype != torch.int64:
         raise ValueError("Expected logits (B, K, H, W) and labels (B, H, W) int64, got logits "
                          f"{tuple(logits.shape)} and labels {tuple(labels.shape)} {labels.dtype}.")
@@ -34,12 +34,13 @@ def check_pixels(logits:torch.Tensor,  # (B, K, H, W)
                          "the dataset, or build the model with more classes.")
 
 # %% ../../nbs/tasks/05_losses.ipynb #cell-10
-def hard_pixels(pixel_loss:torch.Tensor, # (B, H, W) cross-entropy, no class weights
-                valid:torch.Tensor,      # (B, H, W) bool, the labelled pixels
-                threshold:float,         # keep true classes with less probability than this
-                min_kept:float,          # but at least this share of the valid pixels
-                )->torch.Tensor:         # (B, H, W) bool, a part of `valid`
-    "Online hard example mining (OHEM): the valid pixels the model still finds hard."
+def hard_pixels(pixel_loss: torch.Tensor, # (B, H, W) cross-entropy, no class weights
+                valid: torch.Tensor, # (B, H, W) bool, the labelled pixels
+                threshold: float, # keep true classes with less probability than this
+                min_kept: float, # but at least this share of the valid pixels
+                ) -> torch.Tensor:
+    """Online hard example mining (OHEM): the valid pixels that the model finds hard, (B, H, W) bool.
+    Source: Shrivastava et al., CVPR 2016."""
     if not 0 < threshold <= 1 or not 0 <= min_kept <= 1:
         raise ValueError("OHEM takes ohem_threshold, a probability in (0, 1], and ohem_min_kept, a "
                          f"share of the pixels in [0, 1], got {threshold} and {min_kept}.")
@@ -50,14 +51,15 @@ def hard_pixels(pixel_loss:torch.Tensor, # (B, H, W) cross-entropy, no class wei
     return valid & ((loss > limit) | (loss >= order[last]))
 
 # %% ../../nbs/tasks/05_losses.ipynb #cell-14
-def pixel_cross_entropy(logits:torch.Tensor,       # (B, K, H, W)
-                        labels:torch.Tensor,       # (B, H, W) int64, 0..K-1 or ignore_index
-                        ignore_index:int=255,      # id of the pixels that carry no label
-                        class_weights:torch.Tensor=None, # (K,), see `class_weights_from`
-                        ohem_threshold:float=None, # probability in (0, 1]; None: no OHEM
-                        ohem_min_kept:float=0.15,  # share of the valid pixels OHEM keeps at least
-                        )->torch.Tensor:           # scalar; 0 if no pixel is valid
-    "Cross-entropy, mean over the labelled pixels (weighted mean with class weights)."
+def pixel_cross_entropy(logits: torch.Tensor, # (B, K, H, W)
+                        labels: torch.Tensor, # (B, H, W) int64, 0..K-1 or ignore_index
+                        ignore_index: int = 255, # id of the pixels that carry no label
+                        class_weights: torch.Tensor = None, # (K,), see `class_weights_from`
+                        ohem_threshold: float = None, # probability in (0, 1]; None: no OHEM
+                        ohem_min_kept: float = 0.15, # share of the valid pixels OHEM keeps at least
+                        ) -> torch.Tensor:
+    """Cross-entropy, mean over the labelled pixels (weighted mean with class weights): a scalar, 0 if
+    no pixel is valid."""
     logits = logits_of(logits)
     check_pixels(logits, labels, ignore_index)
     loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="none")
@@ -74,10 +76,10 @@ def pixel_cross_entropy(logits:torch.Tensor,       # (B, K, H, W)
     return (loss * weight).sum() / total.where(total > 0, 1.0)
 
 # %% ../../nbs/tasks/05_losses.ipynb #cell-27
-def class_weights_from(counts:torch.Tensor,     # (K,) labelled pixels of each class
-                       kind:str="inverse_log",  # "inverse_log" or "median_frequency"
-                       )->torch.Tensor:         # (K,) float32
-    "Class weights that lift rare classes; a class that never appears gets weight 0."
+def class_weights_from(counts: torch.Tensor, # (K,) labelled pixels of each class
+                       kind: str = "inverse_log", # "inverse_log" or "median_frequency"
+                       ) -> torch.Tensor:
+    "Class weights (K,) float32 that are larger for rare classes; 0 for a class without pixels."
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if counts.dim() != 1 or (counts < 0).any() or counts.sum() == 0:
         raise ValueError("counts must be (K,) pixel counts, none negative, not all zero, got "

@@ -13,16 +13,17 @@ import math
 import torch
 
 # %% ../../nbs/tasks/01_permutations.ipynb #fa94834c
-def hamming_distances(permutations:torch.Tensor, # (P, T) int64, each row a permutation of 0..T-1
-                      )->torch.Tensor:           # (P, P) int64, positions at which rows differ
-    "Count for every pair of permutations the positions at which they differ."
+def hamming_distances(permutations: torch.Tensor, # (P, T) int64, each row a permutation of 0..T-1
+                      ) -> torch.Tensor:
+    "Number of positions at which each pair of permutations differs, (P, P) int64."
     return (permutations[:, None] != permutations[None]).sum(-1)
 
 # %% ../../nbs/tasks/01_permutations.ipynb #de3f5091
-def greedy_permutations(pool:torch.Tensor, # (N, T) int64 candidates; the first one is taken first
-                        size:int,          # how many to choose, at most N
-                        )->torch.Tensor:   # (size, T) int64
-    "Choose one at a time the permutation farthest from those before; `ValueError` for a bad size."
+def greedy_permutations(pool: torch.Tensor, # (N, T) int64 candidates; the first one is taken first
+                        size: int, # how many to choose, at most N
+                        ) -> torch.Tensor:
+    """Choose permutations one by one, each the farthest from those before, (size, T) int64;
+    `ValueError` for a size out of range."""
     if not 1 <= size <= len(pool):
         raise ValueError(f"size must be 1 to {len(pool)}, as many as the pool has, got {size}.")
     chosen, nearest = [0], (pool != pool[0]).sum(1)
@@ -32,9 +33,10 @@ def greedy_permutations(pool:torch.Tensor, # (N, T) int64 candidates; the first 
     return pool[chosen]
 
 # %% ../../nbs/tasks/01_permutations.ipynb #aa684ad2
-def finite_field(q:int,    # number of elements: 4, 8, 9 or 16
-                 )->tuple: # (q, q) int64 addition table, (q, q) int64 multiplication table
-    "Tables of the field with q elements; element e has the base-p digits of e as coefficients."
+def finite_field(q: int, # number of elements: 4, 8, 9 or 16
+                 ) -> tuple:
+    """Addition and multiplication table, each (q, q) int64, of the field with q elements; element e has
+    the base-p digits of e as coefficients."""
     # x**m as a polynomial of lower degree, lowest coefficient first; x is then primitive
     fields = {4: (2, (1, 1)), 8: (2, (1, 1, 0)), 9: (3, (1, 1)), 16: (2, (1, 1, 0, 0))}
     if q not in fields:
@@ -53,16 +55,18 @@ def finite_field(q:int,    # number of elements: 4, 8, 9 or 16
     return add, mul
 
 # %% ../../nbs/tasks/01_permutations.ipynb #57e863c5
-def affine_permutations(q:int,           # number of tiles: 4, 9 or 16
-                        )->torch.Tensor: # (q (q-1), q) int64, smallest distance q-1
-    "The group AGL(1, q): every map x -> a x + b with a not 0, over the field with q elements."
+def affine_permutations(q: int, # number of tiles: 4, 9 or 16
+                        ) -> torch.Tensor:
+    """The group AGL(1, q): every map x -> a x + b with a not 0 over the field with q elements, as
+    (q (q-1), q) int64 with smallest distance q-1."""
     add, mul = finite_field(q)
     return torch.stack([add[mul[a], b] for a in range(1, q) for b in range(q)])
 
 # %% ../../nbs/tasks/01_permutations.ipynb #d7368681
-def projective_permutations(q:int=8,         # 4, 8, 9 or 16; it makes permutations of q+1 points
-                            )->torch.Tensor: # (q (q*q-1), q+1) int64, smallest distance q-1
-    "The group PGL(2, q): every map x -> (a x + b) / (c x + d) with a d - b c not 0."
+def projective_permutations(q: int = 8, # 4, 8, 9 or 16; it makes permutations of q+1 points
+                            ) -> torch.Tensor:
+    """The group PGL(2, q): every map x -> (a x + b) / (c x + d) with a d - b c not 0, as
+    (q (q*q-1), q+1) int64 with smallest distance q-1."""
     add, mul = (table.tolist() for table in finite_field(q))
     inverse = [q] + [row.index(1) for row in mul[1:]]
     maps = [[add[mul[a][x]][b] for x in range(q)] + [q] for a in range(1, q) for b in range(q)]
@@ -74,11 +78,12 @@ def projective_permutations(q:int=8,         # 4, 8, 9 or 16; it makes permutati
     return torch.tensor(maps)
 
 # %% ../../nbs/tasks/01_permutations.ipynb #5d19e6aa
-def permutation_set(n:int,         # tiles a side, 2 or more
-                    size:int=None, # 2 to 5000; None: 24, 72, 240 for n = 2, 3, 4, else 100
-                    seed:int=0,    # of the random pool, used when no exact set is large enough
-                    )->torch.Tensor: # (size, n*n) int64
-    "The fixed set the pretext task chooses from: exact where algebra has one, else greedy."
+def permutation_set(n: int, # tiles a side, 2 or more
+                    size: int = None, # 2 to 5000; None: 24, 72, 240 for n = 2, 3, 4, else 100
+                    seed: int = 0, # of the random pool, used when no exact set is large enough
+                    ) -> torch.Tensor:
+    """The permutation set of the pretext task, (size, n*n) int64: exact if a group has that size, else
+    greedy. Raises `ValueError` for n or size out of range."""
     if n < 2:
         raise ValueError(f"A jigsaw needs n of 2 or more tiles a side, got n={n}.")
     tiles = n * n

@@ -16,15 +16,17 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% ../../nbs/tasks/02_teacher.ipynb #24fb7656
-def ema_decay(step:int,    # optimiser steps made before this one, so the first is 0
-              decay:float, # the decay reached in the long run
-              )->float:    # share of the old teacher that stays
-    "The decay at a step: first a plain mean of all students, later an exponential one."
+def ema_decay(step: int, # optimiser steps made before this one, so the first is 0
+              decay: float, # the decay reached in the long run
+              ) -> float:
+    """The share of the old teacher that remains at a step: first a plain mean of all students, later
+    an exponential one."""
     return min(1 - 1 / (step + 1), decay)
 
 # %% ../../nbs/tasks/02_teacher.ipynb #a72087d2
-def tensor_places(model:nn.Module)->dict: # name -> (dict of a module, key in it)
-    "Where a model holds its parameters and buffers; one that is shared has its first name."
+def tensor_places(model: nn.Module) -> dict:
+    """Where a model holds its parameters and buffers: name -> (dict of a module, key in it); a shared
+    tensor has its first name."""
     modules, places = dict(model.named_modules()), {}
     for named, held in ((model.named_parameters(), "_parameters"),
                         (model.named_buffers(), "_buffers")):
@@ -33,10 +35,11 @@ def tensor_places(model:nn.Module)->dict: # name -> (dict of a module, key in it
             places[name] = getattr(modules[module], held), key
     return places
 
-def paired_places(teacher:nn.Module, # the copy
-                  student:nn.Module, # the model being trained
-                  )->list: # (place of the teacher's tensor, of the student's), see tensor_places
-    "Pair parameters and buffers by name; raises `ValueError` when the two models differ."
+def paired_places(teacher: nn.Module, # the copy
+                  student: nn.Module, # the model being trained
+                  ) -> list:
+    """Pairs (place of the teacher's tensor, place of the student's) by name, see tensor_places; raises
+    `ValueError` if the two models differ."""
     ours, theirs = tensor_places(teacher), tensor_places(student)
     def shape(places, name): return places[name][0][places[name][1]].shape
     odd = [name for name in ours.keys() | theirs.keys()
@@ -46,13 +49,14 @@ def paired_places(teacher:nn.Module, # the copy
                          f"{sorted(odd)[:4]}. Build EMATeacher from the model that is trained.")
     return [(place, theirs[name]) for name, place in ours.items()]
 
-def paired_tensors(teacher:nn.Module, student:nn.Module, # see paired_places
-                   )->list: # (teacher tensor, student tensor), parameters and buffers
-    "The tensors at the places of `paired_places`."
+def paired_tensors(teacher: nn.Module, student: nn.Module, # see paired_places
+                   ) -> list:
+    "Pairs (teacher tensor, student tensor) of parameters and buffers, see `paired_places`."
     return [tuple(held[key] for held, key in pair) for pair in paired_places(teacher, student)]
 
-def tree_of(*models)->list: # (a view of what a module holds, what it holds now)
-    "Modules and names of tensors of some models; each view equals its set until one changes."
+def tree_of(*models) -> list:
+    """Modules and names of tensors of some models, as (a live view, its present content); a view equals
+    its content until it changes."""
     held = [part for model in models for m in model.modules()
             for part in (m._modules.items(), m._parameters.keys(), m._buffers.keys())]
     return [(part, set(part)) for part in held]
@@ -64,9 +68,9 @@ class EMATeacher:
     "A slow copy of a model: the moving average of its parameters, with its buffers as they are."
 
     def __init__(self,
-                 model:nn.Module,   # the student, unwrapped; copied, never changed
-                 decay:float=0.996, # share of the old teacher that stays, in [0, 1)
-                 buffers:str="copied", # of BUFFERS: running statistics; other buffers are copied
+                 model: nn.Module, # the student, unwrapped; copied, never changed
+                 decay: float = 0.996, # share of the old teacher that stays, in [0, 1)
+                 buffers: str = "copied", # of BUFFERS: running statistics; other buffers are copied
                  ):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}.")
@@ -83,7 +87,7 @@ class EMATeacher:
     def __getstate__(self): # a copy pairs for itself
         return {**self.__dict__, "paired": None}
 
-    def places(self, model:nn.Module)->list: # see paired_places
+    def places(self, model: nn.Module) -> list: # see paired_places
         "Paired once; again for another student, and when modules came or went."
         known = self.paired
         if known is None or known[0] is not model or any(now != then for now, then in known[1]):
@@ -93,8 +97,8 @@ class EMATeacher:
 
     @torch.no_grad()
     def update(self,
-               model:nn.Module, # the student after its optimiser step
-               step:int,        # that step's number, from 0; at 0 the teacher becomes the student
+               model: nn.Module, # the student after its optimiser step
+               step: int, # that step's number, from 0; at 0 the teacher becomes the student
                ):
         "Move towards the student: parameters are averaged, buffers as `buffers` says."
         averaged = []
@@ -115,9 +119,9 @@ class EMATeacher:
 
 # %% ../../nbs/tasks/02_teacher.ipynb #1717d2a3
 def logits_of(output, # what a model returned: a tensor, or a mapping that holds it as "out"
-              what:str="logits", # for the message
-              )->torch.Tensor:
-    "The tensor of an answer; raises `ValueError` that says what came instead."
+              what: str = "logits", # for the message
+              ) -> torch.Tensor:
+    "The tensor of a model's output; raises `ValueError` for other outputs."
     if isinstance(output, Mapping) and isinstance(output.get("out"), torch.Tensor):
         return output["out"]
     if isinstance(output, torch.Tensor): return output
@@ -126,14 +130,14 @@ def logits_of(output, # what a model returned: a tensor, or a mapping that holds
                      "tensor, or a dict that holds them as 'out', as torchvision's models do")
 
 # %% ../../nbs/tasks/02_teacher.ipynb #12d82a0c
-def pixel_counts(teacher_logits:torch.Tensor, # (B, K, H, W), or see logits_of
-                 valid:torch.Tensor,          # (B, H, W) bool, False on padding
-                 threshold,                   # confidence threshold tau, or one a class, (K,)
-                 diagnosis_label:torch.Tensor=None, # (B, H, W) int64, hidden truth
-                 ignore_index:int=255,        # unlabelled pixels of the truth
-                 )->torch.Tensor: # (4, K) int64; counts of several batches may be added
-    """How many pixels are valid, over tau, over tau with a known truth, and right, by the class
-    that the teacher names."""
+def pixel_counts(teacher_logits: torch.Tensor, # (B, K, H, W), or see logits_of
+                 valid: torch.Tensor, # (B, H, W) bool, False on padding
+                 threshold, # confidence threshold tau, or one a class, (K,)
+                 diagnosis_label: torch.Tensor = None, # (B, H, W) int64, hidden truth
+                 ignore_index: int = 255, # unlabelled pixels of the truth
+                 ) -> torch.Tensor:
+    """Pixels that are valid, over the threshold, over it with a known label, and correct, by the
+    teacher's class: (4, K) int64; counts of batches may be added."""
     with torch.no_grad():
         probabilities = logits_of(teacher_logits).float().softmax(1)
         confidence, guess = probabilities.max(1)
@@ -146,22 +150,23 @@ def pixel_counts(teacher_logits:torch.Tensor, # (B, K, H, W), or see logits_of
         counts = counted.new_zeros(4, probabilities.shape[1])
         return counts.scatter_add_(1, guess.flatten().expand(4, -1), counted)
 
-def over(confidence:torch.Tensor, # (B, H, W)
-         guess:torch.Tensor,      # (B, H, W) int64, the class that has it
-         threshold,               # a number, or one a class, (K,)
-         )->torch.Tensor:         # (B, H, W) bool
-    "Which pixels are sure enough to count."
+def over(confidence: torch.Tensor, # (B, H, W)
+         guess: torch.Tensor, # (B, H, W) int64, the class that has it
+         threshold, # a number, or one a class, (K,)
+         ) -> torch.Tensor:
+    "Mask (B, H, W) of the pixels whose confidence reaches the threshold."
     return confidence >= (threshold[guess] if isinstance(threshold, torch.Tensor) else threshold)
 
-def diagnostics_of(counts:torch.Tensor, # (4, K), from `pixel_counts`
-                   )->dict: # pseudo_label_share, pseudo_label_accuracy: scalars; counts: as given
-    "Share of valid pixels over tau, and how many of those are right (NaN if unknown)."
+def diagnostics_of(counts: torch.Tensor, # (4, K), from `pixel_counts`
+                   ) -> dict:
+    """Share of valid pixels over the threshold (pseudo_label_share) and share of correct ones among
+    them (pseudo_label_accuracy, NaN if unknown), scalars, and the counts."""
     valid, kept, known, right = counts.sum(1)
     return {"pseudo_label_share": kept / valid, "pseudo_label_accuracy": right / known,
             "counts": counts}
 
-def pseudo_label_diagnostics(*args, **kwargs)->dict: # as `pixel_counts` takes them
-    "Share of valid pixels over tau, how many of those are right (NaN if unknown), and the counts."
+def pseudo_label_diagnostics(*args, **kwargs) -> dict:
+    "`diagnostics_of` the counts of these pixels; takes the arguments of `pixel_counts`."
     return diagnostics_of(pixel_counts(*args, **kwargs))
 
 # %% ../../nbs/tasks/02_teacher.ipynb #4750f2db
@@ -169,8 +174,8 @@ class AdaptiveThreshold:
     "Confidence threshold that follows the teacher: Sun et al., CorrMatch (CVPR 2024)."
 
     def __init__(self,
-                 initial:float=0.85,   # threshold at the start, in [0, 1]
-                 momentum:float=0.999, # share of the old threshold that stays, in [0, 1)
+                 initial: float = 0.85, # threshold at the start, in [0, 1]
+                 momentum: float = 0.999, # share of the old threshold that stays, in [0, 1)
                  ):
         if not 0 <= initial <= 1:
             raise ValueError(f"initial must be a confidence in [0, 1], got {initial}.")
@@ -180,10 +185,10 @@ class AdaptiveThreshold:
 
     @torch.no_grad()
     def update(self,
-               teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
-               valid:torch.Tensor,          # (B, H, W) bool, False on padding
-               all_reduce_max=lambda x: x,     # maximum over processes that share a batch
-               )->float:                    # the new threshold, for this step's losses
+               teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
+               valid: torch.Tensor, # (B, H, W) bool, False on padding
+               all_reduce_max=lambda x: x, # maximum over processes that share a batch
+               ) -> float: # the new threshold, for this step's losses
         "Move towards the mean, over the classes present, of the largest confidence in each."
         teacher_logits = logits_of(teacher_logits)
         confidence, guess = teacher_logits.float().softmax(1).max(1)
@@ -207,17 +212,17 @@ class RelativeThreshold:
     "A share of the mean confidence on labelled pixels: Roelofs et al., AdaMatch (ICLR 2022)."
 
     def __init__(self,
-                 share:float=0.9, # of that mean, in [0, 1]
+                 share: float = 0.9, # of that mean, in [0, 1]
                  ):
         if not 0 <= share <= 1: raise ValueError(f"share must be in [0, 1], got {share}.")
         self.share, self.value = share, share
 
     @torch.no_grad()
     def update(self,
-               logits:torch.Tensor,      # (B, K, H, W) on labelled images
-               labelled:torch.Tensor,    # (B, H, W) bool: the pixels that count
-               all_reduce_sum=lambda x: x,     # sum over processes that share a batch
-               )->float:                 # the threshold for this step's losses
+               logits: torch.Tensor, # (B, K, H, W) on labelled images
+               labelled: torch.Tensor, # (B, H, W) bool: the pixels that count
+               all_reduce_sum=lambda x: x, # sum over processes that share a batch
+               ) -> float: # the threshold for this step's losses
         "Set the threshold anew; without a labelled pixel it stays."
         confidence = logits_of(logits).detach().float().softmax(1).amax(1)
         total, count = all_reduce_sum(torch.stack([(confidence * labelled).sum(), labelled.sum()]))
@@ -232,8 +237,8 @@ class ClassThreshold:
     "One for each class, lower where the teacher is less sure: after Wang et al. (ICLR 2023)."
 
     def __init__(self,
-                 highest:float,        # of the class that the teacher is most sure of, in [0, 1]
-                 momentum:float=0.999, # share of the old means that stays, in [0, 1)
+                 highest: float, # of the class that the teacher is most sure of, in [0, 1]
+                 momentum: float = 0.999, # share of the old means that stays, in [0, 1)
                  ):
         if not 0 <= highest <= 1: raise ValueError(f"highest must be in [0, 1], got {highest}.")
         if not 0 <= momentum < 1: raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
@@ -247,10 +252,10 @@ class ClassThreshold:
 
     @torch.no_grad()
     def update(self,
-               teacher_logits:torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
-               valid:torch.Tensor,          # (B, H, W) bool, False on padding
-               all_reduce_sum=lambda x: x,        # sum over processes that share a batch
-               )->torch.Tensor:             # (K,), for this step's losses
+               teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
+               valid: torch.Tensor, # (B, H, W) bool, False on padding
+               all_reduce_sum=lambda x: x, # sum over processes that share a batch
+               ) -> torch.Tensor: # (K,), for this step's losses
         "Move the means of the classes that the teacher names in this batch."
         confidence, guess = logits_of(teacher_logits).float().softmax(1).max(1)
         found = torch.stack([confidence * valid, valid.float()]).flatten(1)
