@@ -48,8 +48,8 @@ def save_preset(name: str, retrained, evaluated, # folders of the two stages
                        for folder, stage in ((retrained, "retrain"), (evaluated, "evaluate")))
     network = load_network(retrained)
     if not isinstance(network, StaticNetwork):
-        raise ValueError(f"{retrained} holds {training.parameters['architecture']}: a preset must be "
-                         "a network of the grid")
+        raise ValueError(f"{retrained} holds {training.parameters['architecture']}: a preset must "
+                         "be a network of the grid")
     row = next(iter(evaluation.metrics["rows"].values()))
     provenance = {**network.architecture.provenance, "data": evaluation.metrics["dataset"],
                   "size": evaluation.metrics["size"], "classes": list(row["iou"]),

@@ -264,7 +264,7 @@ def test_an_export_asks_for_the_classes_of_the_network(place, shuffled):
 def test_a_relative_root_is_explained_elsewhere(place, monkeypatch, act):
     (place/"elsewhere").mkdir()
     monkeypatch.chdir(place/"elsewhere")
-    with pytest.raises(FileNotFoundError, match="record of .*says root='data'.*elsewhere.*give another root"): act()
+    with pytest.raises(FileNotFoundError, match="record of .*has root='data'.*elsewhere.*give another root"): act()
     act(root="../data")
 
 
