@@ -170,7 +170,8 @@ def show_images(images, # sequence of images, or one tensor (B,3,H,W)
     pictures = [as_picture(image) for image in images]
     if not pictures: raise ValueError("`images` is empty")
     if titles is not None and len(titles) != len(pictures):
-        raise ValueError(f"{len(pictures)} images but {len(titles)} titles: give one for each image")
+        raise ValueError(f"{len(pictures)} images but {len(titles)} titles: the numbers must "
+                         "be equal")
     ncols = min(ncols or 4, len(pictures))
     nrows = math.ceil(len(pictures) / ncols)
     if figsize is None:

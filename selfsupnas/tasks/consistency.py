@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import hash_fields
-from .teacher import logits_of, over, pseudo_label_diagnostics
+from .teacher import logits_of, over_threshold, pseudo_label_diagnostics
 
 # %% ../../nbs/tasks/04_consistency.ipynb #cell-30
 def check_consistency(student_logits: torch.Tensor, # (B, K, H, W)
@@ -22,8 +22,7 @@ def check_consistency(student_logits: torch.Tensor, # (B, K, H, W)
                       valid: torch.Tensor, # (B, H, W) bool
                       threshold, # confidence in [0, 1], or one per class, (K,)
                       ) -> tuple:
-    """Return the logits of student and teacher, see logits_of; raise `ValueError` for inputs that do
-    not belong together."""
+    "Return the logits of student and teacher; raise `ValueError` for inputs that do not match."
     student_logits, teacher_logits = logits_of(student_logits), logits_of(teacher_logits)
     shape = tuple(student_logits.shape)
     if len(shape) != 4 or teacher_logits.shape != shape:
@@ -126,15 +125,18 @@ class Consistency:
                              f"{self.teacher!r} and {', '.join(names)}.")
 
     @property
-    def strong_views(self) -> int: # how many independent strong views to make
+    def strong_views(self) -> int:
+        "The number of independent strong views."
         return 1 + ("strong2" in self.weights)
 
     @property
-    def perturbed(self) -> bool: # whether the weak view's features are perturbed
+    def perturbed(self) -> bool:
+        "Are the weak view's features perturbed?"
         return "perturbed" in self.weights
 
     @property
-    def peer(self) -> bool: # whether a second network is trained
+    def peer(self) -> bool:
+        "Is a second network trained?"
         return "peer" in self.weights
 
 # %% ../../nbs/tasks/04_consistency.ipynb #853a4d3a
@@ -152,8 +154,7 @@ def consistency_loss(kind: Consistency,
                      valid: dict, # view -> (B, H, W) bool, False on padding, mixed alike
                      threshold, # confidence threshold tau, or one per class, (K,)
                      diagnosis: dict = None, # view -> (B, H, W) int64 hidden truth, mixed alike
- # view -> factor, where processes share a batch: `local_weight` its valid pixels
-                     parts: dict = None,
+                     parts: dict = None, # view -> `local_weight` of a shared batch's valid pixels
                      ) -> tuple:
     """Loss (scalar), the weighted sum of a kind's terms, and diagnostics (dict) of the strong view;
     raises `ValueError` for missing and unknown views."""

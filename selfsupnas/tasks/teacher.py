@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUFFERS', 'ema_decay', 'tensor_places', 'paired_places', 'paired_tensors', 'tree_of', 'EMATeacher', 'logits_of',
-           'pixel_counts', 'over', 'diagnostics_of', 'pseudo_label_diagnostics', 'AdaptiveThreshold',
+           'pixel_counts', 'over_threshold', 'diagnostics_of', 'pseudo_label_diagnostics', 'AdaptiveThreshold',
            'RelativeThreshold', 'ClassThreshold']
 
 # %% ../../nbs/tasks/02_teacher.ipynb #6adf74c2
@@ -136,12 +136,12 @@ def pixel_counts(teacher_logits: torch.Tensor, # (B, K, H, W), or see logits_of
                  diagnosis_label: torch.Tensor = None, # (B, H, W) int64, hidden truth
                  ignore_index: int = 255, # unlabelled pixels of the truth
                  ) -> torch.Tensor:
-    """Pixels that are valid, over the threshold, over it with a known label, and correct, by the
+    """Pixels that are valid, over_threshold the threshold, over_threshold it with a known label, and correct, by the
     teacher's class: (4, K) int64; counts of batches may be added."""
     with torch.no_grad():
         probabilities = logits_of(teacher_logits).float().softmax(1)
         confidence, guess = probabilities.max(1)
-        kept = valid & over(confidence, guess, threshold)
+        kept = valid & over_threshold(confidence, guess, threshold)
         known = right = torch.zeros_like(valid)
         if diagnosis_label is not None:
             known = kept & (diagnosis_label != ignore_index)
@@ -150,7 +150,7 @@ def pixel_counts(teacher_logits: torch.Tensor, # (B, K, H, W), or see logits_of
         counts = counted.new_zeros(4, probabilities.shape[1])
         return counts.scatter_add_(1, guess.flatten().expand(4, -1), counted)
 
-def over(confidence: torch.Tensor, # (B, H, W)
+def over_threshold(confidence: torch.Tensor, # (B, H, W)
          guess: torch.Tensor, # (B, H, W) int64, the class that has it
          threshold, # a number, or one a class, (K,)
          ) -> torch.Tensor:
@@ -159,7 +159,7 @@ def over(confidence: torch.Tensor, # (B, H, W)
 
 def diagnostics_of(counts: torch.Tensor, # (4, K), from `pixel_counts`
                    ) -> dict:
-    """Share of valid pixels over the threshold (pseudo_label_share) and share of correct ones among
+    """Share of valid pixels over_threshold the threshold (pseudo_label_share) and share of correct ones among
     them (pseudo_label_accuracy, NaN if unknown), scalars, and the counts."""
     valid, kept, known, right = counts.sum(1)
     return {"pseudo_label_share": kept / valid, "pseudo_label_accuracy": right / known,
@@ -187,9 +187,9 @@ class AdaptiveThreshold:
     def update(self,
                teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid: torch.Tensor, # (B, H, W) bool, False on padding
-               all_reduce_max=lambda x: x, # maximum over processes that share a batch
+               all_reduce_max=lambda x: x, # maximum over_threshold processes that share a batch
                ) -> float: # the new threshold, for this step's losses
-        "Move towards the mean, over the classes present, of the largest confidence in each."
+        "Move towards the mean, over_threshold the classes present, of the largest confidence in each."
         teacher_logits = logits_of(teacher_logits)
         confidence, guess = teacher_logits.float().softmax(1).max(1)
         largest = confidence.new_zeros(teacher_logits.shape[1])
@@ -221,7 +221,7 @@ class RelativeThreshold:
     def update(self,
                logits: torch.Tensor, # (B, K, H, W) on labelled images
                labelled: torch.Tensor, # (B, H, W) bool: the pixels that count
-               all_reduce_sum=lambda x: x, # sum over processes that share a batch
+               all_reduce_sum=lambda x: x, # sum over_threshold processes that share a batch
                ) -> float: # the threshold for this step's losses
         "Set the threshold anew; without a labelled pixel it stays."
         confidence = logits_of(logits).detach().float().softmax(1).amax(1)
@@ -254,7 +254,7 @@ class ClassThreshold:
     def update(self,
                teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid: torch.Tensor, # (B, H, W) bool, False on padding
-               all_reduce_sum=lambda x: x, # sum over processes that share a batch
+               all_reduce_sum=lambda x: x, # sum over_threshold processes that share a batch
                ) -> torch.Tensor: # (K,), for this step's losses
         "Move the means of the classes that the teacher names in this batch."
         confidence, guess = logits_of(teacher_logits).float().softmax(1).max(1)

@@ -137,7 +137,7 @@ def check_precision(precision: str, device: torch.device):
     "Raise ValueError for a precision that the device does not support."
     on_gpu = torch.device(device).type == "cuda"
     if precision == "fp16" and not on_gpu:
-        raise ValueError("precision fp16 needs a GPU, and this machine has none: take 'no' or 'bf16'")
+        raise ValueError("precision fp16 needs a GPU, but there is none: take 'no' or 'bf16'")
     if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
         raise ValueError("this GPU does not support precision bf16: take 'no' or 'fp16'")
 
@@ -170,7 +170,8 @@ class TrainingConfig:
     sup_start: float = 0.0 # share of the steps that train on jigsaws alone, without any label
     w_strong: float = 0.0 # weight of a supervised loss on strong views of the labelled images
     class_weights: str | None = None # of the supervised loss: inverse_log or median_frequency
-    ohem_threshold: float | None = None # only pixels less probable than this; None: all
+    ohem_threshold: float | None = None # supervised loss of pixels less probable than this; None:
+    # all
     w_jig: float = 0.5 # weight of the jigsaw loss; 0 removes it
     w_semi: float = 1.0 # weight of the consistency loss; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps
