@@ -170,8 +170,7 @@ class TrainingConfig:
     sup_start: float = 0.0 # share of the steps that train on jigsaws alone, without any label
     w_strong: float = 0.0 # weight of a supervised loss on strong views of the labelled images
     class_weights: str | None = None # of the supervised loss: inverse_log or median_frequency
-    ohem_threshold: float | None = None # supervised loss of pixels less probable than this; None:
-    # all
+    ohem_threshold: float | None = None # supervise pixels below this probability only; None: all
     w_jig: float = 0.5 # weight of the jigsaw loss; 0 removes it
     w_semi: float = 1.0 # weight of the consistency loss; 0 removes it
     ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps

@@ -167,7 +167,7 @@ def make_accelerator(config: TrainingConfig):
 
 def charge_whole_batch(cost: Callable, # (gates by name, share, network) -> losses, metrics
                        share: float) -> Callable: # of the steps done
-    "A cost of this process's gates: it is charged on the whole batch, and this share returned."
+    "A cost that takes this process's gates and returns its share of the losses of the whole batch."
     def charge(gates, network=None): # None: the gates are the model's
         all_gates = {name: all_gather(g).flatten(0, 1) for name, g in gates.items()}
         options = {} if network is None else {"network": network}
