@@ -113,8 +113,8 @@ def cut_and_shuffle(images: torch.Tensor, # (B, 3, H, W) float, as the model tak
                     share: float = 1.0, # of shuffled images; the others keep their order
                     world: World = World(), # processes that share a batch
                     ) -> tuple:
-    """Make jigsaws: returns the shuffled images (B, 3, H, W) and target (B,) int64; position j shows
-    source tile `permutations[target][j]`."""
+    """Make jigsaws: returns the shuffled images (B, 3, H, W) and target (B,) int64; position j
+    shows source tile `permutations[target][j]`."""
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError("images must be float (B, 3, H, W), normalised as for the model, got "
                          f"{images.dtype} {tuple(images.shape)}.")
@@ -186,7 +186,8 @@ class PositionHead(JigsawHead):
     def forward(self,
                 features: torch.Tensor, # (B, in_channels, h, w), h and w at least n
                 ) -> torch.Tensor:
-        "Logits (B, n*n, n*n), place x source tile; raises `ValueError` for a map that is too small."
+        """Logits (B, n*n, n*n), place x source tile; raises `ValueError` for a map that is too
+        small."""
         return super().forward(features).unflatten(1, (self.n ** 2, self.n ** 2))
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #b12140d1
@@ -198,8 +199,8 @@ def make_jigsaw_head(kind: str, # a key of `JIGSAW_HEADS`
                      n: int, # tiles per side
                      num_permutations: int, # P; not used by the position head
                      ) -> JigsawHead:
-    """A head by name: features (B, C, h, w) -> logits (B, P) or (B, T, T); `ValueError` for an unknown
-    name."""
+    """A head by name: features (B, C, h, w) -> logits (B, P) or (B, T, T); `ValueError` for an
+    unknown name."""
     if kind not in JIGSAW_HEADS:
         raise ValueError(f"A jigsaw head is one of {', '.join(JIGSAW_HEADS)}, not {kind!r}.")
     classes = (num_permutations,) if kind == "permutation" else ()
@@ -208,8 +209,8 @@ def make_jigsaw_head(kind: str, # a key of `JIGSAW_HEADS`
 # %% ../../nbs/tasks/03_jigsaw.ipynb #75eab7dd
 def solve_positions(logits: torch.Tensor, # (B, T, T): place, source tile
                     ) -> torch.Tensor:
-    """The permutation of greatest total log-probability: (B, T) int64, the source tile of each place.
-    Raises `ValueError` for wrong shapes and NaN."""
+    """The permutation of greatest total log-probability: (B, T) int64, the source tile of each
+    place. Raises `ValueError` for wrong shapes and NaN."""
     from scipy.optimize import linear_sum_assignment
     logits = logits_of(logits)
     if logits.dim() != 3 or logits.shape[1] != logits.shape[2]:
@@ -236,8 +237,8 @@ def jigsaw_loss(logits: torch.Tensor, # (B, P) or (B, T, T)
                 target: torch.Tensor, # (B,) int64, 0..P-1
                 permutations: torch.Tensor, # (P, T) int64, the set of `cut_and_shuffle`
                 ) -> torch.Tensor:
-    """Cross-entropy over permutations, or over the tiles of each place, mean over the batch: a scalar,
-    ln P or ln T for a guess."""
+    """Cross-entropy over permutations, or over the tiles of each place, mean over the batch: a
+    scalar, ln P or ln T for a guess."""
     logits = logits_of(logits)
     if not _by_place(logits, permutations):
         return F.cross_entropy(logits.float(), target)

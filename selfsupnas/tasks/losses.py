@@ -39,8 +39,8 @@ def hard_pixels(pixel_loss: torch.Tensor, # (B, H, W) cross-entropy, no class we
                 threshold: float, # keep true classes with less probability than this
                 min_kept: float, # but at least this share of the valid pixels
                 ) -> torch.Tensor:
-    """Online hard example mining (OHEM): the valid pixels that the model finds hard, (B, H, W) bool.
-    Source: Shrivastava et al., CVPR 2016."""
+    """Online hard example mining (OHEM): the valid pixels that the model finds hard, (B, H, W)
+    bool. Source: Shrivastava et al., CVPR 2016."""
     if not 0 < threshold <= 1 or not 0 <= min_kept <= 1:
         raise ValueError("OHEM takes ohem_threshold, a probability in (0, 1], and ohem_min_kept, a "
                          f"share of the pixels in [0, 1], got {threshold} and {min_kept}.")
@@ -58,8 +58,8 @@ def pixel_cross_entropy(logits: torch.Tensor, # (B, K, H, W)
                         ohem_threshold: float = None, # probability in (0, 1]; None: no OHEM
                         ohem_min_kept: float = 0.15, # share of the valid pixels OHEM keeps at least
                         ) -> torch.Tensor:
-    """Cross-entropy, mean over the labelled pixels (weighted mean with class weights): a scalar, 0 if
-    no pixel is valid."""
+    """Cross-entropy, mean over the labelled pixels (weighted mean with class weights): a scalar, 0
+    if no pixel is valid."""
     logits = logits_of(logits)
     check_pixels(logits, labels, ignore_index)
     loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="none")

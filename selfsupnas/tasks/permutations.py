@@ -35,8 +35,8 @@ def greedy_permutations(pool: torch.Tensor, # (N, T) int64 candidates; the first
 # %% ../../nbs/tasks/01_permutations.ipynb #aa684ad2
 def finite_field(q: int, # number of elements: 4, 8, 9 or 16
                  ) -> tuple:
-    """Addition and multiplication table, each (q, q) int64, of the field with q elements; element e has
-    the base-p digits of e as coefficients."""
+    """Addition and multiplication table, each (q, q) int64, of the field with q elements; element e
+    has the base-p digits of e as coefficients."""
     # x**m as a polynomial of lower degree, lowest coefficient first; x is then primitive
     fields = {4: (2, (1, 1)), 8: (2, (1, 1, 0)), 9: (3, (1, 1)), 16: (2, (1, 1, 0, 0))}
     if q not in fields:
@@ -82,8 +82,8 @@ def permutation_set(n: int, # tiles a side, 2 or more
                     size: int = None, # 2 to 5000; None: 24, 72, 240 for n = 2, 3, 4, else 100
                     seed: int = 0, # of the random pool, used when no exact set is large enough
                     ) -> torch.Tensor:
-    """The permutation set of the pretext task, (size, n*n) int64: exact if a group has that size, else
-    greedy. Raises `ValueError` for n or size out of range."""
+    """The permutation set of the pretext task, (size, n*n) int64: exact if a group has that size,
+    else greedy. Raises `ValueError` for n or size out of range."""
     if n < 2:
         raise ValueError(f"A jigsaw needs n of 2 or more tiles a side, got n={n}.")
     tiles = n * n

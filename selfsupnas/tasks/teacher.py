@@ -19,14 +19,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 def ema_decay(step: int, # optimiser steps made before this one, so the first is 0
               decay: float, # the decay reached in the long run
               ) -> float:
-    """The share of the old teacher that remains at a step: first a plain mean of all students, later
-    an exponential one."""
+    """The share of the old teacher that remains at a step: first a plain mean of all students,
+    later an exponential one."""
     return min(1 - 1 / (step + 1), decay)
 
 # %% ../../nbs/tasks/02_teacher.ipynb #a72087d2
 def tensor_places(model: nn.Module) -> dict:
-    """Where a model holds its parameters and buffers: name -> (dict of a module, key in it); a shared
-    tensor has its first name."""
+    """Where a model holds its parameters and buffers: name -> (dict of a module, key in it); a
+    shared tensor has its first name."""
     modules, places = dict(model.named_modules()), {}
     for named, held in ((model.named_parameters(), "_parameters"),
                         (model.named_buffers(), "_buffers")):
@@ -38,8 +38,8 @@ def tensor_places(model: nn.Module) -> dict:
 def paired_places(teacher: nn.Module, # the copy
                   student: nn.Module, # the model being trained
                   ) -> list:
-    """Pairs (place of the teacher's tensor, place of the student's) by name, see tensor_places; raises
-    `ValueError` if the two models differ."""
+    """Pairs (place of the teacher's tensor, place of the student's) by name, see tensor_places;
+    raises `ValueError` if the two models differ."""
     ours, theirs = tensor_places(teacher), tensor_places(student)
     def shape(places, name): return places[name][0][places[name][1]].shape
     odd = [name for name in ours.keys() | theirs.keys()
@@ -55,8 +55,8 @@ def paired_tensors(teacher: nn.Module, student: nn.Module, # see paired_places
     return [tuple(held[key] for held, key in pair) for pair in paired_places(teacher, student)]
 
 def tree_of(*models) -> list:
-    """Modules and names of tensors of some models, as (a live view, its present content); a view equals
-    its content until it changes."""
+    """Modules and names of tensors of some models, as (a live view, its present content); a view
+    equals its content until it changes."""
     held = [part for model in models for m in model.modules()
             for part in (m._modules.items(), m._parameters.keys(), m._buffers.keys())]
     return [(part, set(part)) for part in held]
@@ -136,7 +136,7 @@ def pixel_counts(teacher_logits: torch.Tensor, # (B, K, H, W), or see logits_of
                  diagnosis_label: torch.Tensor = None, # (B, H, W) int64, hidden truth
                  ignore_index: int = 255, # unlabelled pixels of the truth
                  ) -> torch.Tensor:
-    """Pixels that are valid, over_threshold the threshold, over_threshold it with a known label, and correct, by the
+    """Pixels that are valid, over the threshold, over it with a known label, and correct, by the
     teacher's class: (4, K) int64; counts of batches may be added."""
     with torch.no_grad():
         probabilities = logits_of(teacher_logits).float().softmax(1)
@@ -159,7 +159,7 @@ def over_threshold(confidence: torch.Tensor, # (B, H, W)
 
 def diagnostics_of(counts: torch.Tensor, # (4, K), from `pixel_counts`
                    ) -> dict:
-    """Share of valid pixels over_threshold the threshold (pseudo_label_share) and share of correct ones among
+    """Share of valid pixels over the threshold (pseudo_label_share) and share of correct ones among
     them (pseudo_label_accuracy, NaN if unknown), scalars, and the counts."""
     valid, kept, known, right = counts.sum(1)
     return {"pseudo_label_share": kept / valid, "pseudo_label_accuracy": right / known,
@@ -187,9 +187,9 @@ class AdaptiveThreshold:
     def update(self,
                teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid: torch.Tensor, # (B, H, W) bool, False on padding
-               all_reduce_max=lambda x: x, # maximum over_threshold processes that share a batch
+               all_reduce_max=lambda x: x, # maximum over processes that share a batch
                ) -> float: # the new threshold, for this step's losses
-        "Move towards the mean, over_threshold the classes present, of the largest confidence in each."
+        "Move towards the mean, over the classes present, of the largest confidence in each."
         teacher_logits = logits_of(teacher_logits)
         confidence, guess = teacher_logits.float().softmax(1).max(1)
         largest = confidence.new_zeros(teacher_logits.shape[1])
@@ -221,7 +221,7 @@ class RelativeThreshold:
     def update(self,
                logits: torch.Tensor, # (B, K, H, W) on labelled images
                labelled: torch.Tensor, # (B, H, W) bool: the pixels that count
-               all_reduce_sum=lambda x: x, # sum over_threshold processes that share a batch
+               all_reduce_sum=lambda x: x, # sum over processes that share a batch
                ) -> float: # the threshold for this step's losses
         "Set the threshold anew; without a labelled pixel it stays."
         confidence = logits_of(logits).detach().float().softmax(1).amax(1)
@@ -254,7 +254,7 @@ class ClassThreshold:
     def update(self,
                teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid: torch.Tensor, # (B, H, W) bool, False on padding
-               all_reduce_sum=lambda x: x, # sum over_threshold processes that share a batch
+               all_reduce_sum=lambda x: x, # sum over processes that share a batch
                ) -> torch.Tensor: # (K,), for this step's losses
         "Move the means of the classes that the teacher names in this batch."
         confidence, guess = logits_of(teacher_logits).float().softmax(1).max(1)
