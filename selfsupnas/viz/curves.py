@@ -35,7 +35,7 @@ _TERMS = {"sup": "supervised", "jig": "jigsaw", "semi": "consistency", "cost": "
 # title, {key: name}, factor, logarithmic
 HISTORY_PANELS = (
     ("losses, unweighted", _TERMS, 1, True),
-    ("weights of the losses", {f"w_{key}": name for key, name in _TERMS.items()}, 1, False),
+    ("weights", {f"w_{key}": name for key, name in _TERMS.items()}, 1, False),
     ("learning rate", {"lr": "learning rate"}, 1, False),
     ("jigsaw accuracy, train batches (%)", {"jig_accuracy": "accuracy"}, 100, False),
     ("unlabelled pixels (%)", {"pseudo_share": "share above the threshold",
