@@ -142,7 +142,7 @@ def test_a_part_with_a_record_is_not_measured_again(tmp_path, monkeypatch):
     record = run_parts(config, ("closed",))["closed"]
     monkeypatch.setitem(PARTS, "closed", None)
     assert run_parts(config, ("closed",))["closed"] == record == RunRecord.load(tmp_path/"closed"/"speed-record.json")
-    with pytest.raises(ValueError, match="layers = 3, and 4 is asked for"): run_parts(dataclasses.replace(config, layers=4), ("closed",))
+    with pytest.raises(ValueError, match="layers = 3, not 4"): run_parts(dataclasses.replace(config, layers=4), ("closed",))
     with pytest.raises(ValueError, match="no part 'none'.*step, closed"): run_parts(config, ("none",))
 
 

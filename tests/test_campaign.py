@@ -4,7 +4,7 @@ from pathlib import Path
 
 import campaign
 import pytest
-from campaign import (CampaignConfig, Run, best_lr, command_words, compared, drive, main, make_routes, make_splits, missing_stages, outcome, own_gpu, plan, record_of, run_campaign)
+from campaign import (CampaignConfig, Run, best_lr, command_words, compared, drive, main, make_routes, make_splits, missing_stages, outcome, assign_gpu, plan, record_of, run_campaign)
 from conftest import wait_until
 
 from selfsupnas.core import RunRecord
@@ -130,9 +130,9 @@ def test_a_stage_is_told_its_parameters_and_goes_to_its_gpu(tmp_path, monkeypatc
     (tmp_path/"a"/"retrain-record.json").touch()
     assert command_words(tmp_path/"a", "retrain", {"lr": 1e-3})[-2:] == ["overwrite", "True"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert [own_gpu(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "7", "2"]
+    assert [assign_gpu(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "7", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert own_gpu(3) == {}
+    assert assign_gpu(3) == {}
 
 
 class Sleeper:
