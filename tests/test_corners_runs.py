@@ -139,7 +139,7 @@ def test_a_run_on_another_file_of_the_same_name_is_another_run(place):
 
 def test_the_command_reads_too_and_starts_no_kernel(place, capsys, monkeypatch):
     nbformat.write(nbformat.v4.new_notebook(), "search/search.ipynb")
-    monkeypatch.setattr(execution, "run_notebook", None)
+    monkeypatch.setattr(cli, "run_notebook", None)
     before = contents("search")
     assert main(["search", *words(SEARCH)]) == 0 and "nothing is computed" in capsys.readouterr().out
     for more in (["-p", "steps", "4"], ["-p", "steps", "4", "-p", "resume", "True"], ["-p", "seed", "3"]):
@@ -190,7 +190,7 @@ def test_the_same_command_at_once_is_refused(tmp_path, capsys):
 
 
 def test_a_budget_out_of_reach_is_refused_before_a_kernel_starts(place, capsys, monkeypatch):
-    monkeypatch.setattr(execution, "run_notebook", None)
+    monkeypatch.setattr(cli, "run_notebook", None)
     for command, more in ((main, ["search"]), (campaign.main, ["sweep", "search", "--grid", "seed=0,1"])):
         assert command([*more, *words(dataclasses.replace(SEARCH, folder="runs/search", budget=.01)), "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
     assert main(["search", "-p", "budget", ".01", "--folder", "new"]) == 2 and "out of reach" in capsys.readouterr().err
@@ -271,7 +271,7 @@ def test_a_relative_root_is_explained_elsewhere(place, monkeypatch, act):
 def test_the_command_explains_a_relative_root_too(place, monkeypatch, capsys):
     (place/"elsewhere").mkdir()
     monkeypatch.chdir(place/"elsewhere")
-    assert main(["evaluate", "-p", "network", "../retrain"]) == 2 and "says root='data'" in capsys.readouterr().err
+    assert main(["evaluate", "-p", "network", "../retrain"]) == 2 and "has root='data'" in capsys.readouterr().err
     assert main(["export", "../retrain", "--to", "away", "--root", "../data"]) == 0
 
 
