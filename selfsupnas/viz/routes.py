@@ -57,7 +57,8 @@ def draw_gates(ax, # matplotlib Axes
     missing = [edge for edge in edges if edge not in importance]
     if missing: raise ValueError(f"importance lacks {len(missing)} edges, such as {missing[0]}")
     invalid = [edge for edge in edges if not 0 <= importance[edge] <= 1]
-    if invalid: raise ValueError(f"a mean gate must be in 0..1; {invalid[0]} has {importance[invalid[0]]}")
+    if invalid: raise ValueError("a mean gate must be in 0..1; "
+                                 f"{invalid[0]} has {importance[invalid[0]]}")
     colours = matplotlib.colormaps[GATE_COLOURS]
     for edge in sorted(edges, key=lambda edge: importance[edge]): # strong ones on top
         gate = float(importance[edge])
@@ -204,7 +205,7 @@ def plot_image_routes(space:SearchSpace,
     "A matplotlib Figure of each image beside its own route and the cost of that route."
     counts = [len(part) for part in (images, gates, shares, titles) if part is not None]
     if len(set(counts)) != 1 or not counts[0]:
-        raise ValueError(f"the numbers of images, gates, shares and titles must be equal and not 0, not {counts}")
+        raise ValueError(f"the numbers of images, gates, shares and titles must be equal, not {counts}")
     shares = [float(share) for share in shares]
     invalid = [share for share in shares if not 0 <= share <= 1]
     if invalid:
@@ -415,7 +416,7 @@ def draw_searched(ax, # matplotlib Axes
 # %% ../../nbs/viz/02_routes.ipynb #45cde94c
 def plot_operations(space:SearchSpace,
                     values:dict, # Edge -> mean gate in 0..1, for every searched candidate
-                    architecture:Architecture=None, # derived from the gates; adds frames and a second panel
+                    architecture:Architecture=None, # derived; adds frames and a second panel
                    ):
     "A matplotlib Figure of the candidates' gates and of the operations of an architecture."
     if architecture is not None and architecture.space != space:
