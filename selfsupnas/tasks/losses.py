@@ -56,7 +56,7 @@ def pixel_cross_entropy(logits: torch.Tensor, # (B, K, H, W)
                         ignore_index: int = 255, # id of unlabelled pixels
                         class_weights: torch.Tensor = None, # (K,), see `class_weights_from`
                         ohem_threshold: float = None, # probability in (0, 1]; None: no OHEM
-                        ohem_min_kept: float = 0.15, # least share of the valid pixels that OHEM keeps
+                        ohem_min_kept: float = 0.15, # least share of valid pixels that OHEM keeps
                         ) -> torch.Tensor:
     """Cross-entropy, mean over the labelled pixels (weighted mean with class weights): a scalar, 0
     if no pixel is valid."""
