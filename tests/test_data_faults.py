@@ -107,7 +107,7 @@ BEFORE = { # name -> dataset, what is done to the trees, further parameters, wor
     "image without label, Cityscapes": ("cityscapes", lambda d: one(d, FINE).unlink(), {}, "1 of the 5 train images have no fine mask.*labelIds.png"),
     "image without label, VOC": ("voc", lambda d: one(d, VOC_MASK).unlink(), {}, "1 files of VOC train .*2007_000001.png"),
     "listed image that is missing": ("voc", lambda d: one(d, VOC_IMAGE).unlink(), {}, "1 files of VOC train .*2007_000001.jpg"),
-    "label fraction of no image": ("cityscapes", None, {"label_fraction": "1/30"}, "0.0333333 of 5 images is less than one image: ask for 1/5"),
+    "label fraction of no image": ("cityscapes", None, {"label_fraction": "1/30"}, "0.0333333 of 5 images is less than one image: use 1/5"),
     "label fraction above 1": ("voc", None, {"label_fraction": "2"}, "above 0 and at most 1, not 2.0"),
     "split file names a missing image": ("cityscapes", lambda d: split_file(d, "aachen_000000_000019\nleftImg8bit/train/aachen/aachen_000009_000019_leftImg8bit.png x"),
                                          {"split_folder": "split"}, "labeled.txt, line 2: .*aachen_000009.* names no image of Cityscapes \\(synthetic\\)"),

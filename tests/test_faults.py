@@ -348,7 +348,7 @@ FAULTS = {
         "validation images without a labelled pixel": (after(lambda: [mask(255, p) for p in Path("data/masks/val").iterdir()], raises(ValueError, lambda: run_search("new"))), "none of the 3 images has a labelled pixel"),
         "images of 20 pixels": (after(lambda: [Image.open(p).resize((20, 20)).save(p) for p in Path("data").rglob("*.png")], raises(ValueError, lambda: run_search("new"))), "images of data are 20 pixels high and 20 wide, and 33 are the least: set size"),
         "images of many sizes, no crop": (after(lambda: [Image.new(m, (90, 70)).save(f"data/{k}/train/0.png") for k, m in (("images", "RGB"), ("masks", "L"))], raises(ValueError, load_data())), "images of data differ in size: set crop"),
-        "a fraction of no image": (raises(ValueError, load_data(label_fraction=.1)), "0.1 of 6 images is less than one image: ask for 1/6 or more"),
+        "a fraction of no image": (raises(ValueError, load_data(label_fraction=.1)), "0.1 of 6 images is less than one image: use 1/6 or more"),
         "no split files": (raises(FileNotFoundError, use_split()), "no split file split/labeled.txt"),
         "a split that labels nothing": (after(split_of("", "train/0"), raises(ValueError, use_split())), "split/labeled.txt is empty: label at least one image"),
         "a split of unknown images": (after(split_of("train/0\ntrain/99"), raises(ValueError, use_split())), "split/labeled.txt, line 2: 'train/99' names no image of data"),

@@ -80,7 +80,7 @@ def test_only_what_has_no_record_is_made(tmp_path, capsys):
     table = sweep_table(config, runs, grid)
     rows = {line.split("|")[1].strip(): line for line in table.splitlines()}
     assert "0.155" in rows["0.3"] and "0.255" in rows["0.5"] and "n=2" in rows["0.3"] and "val mIoU, supernet" not in table
-    with pytest.raises(ValueError, match="steps = 100, and 200"): run_sweep(config, members("search", grid, {"steps": 200}), forbidden, pause=0.)
+    with pytest.raises(ValueError, match="steps = 100, not 200"): run_sweep(config, members("search", grid, {"steps": 200}), forbidden, pause=0.)
 
 
 def test_a_run_of_another_network_is_not_made_in_its_place(tmp_path):
