@@ -184,8 +184,8 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
 def drop_cheapest(space: SearchSpace,
                   selected: set, # connected, see connected_edges
                   importance: Mapping, cost: Callable, budget: float) -> set:
-    """`selected` within `budget`: drops, one after the other, the edge or candidate that loses least
-    importance per unit of cost saved, with all that it connects."""
+    """`selected` within `budget`: drops, one after the other, the edge or candidate that loses
+    least importance per unit of cost saved, with all that it connects."""
     prices, savings = {}, {}
     while (total := cost(selected)) > budget:
         live = trace_route(space, selected)

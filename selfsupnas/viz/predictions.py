@@ -86,7 +86,8 @@ def plot_predictions(images, # (B,3,H,W) uint8, or a list of images
     "A matplotlib Figure with a row for each image: image, label, prediction, errors."
     counts = [len(part) for part in (images, labels, predictions, ids, titles) if part is not None]
     if len(set(counts)) != 1 or not counts[0]:
-        raise ValueError(f"the numbers of images, labels, predictions and names must be equal, not {counts}")
+        raise ValueError("the numbers of images, labels, predictions and names must be equal, "
+                         f"not {counts}")
     pictures = [as_picture(image) for image in images]
     ratio = max(p.shape[0] / p.shape[1] for p in pictures)
     fig, axes = new_figure(len(pictures), 4, figsize=(8, len(pictures) * (1.95 * ratio + .22) + .9))
@@ -127,7 +128,8 @@ def plot_views(weak, # (B,3,H,W) uint8, the teacher's view
     for i, line in enumerate(axes):
         teacher, prediction = as_array(taught[i]), as_array(student[i]).argmax(0)
         sure, answer = teacher.max(0) >= threshold, teacher.argmax(0)
-        alike = f", {100 * (prediction == answer)[sure].mean():.0f} % alike there" if sure.any() else ""
+        equal = (prediction == answer)[sure]
+        alike = f", {100 * equal.mean():.0f} % alike there" if sure.any() else ""
         shown = {"weak view": as_picture(weak[i]), "strong view": as_picture(strong[i]),
                  "teacher, mixed alike": colourise(answer, *colours),
                  f"at least {threshold:g} sure: {100 * sure.mean():.0f} %":

@@ -205,7 +205,8 @@ def plot_image_routes(space:SearchSpace,
     "A matplotlib Figure of each image beside its own route and the cost of that route."
     counts = [len(part) for part in (images, gates, shares, titles) if part is not None]
     if len(set(counts)) != 1 or not counts[0]:
-        raise ValueError(f"the numbers of images, gates, shares and titles must be equal, not {counts}")
+        raise ValueError("the numbers of images, gates, shares and titles must be equal, "
+                         f"not {counts}")
     shares = [float(share) for share in shares]
     invalid = [share for share in shares if not 0 <= share <= 1]
     if invalid:
@@ -245,7 +246,8 @@ def plot_cost_distribution(shares, # (n,) realised cost of each image, share of 
                       dict(color=COLOURS[6], ls=":")))
     for value in (*shares, *(value for _, value, _ in lines)):
         if not 0 <= value <= 100:
-            raise ValueError(f"a share of the full grid's cost must be in 0..1, not {value / 100:.4g}")
+            raise ValueError("a share of the full grid's cost must be in 0..1, "
+                             f"not {value / 100:.4g}")
     least, most = shares.min(), shares.max()
     room = max(2., .15 * (most - least))
     fig, axes = new_figure(figsize=(6, 2.6))

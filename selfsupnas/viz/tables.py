@@ -19,8 +19,8 @@ from ..show import new_figure
 # %% ../../nbs/viz/04_tables.ipynb #cell-08
 @dataclass(frozen=True)
 class Summary:
-    "One figure over the runs of a group."
-    values: tuple # one a run, in the order of the records
+    "One metric over the runs of a group."
+    values: tuple # one for each run, in the order of the records
     seeds: tuple # the seeds of those runs
 
     @property
@@ -28,11 +28,12 @@ class Summary:
     @property
     def mean(self): return math.fsum(self.values) / self.n
     @property
-    def std(self): # sample standard deviation (n-1); None for a single run
+    def std(self):
+        "Sample standard deviation (n-1); None for a single run."
         if self.n < 2: return None
         return math.sqrt(math.fsum((v - self.mean) ** 2 for v in self.values) / (self.n - 1))
 
-    def __format__(self, spec): # the spec holds for mean and spread alike: f"{summary:.3f}"
+    def __format__(self, spec): # of mean and spread: f"{summary:.3f}"
         spec = spec or ".3f"
         spread = "" if self.std is None else f" ± {self.std:{spec}}"
         return f"{self.mean:{spec}}{spread} (n={self.n})"
@@ -41,25 +42,26 @@ class Summary:
 # %% ../../nbs/viz/04_tables.ipynb #cell-15
 def check_record(record, # what JSON gave
                  file, # where it was read, for the message
-                ) -> dict: # the record
-    "A run record is a dict with stage, name, seed, parameters and metrics; else `ValueError`."
-    wanted = {"stage": str, "name": str, "seed": int, "parameters": dict, "metrics": dict}
+                ) -> dict:
+    "The record; raises ValueError unless it has stage, name, seed, parameters and metrics."
+    kinds = {"stage": str, "name": str, "seed": int, "parameters": dict, "metrics": dict}
     if not isinstance(record, dict):
-        raise ValueError(f"{file}: a run record is a JSON object, this is {type(record).__name__}")
-    missing = [key for key in wanted if key not in record]
+        raise ValueError(f"{file}: a run record must be a JSON object, not {type(record).__name__}")
+    missing = [key for key in kinds if key not in record]
     if missing:
         raise ValueError(f"{file}: the run record lacks {', '.join(missing)}; it has "
                          f"{', '.join(record) or 'nothing'}")
-    for key, kind in wanted.items():
+    for key, kind in kinds.items():
         if not isinstance(record[key], kind):
-            raise ValueError(f"{file}: {key!r} of a run record is {kind.__name__}, "
+            raise ValueError(f"{file}: {key!r} of a run record must be {kind.__name__}, "
                              f"not {record[key]!r}")
     return record
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-16
 def read_records(*paths, # JSON files, or folders searched for `*record*.json` at any depth
-                ) -> list: # dicts, sorted by file, with the entry "file" added
-    "Reads run records; raises `FileNotFoundError` or `ValueError` with the file's name."
+                ) -> list:
+    """Records as dicts, sorted by file, with the entry "file" added. Raises FileNotFoundError or
+    ValueError that names the file."""
     files = {}
     for path in map(Path, paths):
         if not path.exists(): raise FileNotFoundError(f"no run record or folder at {path}")
