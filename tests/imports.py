@@ -1,6 +1,6 @@
-"""Which room of the package imports from which: the order that tests/test_structure.py guards, and a picture of it.
+"""The imports between the folders of the package: their order, which tests/test_structure.py checks, and a figure.
 
-`python tests/imports.py [PICTURE.png]` (or `make imports`) draws the imports between rooms and prints their lines.
+`python tests/imports.py [PICTURE.png]` (or `make imports`) draws the imports between folders and prints their lines of code.
 """
 import ast, collections, json, re, sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "experiments") and re.match(r"\d\d_", p.name)]
-# rooms in reading order: each imports only from those before it; inside a folder the numbers of the chapters decide
+# folders in reading order: each imports only from earlier ones; inside a folder, from chapters with lower numbers
 ORDER = ["core", "distributed", "show", "data/toy", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "zoo", "export", "cli"]
 
 
@@ -34,7 +34,7 @@ def room(module):
 
 
 def place(module):
-    "Where a module stands in the reading order; only what has a smaller place may be imported."
+    "The position of a module in the reading order; modules import only from smaller positions."
     return ORDER.index(room(module)), int(MODULES[module].name[:2])
 
 
@@ -52,13 +52,13 @@ def package_imports(source):
 
 
 def wrong_imports(path, source):
-    "The modules that an exported piece of code imports from its own place or a later one."
+    "The modules that exported code imports from its own position or a later one."
     own = place(module_of(path))
     return [module for module in package_imports(source) if module in MODULES and place(module) >= own]
 
 
 def arrows():
-    "(importing room, imported room) -> number of imports between modules."
+    "Number of imports by (importing folder, imported folder)."
     found = collections.Counter()
     for module, path in MODULES.items():
         imported = {name for source, _ in cells(path) if is_exported(source) for name in package_imports(source) if name in MODULES}
@@ -67,7 +67,7 @@ def arrows():
 
 
 def lines_of_rooms():
-    "Room -> (modules, exported lines with comments and blanks)."
+    "(modules, exported lines with comments and blanks) by folder."
     found = collections.defaultdict(lambda: [0, 0])
     for module in MODULES:
         text = (ROOT/"selfsupnas"/f"{module.replace('.', '/')}.py").read_text("utf8").splitlines()
@@ -77,7 +77,7 @@ def lines_of_rooms():
 
 
 def draw(to):
-    "Save the picture: rooms from top to bottom in reading order, an arc from each to what it imports, red where it points down."
+    "Save the figure: folders from top to bottom in reading order, arcs from importing to imported folders, red if they point down."
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -98,7 +98,7 @@ def draw(to):
                                      arrowstyle="-|>", mutation_scale=9, lw=.5 + .35 * count ** .5, color="0.35" if up else "#D55E00", alpha=.75,
                                      shrinkA=2, shrinkB=2, zorder=20 - reach))
     wrong = sum(names.index(a) <= names.index(b) for a, b in counts)
-    ax.set_title(f"imports between rooms: {sum(counts.values())} between modules, {len(counts)} arrows, {wrong} against the order", fontsize=12, loc="left")
+    ax.set_title(f"imports between folders: {sum(counts.values())} between modules, {len(counts)} arrows, {wrong} against the order", fontsize=12, loc="left")
     ax.set_xlim(-6.6, 8.2); ax.set_ylim(-len(names) + .3, .8); ax.axis("off")
     fig.savefig(to, bbox_inches="tight")
     return wrong

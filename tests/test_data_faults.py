@@ -1,4 +1,4 @@
-"What is wrong with a dataset is said early, in words, with the file's name; and one damaged file need not end a long run."
+"Faults of a dataset raise early errors that name the file; a damaged file need not end a long run."
 import re, shutil, warnings
 from pathlib import Path
 
@@ -23,7 +23,7 @@ PLACE = "Straßen und Wege" # a blank and a letter beyond ASCII in every path of
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    "Drawn trees of Cityscapes, VOC and SBD, CamVid's layout, and folders of one's own."
+    "Drawn datasets in the layouts of Cityscapes, VOC and SBD, CamVid, and a plain folder."
     root = tmp_path_factory.mktemp("data")/PLACE
     draw_cityscapes(root/"cityscapes", dict(train=5, val=2, test=2))
     draw_voc(root, dict(train=5, val=2, extra=4, test=2))
@@ -40,7 +40,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def data(drawn, tmp_path):
-    "A copy of the trees, to be spoilt."
+    "A copy of the datasets that tests may damage."
     return shutil.copytree(drawn, tmp_path/PLACE)
 
 
@@ -145,7 +145,7 @@ SHORT = dict(label_fraction=1., steps=6, logs=2, layers=2, channels=8, budget=.9
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_corrupt_image_in_a_run(data, tmp_path, workers):
-    "Skipped and counted if the user said so, in training and in validation, and the run is the same for any number of workers."
+    "With skip_unreadable, damaged files are skipped and counted in training and validation, the same for any number of workers."
     for split in ("train", "val"): cut(one(data, f"cityscapes/leftImg8bit/{split}/*/*.png"))
     config = SearchConfig(folder=str(tmp_path/"run"), data="cityscapes", root=str(data), workers=workers, **SHORT)
     with pytest.raises(UnreadableFile, match="cannot read the image .*leftImg8bit"): search(config)
@@ -160,7 +160,7 @@ def test_one_corrupt_image_in_a_run(data, tmp_path, workers):
 
 
 def test_damaged_files_in_every_place_of_a_run(data, tmp_path, command):
-    "The first validation image, a labelled image and a mask that the split reads: the executed notebook still shows the others."
+    "A damaged validation image, labelled image and mask: the executed notebook still shows the others."
     cut(sorted(data.glob("cityscapes/leftImg8bit/val/*/*.png"))[0]), cut(one(data, IMAGE)), cut(sorted(data.glob(FINE))[2])
     words = [w for pair in {"data": "cityscapes", "root": data, "skip_unreadable": True, **SHORT, "w_semi": 0, "label_fraction": "3/5"}.items() for w in ("-p", *pair)]
     done = command("search", "--folder", "run", *words, cwd=tmp_path)
