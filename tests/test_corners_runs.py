@@ -396,7 +396,7 @@ def test_a_folder_may_have_braces(tmp_path):
 
 def test_why_a_run_of_a_sweep_failed_is_said(tmp_path):
     log = tmp_path/"search.log"
-    assert "no word" in campaign.reason(log, "search", 1)
+    assert "no output" in campaign.reason(log, "search", 1)
     log.write_text("selfsupnas search: failed: ValueError: an old one\nselfsupnas search: running; the notebook grows as x\nstep 1\n")
     assert "status -9" in campaign.reason(log, "search", -9) and "old" not in campaign.reason(log, "search", -9)
     log.write_text("selfsupnas search: running; the notebook grows as x\nselfsupnas search: failed: ValueError: the loss\nAll that ran is in y\n")
