@@ -1,4 +1,4 @@
-"What several tests use: surroundings that are the same everywhere, small images in a folder, the `selfsupnas` command."
+"Shared fixtures: the same environment everywhere, small images in a folder, the `selfsupnas` command."
 import json, multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def draw_folder(root, counts):
 
 
 def same_run(folder, reference, stage="search", weights="supernet.safetensors"):
-    "Two runs have the same metrics, log lines and weights, to the last digit, and left nothing half-written."
+    "Two runs have exactly the same metrics, log lines and weights, and left no partial files."
     from safetensors.torch import load_file
     from selfsupnas.core import RunRecord
     records = [RunRecord.load(place/f"{stage}-record.json") for place in (folder, reference)]
@@ -56,7 +56,7 @@ def same_run(folder, reference, stage="search", weights="supernet.safetensors"):
 
 
 def quietly(run, log, *args):
-    "In a process of its own, as a terminal starts one: its words go to a file."
+    "Run in a separate process, as from a terminal, with output to a file."
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,6 +1,6 @@
-"""Which room of the package imports from which: the order that tests/test_structure.py guards, and a picture of it.
+"""The imports between the folders of the package: their order, which tests/test_structure.py checks, and a figure.
 
-`python tests/imports.py [PICTURE.png]` (or `make imports`) draws the imports between rooms and prints their lines.
+`python tests/imports.py [PICTURE.png]` (or `make imports`) draws the imports between folders and prints their lines of code.
 """
 import ast, collections, json, re, sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "experiments") and re.match(r"\d\d_", p.name)]
-# rooms in reading order: each imports only from those before it; inside a folder the numbers of the chapters decide
+# folders in reading order: each imports only from earlier ones; inside a folder, from chapters with lower numbers
 ORDER = ["core", "distributed", "show", "data/toy", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "zoo", "export", "cli"]
 
 
@@ -34,7 +34,7 @@ def room(module):
 
 
 def place(module):
-    "Where a module stands in the reading order; only what has a smaller place may be imported."
+    "The position of a module in the reading order; modules import only from smaller positions."
     return ORDER.index(room(module)), int(MODULES[module].name[:2])
 
 
@@ -52,13 +52,13 @@ def package_imports(source):
 
 
 def wrong_imports(path, source):
-    "The modules that an exported piece of code imports from its own place or a later one."
+    "The modules that exported code imports from its own position or a later one."
     own = place(module_of(path))
     return [module for module in package_imports(source) if module in MODULES and place(module) >= own]
 
 
 def arrows():
-    "(importing room, imported room) -> number of imports between modules."
+    "Number of imports by (importing folder, imported folder)."
     found = collections.Counter()
     for module, path in MODULES.items():
         imported = {name for source, _ in cells(path) if is_exported(source) for name in package_imports(source) if name in MODULES}
@@ -67,7 +67,7 @@ def arrows():
 
 
 def lines_of_rooms():
-    "Room -> (modules, exported lines with comments and blanks)."
+    "(modules, exported lines with comments and blanks) by folder."
     found = collections.defaultdict(lambda: [0, 0])
     for module in MODULES:
         text = (ROOT/"selfsupnas"/f"{module.replace('.', '/')}.py").read_text("utf8").splitlines()
@@ -77,9 +77,9 @@ def lines_of_rooms():
 
 
 def draw(to):
-    """Save the picture: a row for each room in reading order, an arrow from it to each room that it imports from, with the number of imports.
+    """Save the picture: a row for each folder in reading order, an arrow to each folder that it imports from, with the number of imports.
 
-    All arrows point to the left, to earlier rooms; one that points to the right would be red. Returns the number of those.
+    All arrows point to the left, to earlier folders; one that points to the right would be red. Returns the number of those.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -98,14 +98,14 @@ def draw(to):
     ax.set_xticks(range(len(names)), names, rotation=60, ha="left", fontsize=11)
     ax.xaxis.tick_top(); ax.xaxis.set_label_position("top")
     ax.set_yticks(range(len(names)), names, fontsize=11)
-    ax.set_xlabel("imported room"); ax.set_ylabel("importing room")
+    ax.set_xlabel("imported folder"); ax.set_ylabel("importing folder")
     ax.set_xlim(-.7, len(names) - .3); ax.invert_yaxis()
     bars.barh(range(len(names)), [count for _, count in lines.values()], height=.5, color="#56B4E9")
     for i, (modules, count) in enumerate(lines.values()): bars.text(count + 20, i, f"{count:,} in {modules}", va="center", fontsize=10)
     bars.set_xlabel("exported lines, in modules"); bars.set_xlim(0, 1.35 * max(count for _, count in lines.values()))
     for axes in (ax, bars): axes.spines[:].set_visible(False); axes.tick_params(length=0)
     wrong = sum(names.index(importing) <= names.index(imported) for importing, imported in counts)
-    fig.suptitle(f"Imports between rooms: {sum(counts.values())} in {len(counts)} arrows, {wrong} against the reading order")
+    fig.suptitle(f"Imports between folders: {sum(counts.values())} in {len(counts)} arrows, {wrong} against the reading order")
     fig.savefig(to)
     return wrong
 

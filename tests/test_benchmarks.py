@@ -1,4 +1,4 @@
-"benchmarks.py in miniature: turns, the textbook's network beside ours, each part's metrics, records that are not measured again."
+"benchmarks.py at a small size: timing in turns, the textbook network, the metrics of each part, existing records."
 import dataclasses, functools
 from pathlib import Path
 
@@ -20,7 +20,7 @@ COMMITTED = sorted((ROOT/"nbs"/"experiments"/"records").glob("speed*/*/speed-rec
 
 
 def test_calls_take_turns_and_a_ratio_is_taken_within_a_round(monkeypatch):
-    "By a clock that only these calls move, and whose hours grow longer."
+    "With a fake clock that only these calls advance, each more than the one before."
     now, calls = [0.], []
     def spend(name, seconds):
         calls.append(name)
@@ -142,13 +142,13 @@ def test_a_part_with_a_record_is_not_measured_again(tmp_path, monkeypatch):
     record = run_parts(config, ("closed",))["closed"]
     monkeypatch.setitem(PARTS, "closed", None)
     assert run_parts(config, ("closed",))["closed"] == record == RunRecord.load(tmp_path/"closed"/"speed-record.json")
-    with pytest.raises(ValueError, match="layers = 3, and 4 is asked for"): run_parts(dataclasses.replace(config, layers=4), ("closed",))
+    with pytest.raises(ValueError, match="layers = 3, not 4"): run_parts(dataclasses.replace(config, layers=4), ("closed",))
     with pytest.raises(ValueError, match="no part 'none'.*step, closed"): run_parts(config, ("none",))
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_committed_records_are_read(path):
-    "What was measured is a part of today, with parameters of today."
+    "Committed records belong to existing parts and parameters."
     record = RunRecord.load(path)
     assert record.stage == "speed" and record.name in PARTS and record.metrics
     assert set(record.parameters) == {f.name for f in dataclasses.fields(SpeedConfig)}

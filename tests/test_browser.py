@@ -297,11 +297,11 @@ def test_a_live_search_can_be_watched_stopped_and_taken_up_again(jupyter, browse
     page.locator("[data-command='notebook:interrupt-kernel'], [title^='Interrupt the kernel']").first.click()
     page.wait_for_function(f"() => !{RUNNING}")
     said = said_by(page)
-    assert "stopped; the same again goes on from step" in said and "Traceback" not in said and "the end" not in said.splitlines()
+    assert "stopped; run it again to resume at step" in said and "Traceback" not in said and "the end" not in said.splitlines()
     shot(page.locator(".jp-Notebook").first, "interrupted")
     run_all(page)
     said = said_by(page)
-    assert "goes on at step" in said and "the end" in said.splitlines()
+    assert "resumes at step" in said and "the end" in said.splitlines()
     shot(page.locator(".jp-Notebook").first, "gone-on")
     run_all(page)
     assert "nothing is computed" in said_by(page), "the same cell once more"
@@ -328,7 +328,7 @@ def test_a_stop_in_the_browser_loses_nothing(lab, browser, moment, stop, request
     ready(page, "A live run")
     run_all(page)
     said = said_by(page)
-    assert "the end" in said.splitlines() and (not left or f"goes on at step {left} " in said or "nothing is computed" in said), said
+    assert "the end" in said.splitlines() and (not left or f"resumes at step {left} " in said or "nothing is computed" in said), said
     same_run(folder, place/"live")
     page.close()
     end_kernel(lab[0], f"{name}.ipynb")

@@ -1,10 +1,10 @@
-"""A comparison: its plan, with records that are written by hand; and in miniature with real processes, stopped on the way and started again."""
+"""A comparison: its plan, with hand-written records; and a small one with real processes, stopped and resumed."""
 import dataclasses, functools, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import campaign
 import pytest
-from campaign import (CampaignConfig, Run, best_lr, command_words, compared, drive, main, make_routes, make_splits, missing_stages, outcome, own_gpu, plan, record_of, run_campaign)
+from campaign import (CampaignConfig, Run, best_lr, command_words, compared, drive, main, make_routes, make_splits, missing_stages, outcome, assign_gpu, plan, record_of, run_campaign)
 from conftest import wait_until
 
 from selfsupnas.core import RunRecord
@@ -86,7 +86,7 @@ def test_results_are_not_mixed(planned):
     whole = leave_compared(planned, 1)[0]
     assert missing_stages(planned, whole) == []
     longer = next(run for run in plan(dataclasses.replace(planned, steps=9)) if run.name == whole.name)
-    with pytest.raises(ValueError, match="steps = 8, and 9"): missing_stages(planned, longer)
+    with pytest.raises(ValueError, match="steps = 8, not 9"): missing_stages(planned, longer)
     file = Path(planned.folder)/whole.name/"retrain"/"retrain-record.json"
     file.write_text(file.read_text().replace('"created": "2', '"created": "3'))
     assert [stage for stage, _ in missing_stages(planned, whole)] == ["evaluate"]
@@ -97,7 +97,7 @@ def test_results_are_not_mixed(planned):
 def test_a_route_that_changed_under_its_runs_is_an_error(planned):
     leave_searches(planned)
     save_architecture(all_open(SearchSpace(11, 4, 8)), Path(planned.folder)/"0.025"/"found"/"search"/"architecture.json")
-    with pytest.raises(ValueError, match="searched.json is not what"): make_routes(planned)
+    with pytest.raises(ValueError, match="searched.json differs"): make_routes(planned)
 
 
 @pytest.mark.parametrize("bad, named", [(dict(rivals=("deeplab",)), "deeplab"), (dict(arms=("all",)), "'all'"), (dict(seeds=()), "seeds"), (dict(workers=0), "workers"),
@@ -130,9 +130,9 @@ def test_a_stage_is_told_its_parameters_and_goes_to_its_gpu(tmp_path, monkeypatc
     (tmp_path/"a"/"retrain-record.json").touch()
     assert command_words(tmp_path/"a", "retrain", {"lr": 1e-3})[-2:] == ["overwrite", "True"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert [own_gpu(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "7", "2"]
+    assert [assign_gpu(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "7", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert own_gpu(3) == {}
+    assert assign_gpu(3) == {}
 
 
 class Sleeper:
@@ -207,7 +207,7 @@ def test_the_folder_of_records_is_enough(pretended):
     (Path(config.records)/split).write_text(first)
     assert run_campaign(config, pretend, 0.) == [] and len(started) == count
     assert (Path(config.folder)/split).read_text() == first
-    for wrong, named in ((dict(steps=9), "steps = 800, and 9"), (dict(only="searched-*"), "only='searched-")):
+    for wrong, named in ((dict(steps=9), "steps = 800, not 9"), (dict(only="searched-*"), "only='searched-")):
         with pytest.raises(ValueError, match=named): run_campaign(dataclasses.replace(config, **wrong), pretend, 0.)
 
 
@@ -223,7 +223,7 @@ def test_a_run_that_fails_stops_no_other_and_keeps_its_checkpoint(pretended, cap
         return Ended(1)
     assert run_campaign(config, failing, 0.) == ["0.025/random-0-labels/0"] and capsys.readouterr().out.count("FAILED") == 1
     assert len(compared(config.folder)) == 4
-    assert [path.name for path in Path(config.folder).rglob("checkpoint-*.pt")] == ["checkpoint-000040.pt"], "it goes on when it is started again"
+    assert [path.name for path in Path(config.folder).rglob("checkpoint-*.pt")] == ["checkpoint-000040.pt"], "it resumes when it is started again"
 
 
 def test_the_command_prints_the_table_and_names_what_failed(pretended, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"Cityscapes against what others say of it: its own scripts' table and evaluation, and torchvision's reader."
+"Cityscapes against the official scripts' table and evaluation, and torchvision's reader."
 import numpy as np
 import pytest
 import torch
@@ -19,7 +19,7 @@ PUBLISHED = [label for label in labels if label.id >= 0] # without the licence p
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    "A drawn tree; one training mask holds all 34 ids."
+    "A drawn dataset; one training mask contains all 34 ids."
     root = draw_cityscapes(tmp_path_factory.mktemp("cityscapes"), dict(train=5, val=4, test=2, train_extra=3))
     mask = find_cityscapes(root, "train")["aachen_000002_000019"][1]
     Image.fromarray((np.arange(64 * 128) % 34).astype(np.uint8).reshape(64, 128)).save(mask)

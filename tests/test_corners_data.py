@@ -17,7 +17,7 @@ from selfsupnas.core import progress_bar, read_json, read_text
 from selfsupnas.data.datasets import FolderDataset, load_dataset, read_classes
 from selfsupnas.metrics import Metrics, confusion_figure, record_metrics, metrics_text
 from selfsupnas.data.files import image_file_size, read_image, read_mask
-from selfsupnas.train.log import RunLog
+from selfsupnas.train.log import RunLog, log_line
 from selfsupnas.stages.searching import SearchConfig
 from selfsupnas.show import save_figure, show_samples
 from selfsupnas.data.splits import load_split
@@ -256,7 +256,7 @@ def test_a_missing_mask_is_a_fault_and_the_rest_is_surveyed(root, capsys):
     (root/"masks"/"train"/"1.png").unlink()
     shutil.copy(root/"images"/"train"/"1.png", root/"images"/"val"/"1.png"), shutil.copy(root/"images"/"test"/"0.png", root/"images"/"test"/"spare")
     status, said = look(root, capsys)
-    assert status != 0 and all(f"[{split}] own" in said for split in ("train", "val", "test")) and "not there" not in said
+    assert status != 0 and all(f"[{split}] own" in said for split in ("train", "val", "test")) and "] missing" not in said
     assert f"cannot read the mask {root/'masks'/'train'/'1.png'}" in said and "unreadable or faulty: 1 of 3" in said
     assert "train/1" in said and "val/1" in said.splitlines()[-1], "the leak is found with the image whose mask is missing"
     save(root/"images"/"val"/"1.png", photo(60))
@@ -290,7 +290,7 @@ def test_what_data_says_of_a_faulty_split(root, capsys, spoil, names):
 
 def test_splits_that_are_not_there_are_no_fault(tmp_path, capsys):
     status, said = look(draw(tmp_path/"own", splits=("train", "val")), capsys)
-    assert status == 0 and "[test] not there" in said
+    assert status == 0 and "[test] missing" in said
     status, said = look(tmp_path/"own", capsys, "--split", "test")
     assert status == 2 and str(tmp_path/"own"/"images"/"test") in said
 
@@ -337,7 +337,7 @@ def test_many_kinds_are_one_warning_and_system_files_none(root, capsys):
 def test_a_split_under_another_name(root, capsys):
     for kind in ("images", "masks"): (root/kind/"train").rename(root/kind/"Train")
     status, said = look(root, capsys)
-    assert "[train] not there" in said and said.count("images/Train/0.png") == 1 and "6 " in [line for line in said.splitlines() if "images/Train/0.png" in line][0]
+    assert "[train] missing" in said and said.count("images/Train/0.png") == 1 and "6 " in [line for line in said.splitlines() if "images/Train/0.png" in line][0]
 
 
 def test_a_folder_without_divided_splits_names_what_it_passes_over(tmp_path, capsys):
@@ -413,7 +413,7 @@ def test_only_the_labelled_part_is_void(root, which):
 def test_some_void_masks_are_counted(root, capsys):
     save(root/"masks"/"train"/"0.png", one(255)())
     status, said = look(root, capsys)
-    assert status == 0 and "1 of them are void all over" in said and not warned(lambda: load_training_data(config(root)))
+    assert status == 0 and "1 of them have no labelled pixel" in said and not warned(lambda: load_training_data(config(root)))
 
 
 def test_damaged_masks_may_be_left_out_by_the_checks_too(root):
@@ -486,7 +486,7 @@ def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
     log = RunLog(asked)
     row = log.add(0, {"sup": torch.tensor(1.)}, {}, {}, 1.)
     log.finish(row, Says(), FolderDataset(root, "val"), progress_bar(), lambda rows: None)
-    assert row["val_miou"] is None and "miou" not in log.line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
+    assert row["val_miou"] is None and "miou" not in log_line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
 
 
 # Letters that matplotlib's own font lacks
@@ -544,4 +544,4 @@ def test_some_masks_of_0_and_255_are_told(tmp_path, capsys):
     draw_folder(tmp_path/"data", dict(train=6, val=2))
     for i in range(3): Image.fromarray(np.where(np.arange(64 * 80) < 900, 255, 0).astype(np.uint8).reshape(64, 80)).save(tmp_path/"data"/"masks"/"train"/f"{i}.png")
     assert main(["data", "folder", str(tmp_path/"data"), "--folder", str(tmp_path/"sheets")]) == 0
-    assert "masks: 3 of 6 hold 0 and 255 alone" in capsys.readouterr().out
+    assert "masks: 3 of 6 hold only 0 and 255" in capsys.readouterr().out

@@ -471,24 +471,24 @@ def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
 def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
     from selfsupnas.data.augment import normalise
     from selfsupnas.space.budget import realised_cost
-    from selfsupnas.space.gate import CLOSED, gates_of, set_gate_threshold, watch_gates
-    from selfsupnas.stages.searching import calibrate_gate_threshold, shares_at
+    from selfsupnas.space.gate import CLOSED, gates_of, set_gate_threshold, record_gates
+    from selfsupnas.stages.searching import calibrate_gate_threshold, costs_at_thresholds
     from selfsupnas.space.supernet import gates_by_edge
     torch.manual_seed(0)
     space = SearchSpace(3, 3, 4, search_operations=True)
     net, table, images = build_supernet(space).eval(), measure_costs(space, (64, 80)), torch.randint(0, 256, (20, 3, 64, 80), dtype=torch.uint8)
     for gate in gates_of(net).values(): nn.init.normal_(gate.logits.weight, 0, 5.), nn.init.normal_(gate.logits.bias, .5, .7)
     levels = torch.linspace(.05, .95, 19)
-    got, by_hand = shares_at(net, table, images, levels), []
+    got, by_hand = costs_at_thresholds(net, table, images, levels), []
     for threshold in levels.tolist():
         set_gate_threshold(net, threshold)
-        with watch_gates(net) as gates, torch.no_grad(): net(normalise(images))
+        with record_gates(net) as gates, torch.no_grad(): net(normalise(images))
         by_hand.append(realised_cost(table, gates_by_edge(space, gates)).mean().item() / table.full)
     assert len(set(by_hand)) > 5
     torch.testing.assert_close(got, torch.tensor(by_hand).double())
     found, grid = calibrate_gate_threshold(net, table, .6, images), torch.arange(1, 1025) / 1024 * (1 - CLOSED) + CLOSED
     set_gate_threshold(net, CLOSED)
-    assert found == pytest.approx(grid[shares_at(net, table, images, grid) <= .6][0].item(), abs=1e-4)
+    assert found == pytest.approx(grid[costs_at_thresholds(net, table, images, grid) <= .6][0].item(), abs=1e-4)
 
 
 # ---- two networks that teach each other: both have the budget, both drop edges
@@ -508,7 +508,7 @@ def cps_search(place, **changes):
 def test_the_budget_counts_both_networks_that_teach_each_other(folder):
     from selfsupnas.train.batches import make_batches
     from selfsupnas.space.budget import expected_cost, binarization_loss
-    from selfsupnas.space.gate import gates_of, watch_gates
+    from selfsupnas.space.gate import gates_of, record_gates
     from selfsupnas.data.loaders import to_device
     from selfsupnas.train.step import build_multitask_model, objective
     from selfsupnas.stages.searching import BudgetLosses, gate_threshold_of
@@ -519,7 +519,7 @@ def test_the_budget_counts_both_networks_that_teach_each_other(folder):
         for gate in gates_of(network).values(): nn.init.constant_(gate.logits.bias, bias)
     batches = {name: to_device(b, "cpu") for name, b in next(make_batches(settings, data)).items()}
     terms_of = BudgetLosses(net, table, settings)
-    with watch_gates(net) as own, watch_gates(multitask.peer) as others:
+    with record_gates(net) as own, record_gates(multitask.peer) as others:
         losses, metrics = objective(multitask, multitask, None, batches, {"sup": 1., "jig": 0., "semi": 1.}, settings, None, torch.Generator().manual_seed(0),
                                    lambda gates, network=None: terms_of(gates, 1., network))
     each = [gates_by_edge(table.space, gates) for gates in (own, others)]
@@ -539,11 +539,11 @@ def test_each_of_two_networks_closes_by_its_own_cost(folder):
     _, _, table, net, _ = cps_search(folder)
     settings = cps_search(folder)[0]
     peer, terms_of = copy.deepcopy(net), BudgetLosses(net, table, settings)
-    from selfsupnas.space.gate import hold_gates, watch_gates
+    from selfsupnas.space.gate import fix_gates, record_gates
     from selfsupnas.space.supernet import gates_from_edges
     x = torch.rand(2, 3, 64, 80)
     for network, value in ((net, 0.), (peer, .9)): # shut, and all open
-        with hold_gates(network, gates_from_edges(table.space, dict.fromkeys(table.space.gated(), value))), watch_gates(network) as gates: network(x)
+        with fix_gates(network, gates_from_edges(table.space, dict.fromkeys(table.space.gated(), value))), record_gates(network) as gates: network(x)
         metrics = terms_of(gates, 1., network)[1]
         expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (metrics["realised"] - settings.budget)))
         assert gate_threshold_of(network) == pytest.approx(expected)
@@ -599,7 +599,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     from selfsupnas.train.step import MultiTaskModel
     from selfsupnas.train.log import RunLog
     from selfsupnas.tasks.teacher import AdaptiveThreshold, EMATeacher
-    from selfsupnas.train.loop import state_before, take_step
+    from selfsupnas.train.loop import forward_state, take_step
     torch.manual_seed(0)
     multitask = MultiTaskModel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     accelerator = Scaled(multitask)
@@ -610,7 +610,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     def same(a, b): return all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one.values(), two.values()))
     rows = []
     for step, factor in enumerate([1., float("inf"), float("nan"), 1., float("inf"), float("inf"), float("inf"), 1.]):
-        old, scale, before = state(), accelerator.scaler.get_scale(), state_before(parts)
+        old, scale, before = state(), accelerator.scaler.get_scale(), forward_state(parts)
         loss = multitask.model(torch.rand(2, 3, 4, 4)).square().sum()
         parts["threshold"].value += .01
         bad = take_step(loss, accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, before)
@@ -627,7 +627,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     assert other.overflows == 0
     factor, found = float("inf"), []
     for step in range(6): # 2, then 1: the scale is not to blame any more
-        found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, state_before(parts)))
+        found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, forward_state(parts)))
     assert found[-1] == "the gradient" and None in found and parts["log"].overflows == 5 + found.count(None)
 
 
@@ -741,7 +741,7 @@ def frozen_kinds():
     from selfsupnas.space.architecture import Architecture
     from selfsupnas.tasks.consistency import CONSISTENCY, Consistency
     from selfsupnas.space.cost import Cost
-    from selfsupnas.export import Usage
+    from selfsupnas.export import NetworkInfo
     from selfsupnas.data.files import SegmentationSpec
     import dataclasses
     def space(layers=2, **more): return SearchSpace(3, layers, 4, ["sep_conv_3x3", "identity"], **more)
@@ -756,7 +756,7 @@ def frozen_kinds():
         "Cost": lambda: (Cost((1, 2), 3, 4, {"conv": 3, "mm": 1}, {"add": 1}), Cost((1, 2), 3, 4, {"mm": 1, "conv": 3}, {"add": 1}), Cost((1, 2), 3, 4, {"conv": 4}, {})),
         "Consistency": lambda: (CONSISTENCY["cps"], dataclasses.replace(CONSISTENCY["cps"]), CONSISTENCY["unimatch"]),
         "SegmentationSpec": lambda: (spec("a", "b"), SegmentationSpec("s", ("a", "b"), ((0, 0, 0), (1, 2, 3))), spec("b", "a")),
-        "Usage": lambda: (Usage(spec("a", "b"), [64, 80]), Usage(spec("a", "b"), (64, 80)), Usage(spec("a", "b"), (64, 64)))}
+        "NetworkInfo": lambda: (NetworkInfo(spec("a", "b"), [64, 80]), NetworkInfo(spec("a", "b"), (64, 80)), NetworkInfo(spec("a", "b"), (64, 64)))}
 
 
 FROZEN = frozen_kinds()

@@ -13,7 +13,7 @@ from conftest import ROOT, draw_folder, same_run
 
 from selfsupnas import cli
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
-from selfsupnas.train.checkpoint import FREE, FolderInUse, checkpoint_paths, step_of
+from selfsupnas.train.checkpoint import IGNORED_PARAMETERS, FolderInUse, checkpoint_paths, step_of
 from selfsupnas.cli import main
 from selfsupnas.core import RunRecord
 from selfsupnas.export import export_run
@@ -87,7 +87,7 @@ def test_another_run_is_refused_before_anything_is_touched(place, stage):
 def test_what_changes_no_result_makes_no_other_run(place, capsys, stage):
     run, config = STAGES[stage]
     changes = dict(workers=1, cache_gb=1., logs=2, checkpoints=5, resume=False)
-    assert set(changes) < set(FREE)
+    assert set(changes) < set(IGNORED_PARAMETERS)
     shutil.copytree(stage, "elsewhere")
     assert run(dataclasses.replace(config, folder="elsewhere", **changes)).record.seed == 0 and "nothing is computed" in capsys.readouterr().out
 
@@ -114,25 +114,25 @@ def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, mon
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         monkeypatch.setattr(training, "to_device", stop_in_step(5))
-        with pytest.raises(KeyboardInterrupt, match="goes on from step 5"): search(config)
+        with pytest.raises(KeyboardInterrupt, match="resume at step 5"): search(config)
     finally: signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(training, "to_device", plain)
     assert not Path("search/search-record.json").exists()
-    with pytest.raises(ValueError, match="search has an unfinished run of other parameters, at step 5.*steps=8 .now 2."): search(SEARCH)
+    with pytest.raises(ValueError, match="search has an unfinished run with other parameters, at step 5.*steps=8 .now 2."): search(SEARCH)
     with pytest.raises(ValueError, match="resume=False"): search(dataclasses.replace(config, overwrite=False, resume=False))
     capsys.readouterr()
     search(config)
-    assert "goes on at step 5" in capsys.readouterr().out
+    assert "resumes at step 5" in capsys.readouterr().out
     search(dataclasses.replace(config, folder="whole"))
     same_run(Path("search"), Path("whole"))
 
 
 def test_a_run_on_another_file_of_the_same_name_is_another_run(place):
     search(dataclasses.replace(SEARCH, seed=1, overwrite=True))
-    with pytest.raises(ValueError, match="what architecture=.* holds is another by now"): retrain(RETRAIN)
-    with pytest.raises(ValueError, match="what search=.* holds is another by now"): pareto(PARETO)
+    with pytest.raises(ValueError, match="the files at architecture=.* have changed"): retrain(RETRAIN)
+    with pytest.raises(ValueError, match="the files at search=.* have changed"): pareto(PARETO)
     retrain(dataclasses.replace(RETRAIN, lr=.1, overwrite=True))
-    with pytest.raises(ValueError, match="what network=.* holds is another by now"): evaluate(EVALUATE)
+    with pytest.raises(ValueError, match="the files at network=.* have changed"): evaluate(EVALUATE)
 
 
 # -- The command
@@ -144,7 +144,7 @@ def test_the_command_reads_too_and_starts_no_kernel(place, capsys, monkeypatch):
     assert main(["search", *words(SEARCH)]) == 0 and "nothing is computed" in capsys.readouterr().out
     for more in (["-p", "steps", "4"], ["-p", "steps", "4", "-p", "resume", "True"], ["-p", "seed", "3"]):
         assert main(["search", *words(SEARCH), *more]) == 2
-        assert "finished run of other parameters" in capsys.readouterr().err
+        assert "finished run with other parameters" in capsys.readouterr().err
     assert main(["search", *words(SEARCH), "-p", "overwrite", "True", "-p", "budget", ".01"]) == 2 and "out of reach" in capsys.readouterr().err
     assert contents("search") == before
 
@@ -178,7 +178,7 @@ def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
 def test_the_same_command_at_once_is_refused(tmp_path, capsys):
     "The second is told so, and the notebook of the first stays its own."
     folder, seconds = tmp_path/"run", fails_or_not(tmp_path/"second.ipynb", "1 + 1")
-    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.train.checkpoint import own_folder\nwith own_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
+    code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.train.checkpoint import lock_folder\nwith lock_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "holds\n"
@@ -202,7 +202,7 @@ def test_a_missed_budget_is_said(place, capsys):
     found = search(dataclasses.replace(SEARCH, folder="missed", budget=.8, budget_gain=0.))
     assert not found.record.metrics["budget_met"] and "budget_gain" in budget_note(found.record)
     said = capsys.readouterr().out
-    assert "budget missed" in said and "0.8 was asked for" in said and f"of {found.record.metrics['edges']} edges" in said
+    assert "budget missed" in said and "the budget is 0.8" in said and f"of {found.record.metrics['edges']} edges" in said
     assert budget_note(load_search("search").record) is None and found.record.metrics["realised_share"] > .8
 
 
@@ -264,14 +264,14 @@ def test_an_export_asks_for_the_classes_of_the_network(place, shuffled):
 def test_a_relative_root_is_explained_elsewhere(place, monkeypatch, act):
     (place/"elsewhere").mkdir()
     monkeypatch.chdir(place/"elsewhere")
-    with pytest.raises(FileNotFoundError, match="record of .*says root='data'.*elsewhere.*give another root"): act()
+    with pytest.raises(FileNotFoundError, match="record of .*has root='data'.*elsewhere.*give another root"): act()
     act(root="../data")
 
 
 def test_the_command_explains_a_relative_root_too(place, monkeypatch, capsys):
     (place/"elsewhere").mkdir()
     monkeypatch.chdir(place/"elsewhere")
-    assert main(["evaluate", "-p", "network", "../retrain"]) == 2 and "says root='data'" in capsys.readouterr().err
+    assert main(["evaluate", "-p", "network", "../retrain"]) == 2 and "has root='data'" in capsys.readouterr().err
     assert main(["export", "../retrain", "--to", "away", "--root", "../data"]) == 0
 
 
@@ -305,7 +305,7 @@ def test_a_finished_run_on_other_data_is_another_run(place, stage, change):
     run, config = STAGES[stage]
     if stage == "evaluate" and change is more_images: change = other_masks # which changes its split, too
     change()
-    with pytest.raises(ValueError, match="what root=.* holds is another by now"): run(config)
+    with pytest.raises(ValueError, match="the files at root=.* have changed"): run(config)
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
@@ -315,7 +315,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_data(place, monkeypatch):
         patch.setattr(module, "save_statistics", lambda *_: 1 / 0)
         search(config)
     more_images()
-    with pytest.raises(ValueError, match="unfinished run.*what root='data' holds is another by now"): search(config)
+    with pytest.raises(ValueError, match="unfinished run.*the files at root='data' have changed"): search(config)
 
 
 def test_the_same_data_may_be_elsewhere(place, capsys):
@@ -386,7 +386,7 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(place, monkeypatch)
     def mkdir(self, *args, **options): raise OSError(30, "Read-only file system", str(self))
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert search(SEARCH).record.seed == 0
-    with pytest.raises(ValueError, match="finished run of other parameters"): search(dataclasses.replace(SEARCH, seed=1))
+    with pytest.raises(ValueError, match="finished run with other parameters"): search(dataclasses.replace(SEARCH, seed=1))
 
 
 def test_a_folder_may_have_braces(tmp_path):
@@ -396,7 +396,7 @@ def test_a_folder_may_have_braces(tmp_path):
 
 def test_why_a_run_of_a_sweep_failed_is_said(tmp_path):
     log = tmp_path/"search.log"
-    assert "no word" in campaign.reason(log, "search", 1)
+    assert "no output" in campaign.reason(log, "search", 1)
     log.write_text("selfsupnas search: failed: ValueError: an old one\nselfsupnas search: running; the notebook grows as x\nstep 1\n")
     assert "status -9" in campaign.reason(log, "search", -9) and "old" not in campaign.reason(log, "search", -9)
     log.write_text("selfsupnas search: running; the notebook grows as x\nselfsupnas search: failed: ValueError: the loss\nAll that ran is in y\n")

@@ -1,4 +1,4 @@
-"What is wrong with a dataset is said early, in words, with the file's name; and one damaged file need not end a long run."
+"Faults of a dataset raise early errors that name the file; a damaged file need not end a long run."
 import re, shutil, warnings
 from pathlib import Path
 
@@ -23,7 +23,7 @@ PLACE = "Straßen und Wege" # a blank and a letter beyond ASCII in every path of
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    "Drawn trees of Cityscapes, VOC and SBD, CamVid's layout, and folders of one's own."
+    "Drawn datasets in the layouts of Cityscapes, VOC and SBD, CamVid, and a plain folder."
     root = tmp_path_factory.mktemp("data")/PLACE
     draw_cityscapes(root/"cityscapes", dict(train=5, val=2, test=2))
     draw_voc(root, dict(train=5, val=2, extra=4, test=2))
@@ -40,7 +40,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def data(drawn, tmp_path):
-    "A copy of the trees, to be spoilt."
+    "A copy of the datasets that tests may damage."
     return shutil.copytree(drawn, tmp_path/PLACE)
 
 
@@ -107,7 +107,7 @@ BEFORE = { # name -> dataset, what is done to the trees, further parameters, wor
     "image without label, Cityscapes": ("cityscapes", lambda d: one(d, FINE).unlink(), {}, "1 of the 5 train images have no fine mask.*labelIds.png"),
     "image without label, VOC": ("voc", lambda d: one(d, VOC_MASK).unlink(), {}, "1 files of VOC train .*2007_000001.png"),
     "listed image that is missing": ("voc", lambda d: one(d, VOC_IMAGE).unlink(), {}, "1 files of VOC train .*2007_000001.jpg"),
-    "label fraction of no image": ("cityscapes", None, {"label_fraction": "1/30"}, "0.0333333 of 5 images is less than one image: ask for 1/5"),
+    "label fraction of no image": ("cityscapes", None, {"label_fraction": "1/30"}, "0.0333333 of 5 images is less than one image: use 1/5"),
     "label fraction above 1": ("voc", None, {"label_fraction": "2"}, "above 0 and at most 1, not 2.0"),
     "split file names a missing image": ("cityscapes", lambda d: split_file(d, "aachen_000000_000019\nleftImg8bit/train/aachen/aachen_000009_000019_leftImg8bit.png x"),
                                          {"split_folder": "split"}, "labeled.txt, line 2: .*aachen_000009.* names no image of Cityscapes \\(synthetic\\)"),
@@ -145,7 +145,7 @@ SHORT = dict(label_fraction=1., steps=6, logs=2, layers=2, channels=8, budget=.9
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_corrupt_image_in_a_run(data, tmp_path, workers):
-    "Skipped and counted if the user said so, in training and in validation, and the run is the same for any number of workers."
+    "With skip_unreadable, damaged files are skipped and counted in training and validation, the same for any number of workers."
     for split in ("train", "val"): cut(one(data, f"cityscapes/leftImg8bit/{split}/*/*.png"))
     config = SearchConfig(folder=str(tmp_path/"run"), data="cityscapes", root=str(data), workers=workers, **SHORT)
     with pytest.raises(UnreadableFile, match="cannot read the image .*leftImg8bit"): search(config)
@@ -155,19 +155,19 @@ def test_one_corrupt_image_in_a_run(data, tmp_path, workers):
         found = search(config)
     assert found.record.metrics["unreadable_files"] == 2
     assert list(found.data.train.unreadable) == ["aachen_000002_000019"] and list(found.data.val.unreadable) == ["lindau_000001_000019"]
-    if not workers: assert sum("left out: cannot read the image" in str(w.message) for w in said) == 2
+    if not workers: assert sum("skipped: cannot read the image" in str(w.message) for w in said) == 2
     assert "lindau_000001" in str(found.data.val.unreadable)
 
 
 def test_damaged_files_in_every_place_of_a_run(data, tmp_path, command):
-    "The first validation image, a labelled image and a mask that the split reads: the executed notebook still shows the others."
+    "A damaged validation image, labelled image and mask: the executed notebook still shows the others."
     cut(sorted(data.glob("cityscapes/leftImg8bit/val/*/*.png"))[0]), cut(one(data, IMAGE)), cut(sorted(data.glob(FINE))[2])
     words = [w for pair in {"data": "cityscapes", "root": data, "skip_unreadable": True, **SHORT, "w_semi": 0, "label_fraction": "3/5"}.items() for w in ("-p", *pair)]
     done = command("search", "--folder", "run", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = RunRecord.load(tmp_path/"run"/"search-record.json")
     assert record.metrics["unreadable_files"] == 3 and record.parameters["skip_unreadable"]
-    assert "left out: cannot read the mask" in done.stderr + (tmp_path/"run"/"search.ipynb").read_text("utf8")
+    assert "skipped: cannot read the mask" in done.stderr + (tmp_path/"run"/"search.ipynb").read_text("utf8")
 
 
 def test_the_survey_lists_what_is_faulty_and_says_so_by_its_status(data, tmp_path, monkeypatch, capsys):

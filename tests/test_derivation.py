@@ -21,8 +21,8 @@ from selfsupnas.stages.pareto_front import ParetoConfig, pareto, load_pareto
 from selfsupnas.space.gate import set_gate_threshold
 from selfsupnas.space.grid import STEP, SearchSpace
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.searching import (GateStatistics, ImageSubset, SearchConfig, choice_images, choose, choose_route, inherited_network,
-                               load_search, load_supernet, plain_images, search, unchosen)
+from selfsupnas.stages.searching import (GateStatistics, ImageSubset, SearchConfig, choice_images, best_candidate, choose_route, inherited_network,
+                               load_search, load_supernet, plain_images, search, without_choice_images)
 from conftest import draw_folder
 
 
@@ -79,9 +79,9 @@ def compare_with_all(space, kind="flops", ties=False, keep_operations=None, ever
     for cost, value in zip(costs.tolist(), values.round(9).tolist()): least[value] = min(cost, least.get(value, cost))
     for budget, value in list(zip(budgets, best))[::every]:
         found, = derive(space, importance, table, budget, keep_operations=keep_operations)
-        assert worth(found.kept, importance) == pytest.approx(value, abs=1e-9)
-        assert static_cost(table, found.kept) <= budget
-        assert static_cost(table, found.kept) == pytest.approx(least[round(value, 9)]), "of equals the cheapest"
+        assert worth(found.selected, importance) == pytest.approx(value, abs=1e-9)
+        assert static_cost(table, found.selected) <= budget
+        assert static_cost(table, found.selected) == pytest.approx(least[round(value, 9)]), "of equals the cheapest"
     return len(budgets)
 
 GRIDS = [(SearchSpace(3, layers, 4, *more), keep) for layers, more, keep in
@@ -180,8 +180,8 @@ def test_dynamic_programming_finds_no_better_route(layers, share, seed):
     table, draw = measure_costs(space, (128, 160)), np.random.default_rng([layers, seed])
     importance = {part: float(draw.random()) for part in space.gated()}
     found, = derive(space, importance, table, share * table.full)
-    value = worth(found.kept, importance)
-    assert static_cost(table, found.kept) <= share * table.full
+    value = worth(found.selected, importance)
+    assert static_cost(table, found.selected) <= share * table.full
     assert best_by_layers(table, importance, share * table.full, value) == pytest.approx(value, abs=1e-9)
 
 def test_the_two_programs_of_this_file_agree():
@@ -228,10 +228,10 @@ def routes(space, *kept): return [Architecture(space, dict.fromkeys(space.edges(
 def test_the_second_by_importance_is_chosen_if_it_is_better():
     pool = routes(SearchSpace(3, 2, 4), 3, 2, 1)
     known = dict(zip(pool, (.3, .5, .4)))
-    assert choose(pool, known.get) == (1, [.3, .5, .4])
-    assert choose(pool, dict(zip(pool, (.3, .5, .5))).get)[0] == 1, "of equals the one of greater importance"
-    assert choose(pool[:1], lambda _: 1 / 0) == (0, [None]), "of one candidate nothing is measured"
-    assert choose(pool, dict(zip(pool, (.3, .5, None))).get)[0] == 0, "where one cannot be measured, importance decides"
+    assert best_candidate(pool, known.get) == (1, [.3, .5, .4])
+    assert best_candidate(pool, dict(zip(pool, (.3, .5, .5))).get)[0] == 1, "of equals the one of greater importance"
+    assert best_candidate(pool[:1], lambda _: 1 / 0) == (0, [None]), "of one candidate nothing is measured"
+    assert best_candidate(pool, dict(zip(pool, (.3, .5, None))).get)[0] == 0, "where one cannot be measured, importance decides"
 
 def test_the_best_of_a_pool_by_its_inherited_weights(made, monkeypatch):
     config, found, _ = made
@@ -255,7 +255,7 @@ def test_what_the_record_says_of_the_choice(made):
     assert len(rows) == 3 and [row["importance"] for row in rows] == sorted((row["importance"] for row in rows), reverse=True)
     chosen, = (row for row in rows if row["chosen"])
     assert chosen["choice_miou"] == max(row["choice_miou"] for row in rows)
-    assert chosen["importance"] == pytest.approx(worth(found.architecture.kept, found.statistics.importance))
+    assert chosen["importance"] == pytest.approx(worth(found.architecture.selected, found.statistics.importance))
     assert chosen["edges"] == len(found.architecture.edges) == found.record.metrics["edges_kept"]
     assert chosen["cost_share"] * found.table.full == pytest.approx(found.record.metrics["derived_cost"])
     assert max(row["cost_share"] for row in rows) <= config.budget
@@ -287,12 +287,12 @@ def test_the_draw_of_choice_images(made):
     one.ids = one.ids[:1]
     assert choice_images(config, one) is None, "the only image is reported"
     elsewhere = dataclasses.replace(found.architecture, provenance={**found.architecture.provenance, "data": "another"})
-    assert len(unchosen(found.data.val, elsewhere)) == len(unchosen(found.data.val, found.architecture)), "a folder that was renamed"
+    assert len(without_choice_images(found.data.val, elsewhere)) == len(without_choice_images(found.data.val, found.architecture)), "a folder that was renamed"
     elsewhere.provenance["classes"] = ["cat", "dog", "bird"]
-    assert unchosen(found.data.val, elsewhere) is found.data.val
+    assert without_choice_images(found.data.val, elsewhere) is found.data.val
     everything = dataclasses.replace(found.architecture, provenance={**found.architecture.provenance,
                                                                      "chosen_on": found.data.val.ids})
-    with pytest.raises(ValueError, match="chosen_on"): unchosen(found.data.val, everything)
+    with pytest.raises(ValueError, match="chosen_on"): without_choice_images(found.data.val, everything)
 
 @pytest.mark.parametrize("more, training, report", [(dict(candidates=1), 3, 9), (dict(w_sup=0., w_jig=1.), 0, 0)])
 def test_nothing_chooses_without_candidates_or_labels(made, tmp_path, monkeypatch, more, training, report):
@@ -317,7 +317,7 @@ def test_a_retraining_leaves_out_what_chose(made, copied, tmp_path):
         return retrain(RetrainConfig(folder=str(tmp_path/name), data="folder", root=copied.root, label_fraction=.5, steps=1, logs=1,
                                      batch_labelled=2, w_jig=0., w_semi=0., architecture=str(architecture)))
     done = trained("with", copied.folder)
-    rest = unchosen(done.data.val, done.trained.model.architecture)
+    rest = without_choice_images(done.data.val, done.trained.model.architecture)
     assert len(rest) == done.record.metrics["val_images"] == 5
     measured = evaluate_segmenter(done.trained.model, rest, progress=False)
     assert done.record.metrics["val_miou"] == pytest.approx(measured.miou, abs=1e-6)

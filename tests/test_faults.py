@@ -17,11 +17,11 @@ import selfsupnas
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.train.batches import load_training_data
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
-from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, own_folder, read_checkpoint
+from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, lock_folder, read_checkpoint
 from selfsupnas.cli import main
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
-from selfsupnas.export import Usage, export_onnx, export_program, export_run, from_pretrained
+from selfsupnas.export import NetworkInfo, export_onnx, export_program, export_run, from_pretrained
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.viz.tables import write_page
 from selfsupnas.data.files import SegmentationSpec, UnreadableFile
@@ -208,7 +208,7 @@ def read_only(act):
 
 
 def taken():
-    with own_folder("new"): run_search("new")
+    with lock_folder("new"): run_search("new")
 
 
 def split_of(labelled, unlabelled="", **more):
@@ -268,7 +268,7 @@ FAULTS = {
         "a report of half a record": (after(lambda: cut(R), command("report", "retrain")), "retrain-record.json is not a run record"),
         "a report into a folder": (command("report", "retrain", "--to", "data"), "cannot write data: Is a directory"),
         "an export of nothing": (command("export", "nowhere"), "no run record at nowhere/retrain-record.json"),
-        "an export of a hand-crafted network": (after(spoilt(within("parameters", put(architecture="unet_resnet18")), R), command("export", "retrain")), "what travels are networks of the grid"),
+        "an export of a hand-crafted network": (after(spoilt(within("parameters", put(architecture="unet_resnet18")), R), command("export", "retrain")), "only networks of the grid"),
         "an export into a file": (command("export", "retrain", "--to", "data/classes.txt"), "cannot write data/classes.txt/model.safetensors"),
         "an export with the metrics of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
         "a sheet of no samples": (command("data", "folder", "data", "--samples", "0"), "samples must be 1 or more, not 0"),
@@ -295,8 +295,8 @@ FAULTS = {
             ("search", "lr", "-0.1", "0 or more"), ("search", "lr", "1e999", "finite"), ("search", "weight_decay", "-1", "0 or more"), ("search", "clip", "0", "over 0"), ("search", "clip", "1e999", "finite"),
             ("search", "warmup", "2", "from 0 to 1"), ("search", "ema_decay", "1", "in [0, 1)"), ("search", "drop_path", "1", "in [0, 1)"), ("search", "threshold", "1.5", "from 0 to 1"),
             ("search", "cutmix_p", "-0.5", "from 0 to 1"), ("search", "category_ratio", "2", "from 0 to 1"), ("search", "cache_gb", "-1", "0 or more"),
-            ("search", "zoom", "(2, 1)", "not falling"), ("search", "zoom", "(0, 1)", "not falling"), ("search", "jigsaw_zoom", "(-1, 1)", "not falling"), ("search", "ramp", "(0.5, 0.1)", "not falling"),
-            ("search", "ramp", "(0, 2)", "from 0 to 1"), ("search", "cost_ramp", "(0.4, 0.1)", "not falling"), ("search", "size", "(16, 16)", "(33, 33) or more"), ("search", "crop", "(0, 80)", "(33, 33) or more"),
+            ("search", "zoom", "(2, 1)", "non-decreasing"), ("search", "zoom", "(0, 1)", "non-decreasing"), ("search", "jigsaw_zoom", "(-1, 1)", "non-decreasing"), ("search", "ramp", "(0.5, 0.1)", "non-decreasing"),
+            ("search", "ramp", "(0, 2)", "from 0 to 1"), ("search", "cost_ramp", "(0.4, 0.1)", "non-decreasing"), ("search", "size", "(16, 16)", "(33, 33) or more"), ("search", "crop", "(0, 80)", "(33, 33) or more"),
             ("search", "jigsaw_n", "1", "from 2 to 8"), ("search", "jigsaw_n", "100", "from 2 to 8"), ("search", "jigsaw_permutations", "25", "from 2 to 24"), ("search", "jigsaw_permutations", "0", "from 2"),
             ("search", "label_fraction", "0", "above 0 and at most 1"), ("search", "label_fraction", "3/2", "above 0 and at most 1"), ("search", "label_fraction", "-0.1", "above 0 and at most 1"),
             ("search", "layers", "0", "at least 1"), ("search", "channels", "7", "even"), ("search", "channels", "0", "at least 2"), ("search", "budget", "0", "in (0, 1]"), ("search", "budget", "1.01", "in (0, 1]"),
@@ -316,7 +316,7 @@ FAULTS = {
         "a teacher without labels": (given("search", w_sup="0"), "w_sup=0 needs w_semi=0"),
         "retraining without labels": (given("retrain", w_sup="0", w_semi="0"), "retraining needs labels: w_sup must be over 0"),
         "a jigsaw for a hand-crafted network": (given("retrain", architecture="unet_resnet18"), "unet_resnet18 is no routing network: w_jig must be 0"),
-        "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*ask for more"),
+        "a budget that the emptiest route exceeds": (raises(ValueError, lambda: run_search("new", budget=.01)), "budget 0.01 is out of reach: .*take a larger budget"),
         "the same in the folder of a finished search": (raises(ValueError, lambda: run_search(budget=.01, overwrite=True)), "budget 0.01 is out of reach"),
         "a front that asks for less than that": (raises(ValueError, lambda: pareto(ParetoConfig(folder="new", search="search", budgets=(.9, .01)))), "budget 0.01 is out of reach"),
         "alternating updates with one labelled image": (raises(ValueError, lambda: run_search("new", update="alternating", label_fraction=1/6)), "halves the labelled images.*raise label_fraction"),
@@ -335,7 +335,7 @@ FAULTS = {
     "Data": {
         "no folder of images": (after(lambda: shutil.rmtree("data/images"), raises(FileNotFoundError, load_data())), "no folder .*data/images: put your dataset into"),
         "an empty split": (after(lambda: [p.unlink() for p in Path("data/images/val").iterdir()], raises(ValueError, load_data())), "data/images/val holds no image"),
-        "no classes.txt": (after(lambda: Path("data/classes.txt").unlink(), raises(FileNotFoundError, load_data())), "write .*data/classes.txt, one a line"),
+        "no classes.txt": (after(lambda: Path("data/classes.txt").unlink(), raises(FileNotFoundError, load_data())), "write .*data/classes.txt"),
         "classes.txt in another encoding": (after(lambda: Path("data/classes.txt").write_bytes("Straße\nHaus".encode("latin1")), raises(ValueError, load_data())), "data/classes.txt is not a list of class names: byte 4 is no UTF-8"),
         "a class twice": (after(lambda: Path("data/classes.txt").write_text("a\nb\na\n"), raises(ValueError, load_data())), "data/classes.txt names the class 'a' twice"),
         "one class": (after(lambda: Path("data/classes.txt").write_text("a\n"), raises(ValueError, load_data())), "data/classes.txt names fewer than 2 classes"),
@@ -348,7 +348,7 @@ FAULTS = {
         "validation images without a labelled pixel": (after(lambda: [mask(255, p) for p in Path("data/masks/val").iterdir()], raises(ValueError, lambda: run_search("new"))), "none of the 3 images has a labelled pixel"),
         "images of 20 pixels": (after(lambda: [Image.open(p).resize((20, 20)).save(p) for p in Path("data").rglob("*.png")], raises(ValueError, lambda: run_search("new"))), "images of data are 20 pixels high and 20 wide, and 33 are the least: set size"),
         "images of many sizes, no crop": (after(lambda: [Image.new(m, (90, 70)).save(f"data/{k}/train/0.png") for k, m in (("images", "RGB"), ("masks", "L"))], raises(ValueError, load_data())), "images of data differ in size: set crop"),
-        "a fraction of no image": (raises(ValueError, load_data(label_fraction=.1)), "0.1 of 6 images is less than one image: ask for 1/6 or more"),
+        "a fraction of no image": (raises(ValueError, load_data(label_fraction=.1)), "0.1 of 6 images is less than one image: use 1/6 or more"),
         "no split files": (raises(FileNotFoundError, use_split()), "no split file split/labeled.txt"),
         "a split that labels nothing": (after(split_of("", "train/0"), raises(ValueError, use_split())), "split/labeled.txt is empty: label at least one image"),
         "a split of unknown images": (after(split_of("train/0\ntrain/99"), raises(ValueError, use_split())), "split/labeled.txt, line 2: 'train/99' names no image of data"),
@@ -391,26 +391,26 @@ FAULTS = {
     },
     "Checkpoints": {
         "of other parameters": (unfinished("retrain", raises(ValueError, lambda: run_retrain(lr=.5))), r"retrain has an unfinished run .*checkpoint-000002.pt.*: lr=0.003 \(now 0.5\).*another folder, or overwrite=True"),
-        "of another grid": (unfinished("search", raises(ValueError, lambda: run_search(channels=8))), r"other parameters.*: channels=4 \(now 8\)\. Give it these again"),
+        "of another grid": (unfinished("search", raises(ValueError, lambda: run_search(channels=8))), r"other parameters.*: channels=4 \(now 8\)\. Use the same parameters"),
         "of another stage": (unfinished("search", raises(ValueError, lambda: run_retrain("search"))), "other parameters.*: .*layers=2"),
         "of a run that is not to go on": (unfinished("retrain", raises(ValueError, lambda: run_retrain(resume=False))), "retrain has an unfinished run .*resume=False: .*overwrite=True"),
         "of another architecture under the same name": (unfinished("retrain", after(spoilt(within("space", put(channels=8))), raises(ValueError, lambda: run_retrain()))),
-                                                        "what architecture=.* holds is another by now"),
+                                                        "the files at architecture=.* have changed"),
         "of another network under the same name": (unfinished("retrain", after(of_another_network, raises(ValueError, lambda: run_retrain()))),
-                                                   "is of another network, though its parameters are the same.*another folder"),
-        **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "not one of 1 checkpoints in retrain is whole: .*overwrite=True") for what, write in (
+                                                   "holds another network, although its parameters are the same.*another folder"),
+        **{f"{what}, all of them": (unfinished("retrain", after(every_checkpoint(write), raises(ValueError, lambda: run_retrain()))), "none of the checkpoints in retrain is intact .*: .*overwrite=True") for what, write in (
             ("cut short", cut), ("empty", lambda p: p.write_bytes(b"")), ("pickles that would run a command", lambda p: p.write_bytes(pickle.dumps(Evil()))),
             ("torch's own pickles that would", lambda p: torch.save({"step": Evil()}, p)), ("with other things in them", lambda p: torch.save({"step": 2, "parameters": [], "parts": {}}, p)))},
         "in a folder that another run holds": (raises(FolderInUse, taken), "another run is writing to new: wait until it ends"),
     },
     "Folders with a finished run": {
-        "more steps": (raises(ValueError, lambda: run_search(steps=4)), r"search has a finished run of other parameters: steps=2 \(now 4\)\. .*another folder, or overwrite=True"),
-        "more steps, to be resumed": (raises(ValueError, lambda: run_retrain(steps=4, resume=True)), r"retrain has a finished run of other parameters: steps=2 \(now 4\)"),
-        "more steps, as a command": (command("search", "--folder", "search", *SAME, "-p", "steps", "4"), r"finished run of other parameters: steps=2 \(now 4\)"),
+        "more steps": (raises(ValueError, lambda: run_search(steps=4)), r"search has a finished run with other parameters: steps=2 \(now 4\)\. .*another folder, or overwrite=True"),
+        "more steps, to be resumed": (raises(ValueError, lambda: run_retrain(steps=4, resume=True)), r"retrain has a finished run with other parameters: steps=2 \(now 4\)"),
+        "more steps, as a command": (command("search", "--folder", "search", *SAME, "-p", "steps", "4"), r"finished run with other parameters: steps=2 \(now 4\)"),
         "an evaluation of another kind": (raises(ValueError, lambda: run_evaluate("evaluate", flip=True)), r"evaluate has a finished run .*: flip=False \(now True\)"),
         "another stage": (raises(ValueError, lambda: run_retrain("search", overwrite=True)), "search has a run of another stage .search-record.json.: take another folder"),
         "an evaluation in the folder of its network": (raises(ValueError, lambda: run_evaluate("retrain")), "retrain has a run of another stage"),
-        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "what architecture=.* holds is another by now"),
+        "the same on another architecture": (after(spoilt(within("provenance", put(seed=9))), raises(ValueError, run_retrain)), "the files at architecture=.* have changed"),
         "another run whose parameters are wrong, to replace it": (raises(ValueError, lambda: run_search(root="data", overwrite=True, label_fraction=.1)), "less than one image"),
         "another run whose data is gone, to replace it": (raises(FileNotFoundError, lambda: run_search(root="nowhere", overwrite=True)), "nowhere/images"),
         "half its record": (after(lambda: cut("search/search-record.json"), raises(ValueError, run_search)), "search-record.json is not a run record"),
@@ -433,8 +433,8 @@ FAULTS = {
         "for an export with other classes": (raises(ValueError, lambda: export_run_with("ab")), "2 classes, but the network has 3"),
     },
     "The disk": {
-        "full at a checkpoint of a new run": (too_large(30_000, lambda: run_search("new")), "cannot write new/checkpoint-000002.pt: File too large; .*; there is no whole checkpoint"),
-        "full at the second checkpoint": (full("checkpoint-000002.pt", lambda: run_retrain("new", logs=2)), "cannot write new/checkpoint-000002.pt: No space left.*last whole checkpoint is new/checkpoint-000001.pt"),
+        "full at a checkpoint of a new run": (too_large(30_000, lambda: run_search("new")), "cannot write new/checkpoint-000002.pt: File too large; .*; there is no checkpoint"),
+        "full at the second checkpoint": (full("checkpoint-000002.pt", lambda: run_retrain("new", logs=2)), "cannot write new/checkpoint-000002.pt: No space left.*last checkpoint is new/checkpoint-000001.pt"),
         "full at the copy of the best": (full("best.pt", lambda: run_retrain("new")), "cannot write new/best.pt: No space left on device"),
         "full at the network of a run that is made": (unfinished("retrain", too_large(9_000, lambda: run_retrain())), "cannot write retrain/network.safetensors: "),
         "full at the supernet of a run that is made": (unfinished("search", too_large(9_000, lambda: run_search())), "cannot write search/supernet.safetensors: "),
@@ -453,7 +453,7 @@ FAULTS = {
 
 def export_run_with(classes):
     from selfsupnas.export import save_pretrained
-    save_pretrained(load_network("retrain"), "new", usage=Usage(SegmentationSpec("data", tuple(classes), ((0, 0, 0),) * len(classes)), (64, 80)))
+    save_pretrained(load_network("retrain"), "new", info=NetworkInfo(SegmentationSpec("data", tuple(classes), ((0, 0, 0),) * len(classes)), (64, 80)))
 
 
 CASES = [(group, what) for group, rows in FAULTS.items() for what in rows]
@@ -480,7 +480,7 @@ def answers():
 
 
 @pytest.mark.parametrize("group, what", CASES, ids=[f"{group}: {what}" for group, what in CASES])
-@pytest.mark.filterwarnings("ignore:.*is passed over", "ignore:.*labelled images are too few")
+@pytest.mark.filterwarnings("ignore:.*it is skipped", "ignore:.*labelled images are too few")
 def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, what):
     do, words = FAULTS[group][what]
     getattr(do, "spoil", lambda: None)()
@@ -511,6 +511,6 @@ def test_a_checkpoint_that_is_damaged_costs_the_steps_since_the_one_before(place
     run_retrain("new", steps=4, logs=4)
     reference = load_file("new/network.safetensors")
     cut("new/checkpoint-000004.pt"), Path("new/retrain-record.json").unlink()
-    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is no checkpoint of this kit, or damaged: .*; it is passed over"): run_retrain("new", steps=4, logs=4)
+    with pytest.warns(UserWarning, match="new/checkpoint-000004.pt is damaged, or not a checkpoint of selfsupnas: .*; it is skipped"): run_retrain("new", steps=4, logs=4)
     again = load_file("new/network.safetensors")
     assert again.keys() == reference.keys() and all(again[name].equal(reference[name]) for name in again)

@@ -481,7 +481,7 @@ def test_plot_history_shares():
     check_points(quality.lines[0], [0, 150, 300, 450, 600], [10, 20, 30, 40, 50]) # None is left out
     check_points(panel(figure, "learning rate").lines[0], STEPS, [1e-3] * 13)
     check_points(panel(figure, "threshold").lines[0], STEPS, [row["gate_threshold"] for row in rows])
-    for ax, words in ((jigsaw, ("accuracy", "chance")), (pixels, ("share over", "pseudo-label")),
+    for ax, words in ((jigsaw, ("accuracy", "chance")), (pixels, ("share above", "pseudo-label")),
                       (cost, ("expected", "realised", "budget"))):
         check_distinct(ax.lines)
         for word in words: entry(ax, word)

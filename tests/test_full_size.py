@@ -1,4 +1,4 @@
-"What full_size.py computes of a step, against independent counts: hooks, torch's counter of operations, a real step's saved tensors."
+"The estimates of full_size.py against independent counts: hooks, torch's counter of operations, the saved tensors of a real step."
 import dataclasses, math
 
 import pytest
@@ -63,7 +63,7 @@ WITHOUT = {f"without {name}": dataclasses.replace(SMALL, **{name: 0.}) for name 
 @pytest.mark.parametrize("kind", [*KINDS, *WITHOUT])
 @pytest.mark.parametrize("semi", [False, True], ids=["before", "after"])
 def test_the_objective_sends_as_many_images_as_counted(one_step, kind, semi):
-    "Hooks count what enters stem, decoder and classifier of each network, before and after w_semi begins to rise."
+    "Hooks count the images in stem, decoder and classifier of each network, before and after w_semi starts to rise."
     config = (KINDS | WITHOUT)[kind]
     multitask, teacher, loss = one_step(config, semi)
     entered = {}
@@ -90,7 +90,7 @@ def test_the_table_of_a_shallow_grid_holds_for_a_deep_one(space, table):
 
 @pytest.mark.parametrize("kind, semi", [("fixmatch", False), ("cps", False), *((kind, True) for kind in KINDS)])
 def test_multiply_adds_of_a_step_are_those_that_torch_counts(one_step, space, table, kind, semi):
-    """torch counts convolutions alone, so our sum is taken of their share of the network.
+    """torch counts only convolutions, so the estimate is multiplied by their share of the network.
 
     It counts the weight gradient of a depthwise convolution as if that were a full one: the formula given to it is the right one.
     """
@@ -155,11 +155,11 @@ def test_recomputed_cells_keep_their_inputs_and_the_coarsest_their_content(space
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_share_of_the_cost_is_about_that_share_of_the_memory(space, seed):
-    "A random route keeps rather less: it has no gates."
+    "A random architecture saves slightly less, because it has no gates."
     deeper = dataclasses.replace(space, layers=6)
     table, slopes = view_table(deeper, (128, 128), "conditional"), saved_lines(deeper, "conditional", "no")[0]
     route = random_architecture(deeper, lambda kept: static_cost(table, kept), .5 * table.full, seed)
-    share, kept = static_cost(table, route.kept) / table.full, trunk_bytes(StaticNetwork(route).train(), "no", 128)
+    share, kept = static_cost(table, route.selected) / table.full, trunk_bytes(StaticNetwork(route).train(), "no", 128)
     assert .6 < kept / (128**2 * slopes["trunk"] * share) < 1.1
 
 
@@ -168,7 +168,7 @@ ALL = [(name, stage) for name, stages in recipes().items() for stage in stages]
 
 @pytest.mark.parametrize("name, stage", ALL)
 def test_an_estimate_agrees_with_itself_and_with_what_was_measured(name, stage):
-    "The memory is a least; the measured step has other classes and a route near its budget, else the same step."
+    "The estimated memory is a lower bound of the measured one, for other classes and an architecture near the budget."
     e, config, record = recipe_estimate(name, stage), recipe_config(name, stage), RunRecord.load(RATE_RECORDS/f"{name}-{stage}"/"rate-record.json")
     assert 0 < e.run <= e.open <= 1.001 * config.steps * e.step and (stage == "retrain" or e.run < e.open)
     assert 1 < record.metrics["peak_bytes"] / e.memory < 1.5

@@ -10,16 +10,16 @@ from selfsupnas.train.batches import load_training_data, make_batches
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.space.budget import measure_costs
 from selfsupnas.metrics import evaluate_segmenter
-from selfsupnas.space.gate import hold_gates
+from selfsupnas.space.gate import fix_gates
 from selfsupnas.data.loaders import to_device
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.step import objective
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.distributed import own_device
+from selfsupnas.distributed import local_device
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
 from selfsupnas.stages.searching import SearchConfig, load_supernet, make_space, search
 from selfsupnas.space.supernet import build_supernet
-from selfsupnas.train.loop import make_parts, seed_step, step_weights, train
+from selfsupnas.train.loop import build_training_parts, seed_step, step_weights, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")
 
@@ -48,7 +48,7 @@ def one_pass(config, data, device):
     state.AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=device == "cpu")
     torch.manual_seed(0)
-    parts = make_parts(build_supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
+    parts = build_training_parts(build_supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
     parts["multitask"].train()
     batches = {name: to_device(b, accelerator.device) for name, b in next(make_batches(config, data)).items()}
     weights = step_weights(config, 1., None)
@@ -79,7 +79,7 @@ def test_paths_shut_image_by_image_give_the_processors_answer(exact, p):
     label, found = torch.randint(5, (3, 64, 80)), {}
     for device in ("cpu", "cuda"):
         network.to(device).zero_grad()
-        with hold_gates(network, {name: g.to(device) for name, g in gates.items()}): logits = network(x.to(device))
+        with fix_gates(network, {name: g.to(device) for name, g in gates.items()}): logits = network(x.to(device))
         pixel_cross_entropy(logits, label.to(device)).backward()
         found[device] = logits.detach().cpu(), torch.cat([p.grad.cpu().flatten() for p in network.parameters() if p.grad is not None])
     for there, here in zip(found["cuda"], found["cpu"]): assert apart(there, here) < 1e-3
@@ -95,7 +95,7 @@ def test_a_search_ends_and_is_read_on_the_processor(config, precision, consisten
     x = torch.randn(1, 3, 64, 80)
     here = load_supernet(config.folder)
     assert not next(here.parameters()).is_cuda
-    with torch.no_grad(): assert apart(here(x), found.trained.model(x.to(own_device()))) < 0.05 # some gate may be near its edge
+    with torch.no_grad(): assert apart(here(x), found.trained.model(x.to(local_device()))) < 0.05 # some gate may be near its edge
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -140,7 +140,7 @@ def test_batches_are_pinned_and_arrive(config):
 
 
 def test_latency_is_measured_where_it_will_run(config):
-    table = measure_costs(make_space(config, 5), (64, 80), "latency", device=own_device())
+    table = measure_costs(make_space(config, 5), (64, 80), "latency", device=local_device())
     assert table.full > 0
 
 

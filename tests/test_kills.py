@@ -69,5 +69,5 @@ def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, start, tmp_path)
             assert ended or process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
             killed += not ended
         same_run(folder, reference, stage, weights)
-    assert "goes on at step" in log.read_text() or KILLS == 1
+    assert "resumes at step" in log.read_text() or KILLS == 1
     print(f"{stage}: {killed} kills, {lives} runs, each equal to the one of {seconds:.0f} s that was left alone")

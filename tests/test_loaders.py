@@ -1,4 +1,4 @@
-"Batches of a run on the official layouts: the same for any number of workers, and blind to the labels of unlabelled images."
+"Batches of a run on the official layouts: the same for any number of workers, and independent of the labels of unlabelled images."
 import dataclasses, subprocess, sys
 
 import numpy as np
@@ -13,11 +13,11 @@ from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.retraining import load_network
-from selfsupnas.stages.searching import unchosen
+from selfsupnas.stages.searching import without_choice_images
 from selfsupnas.data.splits import save_split
 from selfsupnas.data.voc import draw_voc
 
-pytestmark = pytest.mark.filterwarnings("ignore:not one mask of") # drawn trees lack most classes
+pytestmark = pytest.mark.filterwarnings("ignore:no mask of") # drawn trees lack most classes
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_run_goes_on_at_its_step(root, tmp_path):
 
 
 def test_labels_of_unlabelled_images_reach_no_view(root, tmp_path):
-    "Their masks are overwritten; nothing but the diagnosis changes, although the category ratio chooses windows by labels."
+    "Overwritten masks of unlabelled images change only the diagnosis, although the category ratio uses labels."
     config = config_of(root, tmp_path, "cityscapes")
     data = load_training_data(config)
     before = list(make_batches(config, data))
@@ -79,7 +79,7 @@ def test_a_split_that_was_written_is_read_again(root, tmp_path):
 
 
 def test_a_split_file_that_names_a_part_keeps_every_stream_to_it(root, tmp_path):
-    "Each image is painted in the grey of its number: what the batches show are the images of the two lists, and no other."
+    "The grey of each image encodes its number: batches contain only the images of the two lists."
     config = config_of(root, tmp_path, "cityscapes", zoom=(1., 1.), jigsaw_zoom=(1., 1.), crop=None, category_ratio=1., steps=12)
     data = load_training_data(config)
     (tmp_path/"part").mkdir()
@@ -92,21 +92,21 @@ def test_a_split_file_that_names_a_part_keeps_every_stream_to_it(root, tmp_path)
 
 
 def test_images_of_many_sizes_go_through_all_three_stages(root, tmp_path, command):
-    "VOC as it is, cropped for training and whole for evaluation; two workers."
+    "VOC at its own sizes, cropped for training and uncropped for evaluation; two workers."
     small = {"root": root, "size": None, "crop": (64, 64), "label_fraction": "1/4", "steps": 4, "logs": 2, "layers": 3, "channels": 8, "budget": 0.8,
              "batch_labelled": 2, "batch_unlabelled": 2, "batch_jigsaw": 2, "baselines": "()", "latency_repeats": 2, "workers": 2, "category_ratio": 0.9}
     done = command("demo", "--data", "voc_aug", "--folder", "voc", *(w for pair in small.items() for w in ("-p", *pair)), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     record = RunRecord.load(tmp_path/"voc"/"evaluate"/"evaluate-record.json")
     network = load_network(tmp_path/"voc"/"retrain")
-    report = unchosen(load_dataset("voc_aug", "val", root), network.architecture) # two of the four chose the route
+    report = without_choice_images(load_dataset("voc_aug", "val", root), network.architecture) # two of the four chose the route
     assert record.metrics["split"] == "val" and record.metrics["images"] == len(report) == 2 and record.metrics["size"] == [64, 64]
     by_hand = evaluate_segmenter(network, report, progress=False)
     assert record.metrics["rows"]["searched"]["miou"] == pytest.approx(by_hand.miou, abs=1e-3) and "On the val images" in done.stdout
 
 
 def test_a_process_that_leaves_a_loader_unfinished_ends():
-    "Workers that did not listen to their own process once held up its end for ever, where it was one of several."
+    "Regression: workers that ignored their parent process once kept one of several processes from ending."
     code = """
 import multiprocessing, sys
 from selfsupnas.data.datasets import load_dataset

@@ -11,7 +11,7 @@ from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.data.loaders import to_device
 from selfsupnas.train.step import build_multitask_model, objective
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.stages.searching import SearchConfig, halves, load_supernet, make_space, make_phases, search
+from selfsupnas.stages.searching import SearchConfig, split_in_halves, load_supernet, make_space, make_phases, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.loop import train
@@ -106,8 +106,8 @@ def test_gradients_reach_exactly_the_right_parameters(config, kind):
 def test_alternating_turns_split_data_and_parameters(config):
     config = dataclasses.replace(config, update="alternating")
     data = load_training_data(config)
-    a, b = halves(data, config.seed)
-    assert not set(a.both) & set(b.both) and set(a.both) | set(b.both) == set(data.both)
+    a, b = split_in_halves(data, config.seed)
+    assert not set(a.split_ids) & set(b.split_ids) and set(a.split_ids) | set(b.split_ids) == set(data.split_ids)
     model = build_supernet(search_space(config, data))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, dataclasses.replace(config, steps=1), data, phases=make_phases(data, config))

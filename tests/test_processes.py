@@ -49,12 +49,12 @@ def run_case(name, folder):
         with torch.no_grad(): # some gates shut from the start: edges that one process alone takes
             for gate in (m for m in model.modules() if hasattr(m, "threshold")): gate.logits.bias.normal_(0., .2)
         return training.train(model, config, data, BudgetLosses(model, table, config), make_phases(data, config))
-    if name == "stopped" and world().number == 1: stop_at(training, 3)
+    if name == "stopped" and world().rank == 1: stop_at(training, 3)
     try: trained = run()
     except KeyboardInterrupt: trained = run()
     metrics = evaluate_segmenter(trained.model, data.val, progress=False)
     if world().first:
-        write_json(f"{folder}/{name}.json", {"processes": world().count, "history": trained.history, "confusion": metrics.confusion.tolist(), "miou": metrics.miou})
+        write_json(f"{folder}/{name}.json", {"processes": world().size, "history": trained.history, "confusion": metrics.confusion.tolist(), "miou": metrics.miou})
 
 
 def stop_at(training, step):
@@ -103,7 +103,7 @@ def test_two_processes_are_one(runs, name):
 
 def test_a_stop_that_one_process_hears_of_stops_all_and_they_go_on(runs):
     said = runs[2][1]
-    assert said.count("stopped; the same again goes on from step 3") == 1 and said.count("goes on at step 3") == 1
+    assert said.count("stopped; run it again to resume at step 3") == 1 and said.count("resumes at step 3") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

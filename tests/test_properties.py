@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from selfsupnas.space.architecture import Architecture, architecture_from_json, architecture_to_json, derive_greedily, reached
+from selfsupnas.space.architecture import Architecture, architecture_from_json, architecture_to_json, derive_greedily, connected_edges
 from selfsupnas.data.augment import WeakView
 from selfsupnas.rivals import all_open
 from selfsupnas.stages.evaluation import EvaluateConfig
@@ -17,7 +17,7 @@ from selfsupnas.space.cost import count_flops
 from selfsupnas.space.derivation import derive
 from selfsupnas.metrics import Metrics, confusion_matrix
 from selfsupnas.stages.pareto_front import ParetoConfig
-from selfsupnas.space.gate import CLOSED, gate_activation, hold_gates, place_rows, select_rows, watch_gates
+from selfsupnas.space.gate import CLOSED, gate_activation, fix_gates, place_rows, select_rows, record_gates
 from selfsupnas.space.grid import SearchSpace, trace_route
 from selfsupnas.tasks.jigsaw import cut_and_shuffle, jigsaw_accuracy, join_cells, solve_positions, split_cells, unshuffle
 from selfsupnas.space.network import StaticNetwork, inherit
@@ -118,7 +118,7 @@ def test_a_view_moves_an_image_and_its_label_alike(size, wanted, flip, seed):
 @given(architectures(few_spaces))
 def test_the_table_says_what_fvcore_counts(architecture):
     table = table_of(architecture.space)
-    assert static_cost(table, architecture.kept) == count_flops(StaticNetwork(architecture), torch.zeros(1, 3, *table.size))
+    assert static_cost(table, architecture.selected) == count_flops(StaticNetwork(architecture), torch.zeros(1, 3, *table.size))
 
 
 @examples(100)
@@ -130,7 +130,7 @@ def test_another_path_never_costs_less(data, space):
     assume(edge.kind in ("keep", *space.operations) or trace_route(space, kept).get(edge[:2], "absent") != ())
     table = table_of(space)
     assert static_cost(table, kept | {edge}) >= static_cost(table, kept)
-    if edge not in reached(space, kept | {edge}): assert static_cost(table, kept | {edge}) == static_cost(table, kept)
+    if edge not in connected_edges(space, kept | {edge}): assert static_cost(table, kept | {edge}) == static_cost(table, kept)
 
 
 @examples(60)
@@ -140,9 +140,9 @@ def test_what_is_derived_is_within_the_budget_and_part_of_what_was_open(data, sp
     least = static_cost(table, [])
     budget = least + share * (table.full - least)
     found = derive_greedily(space, importance, lambda kept: static_cost(table, kept), budget)
-    assert static_cost(table, found.kept) <= budget
-    assert all(importance[edge] > 0 and weight == importance[edge] for edge, weight in found.kept.items()) and reached(space, found.kept) == set(found.kept)
-    if share == 1: assert set(found.kept) == reached(space, {edge for edge in space.gated() if importance[edge]})
+    assert static_cost(table, found.selected) <= budget
+    assert all(importance[edge] > 0 and weight == importance[edge] for edge, weight in found.selected.items()) and connected_edges(space, found.selected) == set(found.selected)
+    if share == 1: assert set(found.selected) == connected_edges(space, {edge for edge in space.gated() if importance[edge]})
 
 
 @examples(30)
@@ -153,11 +153,11 @@ def test_the_exact_derivation_keeps_what_the_greedy_one_keeps_and_more(data, spa
     budget = least + share * (table.full - least)
     found = derive(space, importance, table, budget, k)
     greedy = derive_greedily(space, importance, lambda kept: static_cost(table, kept), budget)
-    worth = [sum(importance[edge] for edge in one.kept) for one in found]
-    assert 1 <= len(found) <= k and worth[0] >= sum(importance[edge] for edge in greedy.kept) - 1e-6 and worth == sorted(worth, reverse=True)
+    worth = [sum(importance[edge] for edge in one.selected) for one in found]
+    assert 1 <= len(found) <= k and worth[0] >= sum(importance[edge] for edge in greedy.selected) - 1e-6 and worth == sorted(worth, reverse=True)
     for one in found:
-        assert static_cost(table, one.kept) <= budget
-        assert all(importance[edge] > 0 and weight == importance[edge] for edge, weight in one.kept.items()) and reached(space, one.kept) == set(one.kept)
+        assert static_cost(table, one.selected) <= budget
+        assert all(importance[edge] > 0 and weight == importance[edge] for edge, weight in one.selected.items()) and connected_edges(space, one.selected) == set(one.selected)
     for a, b in itertools.combinations(found, 2): assert len(a.edges.keys() ^ b.edges.keys()) >= .1 * len(space.edges())
 
 
@@ -165,9 +165,9 @@ def test_the_exact_derivation_keeps_what_the_greedy_one_keeps_and_more(data, spa
 @given(architectures(few_spaces))
 def test_a_route_of_the_supernet_costs_the_network_and_its_gates(architecture):
     space = architecture.space
-    table, gates = table_of(space), {edge: torch.full((2,), float(architecture.kept.get(edge, 0))) for edge in space.gated()}
+    table, gates = table_of(space), {edge: torch.full((2,), float(architecture.selected.get(edge, 0))) for edge in space.gated()}
     of_gates = sum(table.gates[scale][len(space.gated_at(layer, scale))] for layer, scale in architecture.live)
-    assert realised_cost(table, gates).tolist() == [static_cost(table, architecture.kept) + of_gates] * 2
+    assert realised_cost(table, gates).tolist() == [static_cost(table, architecture.selected) + of_gates] * 2
     if space.layers >= 3: assert float(expected_cost(table, {edge: torch.ones(1).double() for edge in gates})) == pytest.approx(table.full)
 
 
@@ -194,7 +194,7 @@ def test_put_is_the_inverse_of_take(rows, seed):
 def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space, seed):
     network, whole = random_network(lambda: build_supernet(space), seed), all_open(space)
     images = torch.randn(2, 3, 40, 57)
-    with torch.no_grad(), hold_gates(network, gates_from_edges(space, whole.kept)):
+    with torch.no_grad(), fix_gates(network, gates_from_edges(space, whole.selected)):
         assert close(inherit(StaticNetwork(whole), network.state_dict()).eval()(images), network(images))
 
 
@@ -203,7 +203,7 @@ def test_with_every_gate_at_one_the_supernet_is_its_network_with_all_open(space,
 def test_held_to_an_architecture_the_supernet_is_the_network_that_inherits_it(architecture, seed):
     network = random_network(lambda: build_supernet(architecture.space), seed)
     images = torch.randn(2, 3, 40, 57)
-    with torch.no_grad(), hold_gates(network, gates_from_edges(architecture.space, architecture.kept)):
+    with torch.no_grad(), fix_gates(network, gates_from_edges(architecture.space, architecture.selected)):
         assert close(inherit(StaticNetwork(architecture), network.state_dict()).eval()(images), network(images))
 
 
@@ -215,9 +215,9 @@ def test_images_of_a_batch_do_not_meet(data, space, seed):
     images = torch.randn(3, 3, 40, 57)
     held = [gates_from_edges(space, data.draw(weighed(space))) for _ in images]
     with torch.no_grad():
-        with hold_gates(network, {name: torch.stack([h[name] for h in held]) for name in held[0]}), watch_gates(network) as seen: together = network(images)
+        with fix_gates(network, {name: torch.stack([h[name] for h in held]) for name in held[0]}), record_gates(network) as seen: together = network(images)
         for k, one in enumerate(held):
-            with hold_gates(network, one): assert close(together[k:k + 1], network(images[k:k + 1]))
+            with fix_gates(network, one): assert close(together[k:k + 1], network(images[k:k + 1]))
     route = [trace_route(space, [p for p, g in gates_by_edge(space, seen).items() if g[k] > 0]) for k in range(3)]
     for edge, gate in gates_by_edge(space, seen).items(): assert all(edge[:2] in route[k] or gate[k] == 0 for k in range(3))
 

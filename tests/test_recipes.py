@@ -1,4 +1,4 @@
-"The parameter files of the full-size runs: they are what full_size.py writes, what papermill reads, and what the stages take."
+"The parameter files of full-size runs: written by full_size.py, readable by papermill, valid for the stages."
 import dataclasses, os, re, shlex, subprocess, sys
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class TestFile:
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])
 def test_the_command_in_the_header_is_right(stage, tmp_path):
-    "The line as it stands, with another label fraction; papermill prepares the notebook and does not run it."
+    "The command of the header with another label fraction; papermill prepares the notebook without running it."
     text = (ROOT/"nbs"/"runs"/"recipes"/f"voc_aug-16-{stage}.yaml").read_text("utf8")
     start, more = re.search(r"^# Start: (.*)$", text, re.M)[1], re.search(r"For 1/8, add (.*)$", text, re.M)[1]
     (tmp_path/"nbs").symlink_to(ROOT/"nbs")
@@ -86,7 +86,7 @@ def test_depth_and_size_of_a_view_are_what_costs():
 
 @pytest.fixture
 def fresh_accelerator():
-    "accelerate keeps the precision of its first use for the process; other tests have another."
+    "Reset accelerate, which keeps the precision of its first use in a process."
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(True)
     yield
@@ -95,7 +95,7 @@ def fresh_accelerator():
 
 @pytest.mark.parametrize("data", SETS)
 def test_a_recipe_in_miniature_runs(fresh_accelerator, data, tmp_path, monkeypatch):
-    "All of a recipe but its size, on a drawn tree: the search leaves what the retraining asks for."
+    "A recipe at a small size, on drawn data: the retraining finds the results of the search."
     monkeypatch.chdir(tmp_path)
     if data == "cityscapes": root = draw_cityscapes(tmp_path/"drawn", dict(train=6, val=2))
     else: root = draw_voc(tmp_path/"drawn", dict(train=4, val=2, extra=4, test=1))
@@ -108,7 +108,7 @@ def test_a_recipe_in_miniature_runs(fresh_accelerator, data, tmp_path, monkeypat
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])
 def test_a_recipe_can_be_timed(stage, tmp_path, monkeypatch):
-    "In miniature: the same grid of fewer layers, smaller views and batches."
+    "Small: fewer layers, smaller views and batches."
     full = full_size.recipe_config
     def small(name, stage):
         return dataclasses.replace(full(name, stage), **{k: v for k, v in SMALL.items() if k != "steps"}, **({"layers": 6, "channels": 16} if stage == "search" else {}))

@@ -56,7 +56,7 @@ def grid_rival(name, space, size, asked):
 def test_a_rival_of_the_grid_costs_what_was_asked(name, space, size, gflops):
     found = grid_rival(name, space, size, 1e9 * gflops)
     assert abs(count_cost(StaticNetwork(found), size).gflops / gflops - 1) <= .03
-    assert set(found.kept.values()) == {1.}
+    assert set(found.selected.values()) == {1.}
     changed = {key: value for key, value in dataclasses.asdict(found.space).items() if value != getattr(space, key)}
     assert set(changed) <= {"thinner": {"channels"}, "fine": {"channels"}, "shallower": {"channels", "layers"}, "batch_norm_route": set()}[name]
     if name == "fine": assert {edge.scale for edge in found.edges} <= {0, 1} and found.coarsest <= 1

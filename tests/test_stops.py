@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on(way, moment, stop, whole, start, table, tmp_path)
     process.join()
     again = log.read_text()[len(said):]
     assert process.exitcode == 0, again[-2000:]
-    if left and left < STEPS: assert f"goes on at step {left} " in again
+    if left and left < STEPS: assert f"resumes at step {left} " in again
     same_run(folder, whole)
     assert not (folder/"search-running.ipynb").exists() and not list(folder.glob("*-failed.ipynb"))
     line = next((line for line in reversed(said.splitlines()) if "stopped" in line or "cannot write" in line), "").replace(f"{tmp_path}/", "")

@@ -1,4 +1,4 @@
-"A sweep: its grid and its table, without training; in miniature with real processes, through the pool of this machine and through submitit's local queue."
+"A sweep: its grid and table without training, and small sweeps with real processes on this machine and through submitit's local queue."
 import functools, subprocess, sys
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Ended:
 
 
 def pretend(started, broken, config, name, stage, parameters, slot):
-    "Leaves a record with made-up metrics, or fails."
+    "Writes a record with made-up metrics, or fails."
     started.append(name)
     if name in broken: return Ended(1)
     metrics = {"derived_inherited_val_miou": parameters["budget"] / 2 + parameters["seed"] / 100, "realised_share": parameters["budget"], "derived_gflops": 1.}
@@ -80,7 +80,7 @@ def test_only_what_has_no_record_is_made(tmp_path, capsys):
     table = sweep_table(config, runs, grid)
     rows = {line.split("|")[1].strip(): line for line in table.splitlines()}
     assert "0.155" in rows["0.3"] and "0.255" in rows["0.5"] and "n=2" in rows["0.3"] and "val mIoU, supernet" not in table
-    with pytest.raises(ValueError, match="steps = 100, and 200"): run_sweep(config, members("search", grid, {"steps": 200}), forbidden, pause=0.)
+    with pytest.raises(ValueError, match="steps = 100, not 200"): run_sweep(config, members("search", grid, {"steps": 200}), forbidden, pause=0.)
 
 
 def test_a_run_of_another_network_is_not_made_in_its_place(tmp_path):
@@ -93,7 +93,7 @@ def test_a_run_of_another_network_is_not_made_in_its_place(tmp_path):
 
 @pytest.mark.long
 def test_a_job_is_seen_as_a_process(tmp_path):
-    "By submitit's local queue: a command that ends well, and one that is wrong and says why."
+    "With submitit's local queue: a command that succeeds, and an invalid one that gives a reason."
     executor, log = make_executor(tmp_path/"queue", {"cluster": "local", "timeout_min": 5}), tmp_path/"wrong.log"
     right, wrong = (Job(executor.submit(subprocess.run, [sys.executable, *COMMAND, "search", *words], check=True), log) for words in (["--parameters"], ["-p", "steps", "none"]))
     assert wait_until(lambda: right.poll() is not None and wrong.poll() is not None)

@@ -324,21 +324,21 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     "A student whose edges drop and whose batch norm is that of several processes, and a rival with dropout."
     from selfsupnas.rivals import build_baseline
     from selfsupnas.distributed import SynchronisedNorm
-    from selfsupnas.stages.retraining import recalibrate
-    from selfsupnas.stages.searching import plain_images, recalibrated
+    from selfsupnas.stages.retraining import recalibrated_metrics
+    from selfsupnas.stages.searching import plain_images, recalibrate_batch_norm
     from selfsupnas.train.loop import TrainResult
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)
     first, second = (build_supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
-    plain = recalibrated(copy.deepcopy(second), images := plain_images(config, data, 6))
+    plain = recalibrate_batch_norm(copy.deepcopy(second), images := plain_images(config, data, 6))
     second.drop_path(.9)
     for module in second.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
     from selfsupnas.metrics import ImageSubset, evaluate_segmenter
     report = ImageSubset(data.val, data.val.ids[:8])
-    metrics = recalibrate(TrainResult(first, None, second, [], 0., None), config, data, report)
+    metrics = recalibrated_metrics(TrainResult(first, None, second, [], 0., None), config, data, report)
     assert metrics["student_recalibrated_val_miou"] == pytest.approx(evaluate_segmenter(plain, report, progress=False).miou, abs=1e-9)
     rival = build_baseline("deeplabv3_mobilenet_v3_large", 5)
-    once, again = (recalibrated(copy.deepcopy(rival), images) for _ in range(2))
+    once, again = (recalibrate_batch_norm(copy.deepcopy(rival), images) for _ in range(2))
     for (name, a), b in zip(once.named_buffers(), again.buffers()): assert torch.equal(a, b), name
     assert [m.p for m in once.modules() if isinstance(m, torch.nn.Dropout)] == [.5]

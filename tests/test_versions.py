@@ -48,7 +48,7 @@ def test_a_finished_run_is_read_and_not_made_again(stage, here, capsys):
     record = load(config.folder).record
     assert record.stage == stage and not set(RENAMED) & {*record.parameters, *record.metrics}
     assert len(record.metrics) == len(before["figures"]) and len(record.parameters) == len(before["parameters"])
-    assert run(config).record == record and "has this very run" in capsys.readouterr().out
+    assert run(config).record == record and "holds this run" in capsys.readouterr().out
     assert old_record(config.folder) == before, "the file stays as it was"
 
 
@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on(stage, miou, here, capsys):
     shutil.rmtree(f"{stage}/split")
     assert read_checkpoint(f"{stage}/checkpoint-000003.pt")["step"] == 3
     record = run(config).record
-    assert "goes on at step 3" in capsys.readouterr().out
+    assert "resumes at step 3" in capsys.readouterr().out
     assert record.metrics[miou] == pytest.approx(before[miou], abs=5e-3)
     assert record.metrics["labels_consumed"] == before["labels_consumed"]
 

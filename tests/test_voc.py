@@ -1,4 +1,4 @@
-"PASCAL VOC 2012 and SBD against torchvision's readers, in the numbers of the archives, and palette PNGs there and back."
+"PASCAL VOC 2012 and SBD against torchvision's readers and the published counts, and the round trip of palette PNGs."
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,7 +39,7 @@ def test_torchvision_reads_the_same_masks_of_sbd(tree):
 
 
 def test_counts_of_the_archives(tmp_path):
-    "Empty files in the numbers of the archives; SBD's lists cut across VOC's, as they really do."
+    "As many empty files as in the archives; SBD's lists overlap VOC's, as in the originals."
     base, sbd = tmp_path/"VOCdevkit"/"VOC2012", tmp_path/"benchmark_RELEASE"/"dataset"
     lists = base/"ImageSets"/"Segmentation"
     for folder in (base/"JPEGImages", base/"SegmentationClass", lists, sbd/"cls"): folder.mkdir(parents=True)

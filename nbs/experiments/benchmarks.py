@@ -1,13 +1,13 @@
-"""Time and memory of a search step, of a derived network and of what follows, as ratios.
+"""Time and memory of search steps, derived networks and evaluation, as ratios.
 
     python nbs/experiments/benchmarks.py step closed --device cuda --precision bf16
     python nbs/experiments/benchmarks.py removal -p folder runs/terms -p steps 10
     python nbs/experiments/benchmarks.py loader -p folder runs/loader -p workers 2 -p steps 20
 
-Without names all parts are measured, and each leaves FOLDER/PART/speed-record.json; a part with a
-record is not measured again. The speed of a shared machine drifts by a factor of two within a
-minute, so calls are timed in turns in one process, and a figure is the median of the ratios of
-its turns. `speed.ipynb` shows what was measured.
+Without names all parts are measured. Each writes FOLDER/PART/speed-record.json; a part that has a
+record is skipped. The speed of a shared machine may change by a factor of two within a minute, so
+calls are timed in turns in one process, and a result is the median of the ratios over the turns.
+`speed.ipynb` shows the results.
 """
 import argparse, dataclasses, json, subprocess, sys, tempfile, time
 from contextlib import nullcontext
@@ -22,14 +22,14 @@ from torch.overrides import TorchFunctionMode
 from full_size import step_flops, step_memory, view_table
 from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed_memory
 from selfsupnas.data.loaders import to_device
-from selfsupnas.export import export_onnx, fold_batch_norm, largest_gap, onnx_network
+from selfsupnas.export import export_onnx, fold_batch_norm, max_relative_difference, load_onnx
 from selfsupnas.metrics import check_logits, confusion_matrix
 from selfsupnas.cli import parse_parameters
 from selfsupnas.rivals import build_baseline, random_architecture
 from selfsupnas.space.budget import measure_costs, realised_cost, static_cost
-from selfsupnas.space.cell import GatedCell, SparseFeatures, weigh
+from selfsupnas.space.cell import GatedCell, SparseFeatures, scale_features
 from selfsupnas.space.cost import count_cost
-from selfsupnas.space.gate import hold_gates, watch_gates
+from selfsupnas.space.gate import fix_gates, record_gates
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, gate_name, gates_by_edge
@@ -37,23 +37,23 @@ from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.train.batches import load_training_data, make_batches
-from selfsupnas.train.loop import (make_optimiser, make_parts, seed_step, state_before,
+from selfsupnas.train.loop import (make_optimiser, build_training_parts, seed_step, forward_state,
                                    step_weights, take_step, train)
 from selfsupnas.train.step import objective
 from selfsupnas.zoo import load
 
 HERE = Path(__file__).resolve().parent
 
-# ---- Timing: what each term of a search costs, and whether the data keep up
+# ---- Timing of each term of a search, and of the loader
 
-def train_aside(model, config: SearchConfig, data, cost) -> float: # ms of a step, median
-    "A training in a temporary folder: none goes on from another's checkpoint."
+def time_training(model, config: SearchConfig, data, cost) -> float:
+    "Median ms per step of a training in a temporary folder, which never resumes a checkpoint."
     with tempfile.TemporaryDirectory() as folder:
         return train(model, dataclasses.replace(config, folder=folder), data, cost).step_ms
 
 def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
-    """Median step time (ms) of the search with no term removed and with each removed, in turns,
-    each from a fresh supernet with all edges open; leaves terms-record.json in `config.folder`."""
+    """Median step time (ms) of the search with all terms and without each, in turns, each from a
+    new supernet with all edges open; writes terms-record.json to `config.folder`."""
     config = dataclasses.replace(config, ramp=(0., 0.), cost_ramp=(0., 0.), logs=1, w_cost=1e-9,
                                  budget_gain=0., w_binary=0.)
     data = load_training_data(config)
@@ -66,30 +66,30 @@ def time_terms(config: SearchConfig, rounds: int = 3) -> RunRecord:
             variant = dataclasses.replace(config, **dict.fromkeys(weights, 0.))
             model = build_supernet(table.space, gate=config.gate)
             cost = BudgetLosses(model, table, variant) if variant.w_cost else None
-            times[name].append(train_aside(model, variant, data, cost))
+            times[name].append(time_training(model, variant, data, cost))
     record = RunRecord("terms", Path(config.folder).name, dataclasses.asdict(config),
                        config.seed, {}, {k: sorted(v)[rounds // 2] for k, v in times.items()})
     record.save(config.folder)
     return record
 
 def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
-    """Median ms of a search step with all terms, without the making of its batches, and of the
-    loader alone making them, in turns; leaves loader-record.json in `config.folder`."""
+    """Median ms of a search step without its loader, and of the loader alone, in turns; writes
+    loader-record.json to `config.folder`."""
     config = dataclasses.replace(config, ramp=(0., 0.), logs=1)
     data = load_training_data(config)
     table = make_table(config, data)
-    alone = dataclasses.replace(config, workers=0) # no worker competes with the step that is timed
+    alone = dataclasses.replace(config, workers=0) # no worker competes with the timed step
     def step():
         model = build_supernet(table.space, gate=config.gate)
-        return train_aside(model, alone, data, BudgetLosses(model, table, config))
+        return time_training(model, alone, data, BudgetLosses(model, table, config))
     def batches():
-        # the first fill the workers' queues
-        many, begun = dataclasses.replace(config, steps=20 + 10 * config.steps), 20
-        drawn = make_batches(many, data)
-        for _ in range(begun): next(drawn)
+        warmup = 20 # fills the queues of the workers
+        longer = dataclasses.replace(config, steps=warmup + 10 * config.steps)
+        loader = make_batches(longer, data)
+        for _ in range(warmup): next(loader)
         start = time.perf_counter()
-        for _ in drawn: pass
-        return 1e3 * (time.perf_counter() - start) / (many.steps - begun)
+        for _ in loader: pass
+        return 1e3 * (time.perf_counter() - start) / (longer.steps - warmup)
     times = [(step(), batches()) for _ in range(rounds)]
     step_ms, loader_ms = (sorted(column)[rounds // 2] for column in zip(*times))
     record = RunRecord("loader", Path(config.folder).name, dataclasses.asdict(config),
@@ -99,30 +99,30 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
     record.save(config.folder)
     return record
 
-# ---- Speed: calls in turns, with a large matrix product as the yardstick
+# ---- Speed: calls timed in turns, relative to a large matrix product
 
 @dataclass
 class SpeedConfig:
-    "What the parts of the benchmark measure."
-    folder: str = "runs/speed" # where the records are written
+    "Parameters of the parts of the benchmark."
+    folder: str = "runs/speed" # of the records
     device: str = "cpu" # or cuda
-    precision: str = "no" # bf16 or fp16: autocast, where the device has them
+    precision: str = "no" # bf16 or fp16: autocast, if the device supports it
     layers: int = 16 # of the grid
     channels: int = 64 # C0 of the grid
     num_classes: int = 19 # of Cityscapes
-    images: int = 4 # of a step, for each term; the published step: 8, with size 768 768
+    images: int = 4 # per term and step; the published step has 8, with size 768 768
     size: tuple[int, int] = (256, 256) # (height, width) of a view
-    rounds: int = 7 # turns that each call gets, after one that does not count
-    turn: float = 0.2 # seconds that a call shorter than that is repeated for in its turn
-    network: str = "camvid-eighth" # the discovered network, see selfsupnas.zoo
-    rival: str = "deeplabv3_resnet50" # what it is compared with
+    rounds: int = 7 # timed turns of each call, after one warm-up turn
+    turn: float = 0.2 # seconds of a turn: shorter calls are repeated
+    network: str = "camvid-eighth" # derived network, see selfsupnas.zoo
+    rival: str = "deeplabv3_resnet50" # hand-crafted network for comparison
     network_size: tuple[int, int] = (360, 480) # (height, width) of an image for both
 
     def __post_init__(self):
         check_fields(self, least=dict(layers=1, images=2, rounds=1, num_classes=2),
                      choices=dict(precision=("no", "bf16", "fp16")))
         if self.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}, and no GPU is to be had here")
+            raise ValueError(f"device={self.device!r}, but there is no GPU")
 
     @property
     def space(self) -> SearchSpace:
@@ -137,14 +137,14 @@ class SpeedConfig:
                 else torch.autocast(self.device.split(":")[0], self.dtype))
 
 def in_turns(calls: dict, # name -> function without arguments
-             config: SpeedConfig) -> dict: # name -> seconds of each round
-    """Time the calls in turns, after one round that does not count; a short call is repeated in its
-    turn, and a GPU is waited for."""
+             config: SpeedConfig) -> dict:
+    """Seconds of each round by name. The calls are timed in turns after a warm-up; short calls are
+    repeated, and a GPU is synchronised."""
     def seconds(call, repeats):
-        wait = torch.cuda.synchronize if config.device != "cpu" else lambda: None
-        wait(); start = time.perf_counter()
+        synchronise = torch.cuda.synchronize if config.device != "cpu" else lambda: None
+        synchronise(); start = time.perf_counter()
         for _ in range(repeats): call()
-        wait()
+        synchronise()
         return (time.perf_counter() - start) / repeats
     once = {name: seconds(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, min(20, int(config.turn / s))) for name, s in once.items()}
@@ -155,23 +155,23 @@ def in_turns(calls: dict, # name -> function without arguments
 def median(values) -> float: return sorted(values)[len(values) // 2]
 
 def ratio(times: dict, one: str, other: str) -> float:
-    "The median over the rounds of one call's seconds divided by the other's."
+    "Median over the rounds of the seconds of one call divided by those of the other."
     return median([a / b for a, b in zip(times[one], times[other])])
 
-def matrix_product(config: SpeedConfig, n: int = 2048): # a call, and its floating point operations
-    "The yardstick: the product of two n x n matrices."
+def matrix_product(config: SpeedConfig, n: int = 2048) -> tuple:
+    "The product of two n x n matrices as a call, and its number of floating point operations."
     a, b = torch.randn(2, n, n, device=config.device, dtype=config.dtype)
     return lambda: a @ b, 2 * n**3
 
 class PlainCell(GatedCell):
-    "A gated cell by the textbook: each edge is computed, enlarged, then multiplied by its gate."
+    "A textbook gated cell: each edge is computed, resized, then multiplied by its gate."
     def forward(self, sparse: SparseFeatures, finer_size=None) -> dict:
-        gates, output = self.gate(*sparse), self.compute(sparse.features)
-        return {kind: SparseFeatures(weigh(self.edge_output(kind, output, finer_size), g))
+        gates, output = self.gate(*sparse), self.apply_operations(sparse.features)
+        return {kind: SparseFeatures(scale_features(self.edge_output(kind, output, finer_size), g))
                 for kind, g in zip(self.kinds, gates.unbind(1))}
 
 def plain_supernet(space: SearchSpace) -> RoutingNetwork:
-    "The supernet of plain cells: nothing is skipped, nothing happens in place."
+    "The supernet of plain cells, without skipped edges and in-place operations."
     network = RoutingNetwork(space, {cell: PlainCell(space.channels_at(cell[1]), space.operations,
                                                      space.kinds_at(*cell))
                                      for cell in space.cells()})
@@ -180,9 +180,9 @@ def plain_supernet(space: SearchSpace) -> RoutingNetwork:
     return network
 
 def make_step(network: nn.Module, config: SpeedConfig, images: int | None = None,
-              size: tuple | None = None, last: bool = True, # last: the channels, in memory
+              size: tuple | None = None, last: bool = True, # last: channels last in memory
               optimiser=lambda network: make_optimiser(network, SearchConfig())):
-    """A function that takes one training step on labelled images drawn once: forward, pixel
+    """Returns a function that takes one training step on random labelled images: forward, pixel
     cross-entropy, backward, optimiser."""
     draw = torch.Generator().manual_seed(0)
     shape = images or config.images, *(size or config.size)
@@ -190,46 +190,47 @@ def make_step(network: nn.Module, config: SpeedConfig, images: int | None = None
     network = network.to(config.device, memory_format=layout).train()
     x = torch.randn(shape[0], 3, *shape[1:], generator=draw).to(config.device, memory_format=layout)
     y = torch.randint(config.num_classes, shape, generator=draw).to(config.device)
-    steps = optimiser(network)
+    optim = optimiser(network)
     def step():
         with config.autocast(): loss = pixel_cross_entropy(network(x), y)
         loss.backward()
-        steps.step()
-        steps.zero_grad(set_to_none=True)
+        optim.step()
+        optim.zero_grad(set_to_none=True)
         return loss.detach()
     return step
 
 class Convolutions(TorchFunctionMode):
-    """`with Convolutions() as noted: network(x)` notes the arguments of each convolution in
-    `noted.all`."""
+    """`with Convolutions() as recorded: network(x)` records the arguments of each convolution in
+    `recorded.all`."""
     def __init__(self):
         super().__init__()
         self.all = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.conv2d:
-            x, weight, bias, *others = args
-            self.all.append((x.shape, x.requires_grad, weight, others))
+            x, weight, bias, *options = args
+            self.all.append((x.shape, x.requires_grad, weight, options))
         return function(*args, **(kwargs or {}))
 
-def replay(network: nn.Module, config: SpeedConfig): # -> a function without arguments
-    "The network's convolutions of a training step alone, forward and backward."
+def replay(network: nn.Module, config: SpeedConfig):
+    "Returns a function that computes only the convolutions of a training step and their gradients."
     x = torch.randn(config.images, 3, *config.size, device=config.device)
-    with Convolutions() as noted, config.autocast(): network.train()(x)
+    with Convolutions() as recorded, config.autocast(): network.train()(x)
     layout, features = torch.channels_last, {}
-    for shape, *_ in noted.all:
+    for shape, *_ in recorded.all:
         features[shape] = torch.randn(shape, device=config.device).contiguous(memory_format=layout)
     def run():
         with config.autocast():
-            for shape, learns, weight, others in noted.all:
-                x = features[shape].detach().requires_grad_(learns)
-                y = F.conv2d(x, weight, None, *others)
-                torch.autograd.grad(y, [x, weight] if learns else [weight], torch.ones_like(y))
+            for shape, needs_grad, weight, options in recorded.all:
+                x = features[shape].detach().requires_grad_(needs_grad)
+                y = F.conv2d(x, weight, None, *options)
+                torch.autograd.grad(y, [x, weight] if needs_grad else [weight],
+                                    torch.ones_like(y))
     return run
 
-def step_part(config: SpeedConfig) -> tuple[dict, dict]: # metrics, seconds
-    """Shares of the yardstick: of the search step, all gates open, of the plain implementation, and
-    of the convolutions alone."""
+def step_part(config: SpeedConfig) -> tuple[dict, dict]:
+    """Metrics and seconds: speed, relative to the matrix product, of the search step with all gates
+    open, the plain implementation, and the convolutions alone."""
     ours, (product, product_flops) = build_supernet(config.space), matrix_product(config)
     macs = config.images * count_cost(ours, config.size).flops
     def adamw(network): return torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -238,7 +239,8 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]: # metrics, seconds
     times = in_turns({"yardstick": product, "plain": plain, "plain, channels last": plain_last,
                       "ours": make_step(ours, config), "convolutions": replay(ours, config)},
                      config)
-    per_step = 6 * macs / product_flops # yardsticks' worth of operations: 3 passes, 2 each
+    # in matrix products: 3 passes, 2 operations per multiply-add
+    per_step = 6 * macs / product_flops
     metrics = {"multiply_adds": macs,
                "yardstick_gflops": product_flops / median(times["yardstick"]) / 1e9}
     for name in list(times)[1:]:
@@ -246,28 +248,28 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]: # metrics, seconds
         metrics[f"{name}: times ours"] = ratio(times, name, "ours")
     return metrics, times
 
-def closed_gates(config: SpeedConfig, p: float) -> dict: # p: share that is shut; for hold_gates
-    "Gates by name, (images, edges), each 0 with probability p, else 0.9."
+def closed_gates(config: SpeedConfig, p: float) -> dict:
+    "Gates by name for `fix_gates`, (images, edges), each 0 with probability p, else 0.9."
     draw, space = torch.Generator().manual_seed(0), config.space
     def gates(cell): return torch.rand(config.images, len(space.kinds_at(*cell)), generator=draw)
     return {gate_name(*cell): .9 * (gates(cell) >= p).float().to(config.device)
             for cell in space.cells()}
 
 def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, dict]:
-    """How much faster a step is with a share of the edges shut at random, image by image, and the
-    most that the multiply-adds left allow."""
+    """Speed-up of a step with a share of the edges closed at random, image by image, and its upper
+    bound from the remaining multiply-adds."""
     network = build_supernet(config.space)
     step, table = make_step(network, config), measure_costs(config.space, config.size)
     x, calls, metrics = torch.randn(config.images, 3, *config.size, device=config.device), {}, {}
-    def held(values):
+    def with_gates(values):
         def call():
-            with hold_gates(network, values): step()
+            with fix_gates(network, values): step()
         return call
     for p in (0., *shares):
         values = closed_gates(config, p)
-        with torch.no_grad(), hold_gates(network, values), watch_gates(network) as seen: network(x)
-        calls[f"{p:g}"] = held(values)
-        cost = realised_cost(table, gates_by_edge(config.space, seen)).mean().item()
+        with torch.no_grad(), fix_gates(network, values), record_gates(network) as gates: network(x)
+        calls[f"{p:g}"] = with_gates(values)
+        cost = realised_cost(table, gates_by_edge(config.space, gates)).mean().item()
         metrics[f"{p:g}: multiply-adds left"] = cost / table.full
     times = in_turns(calls, config)
     for p in shares:
@@ -275,17 +277,17 @@ def closed_part(config: SpeedConfig, shares: tuple = (.5, .75)) -> tuple[dict, d
         metrics[f"{p:g}: at most"] = 1 / metrics[f"{p:g}: multiply-adds left"]
     return metrics, times
 
-def fitted_line(work: list, seconds: list) -> dict: # slope, intercept, r2
-    "The least-squares line of seconds over work."
+def fitted_line(work: list, seconds: list) -> dict:
+    "Slope, intercept and r2 of the least-squares line of seconds over work."
     x, y = torch.tensor([work, seconds], dtype=torch.float64)
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean())**2).sum()
-    left = y - y.mean() - slope * (x - x.mean())
+    residual = y - y.mean() - slope * (x - x.mean())
     return {"slope": slope.item(), "intercept": (y.mean() - slope * x.mean()).item(),
-            "r2": 1 - (left.square().sum() / (y - y.mean()).square().sum()).item()}
+            "r2": 1 - (residual.square().sum() / (y - y.mean()).square().sum()).item()}
 
 def scaling_part(config: SpeedConfig, images: tuple = (1, 2, 4, 8), layers: tuple = (4, 8, 16, 24),
                  sides: tuple = (192, 384, 576, 768)) -> tuple[dict, dict]:
-    "Lines of a step's seconds over images, pixels and layers: a line if only the work takes time."
+    "Lines fitted to the seconds of a step over images, pixels and layers."
     def step(n=2, side=config.size[0], depth=config.layers):
         network = build_supernet(dataclasses.replace(config.space, layers=depth))
         return make_step(network, config, n, (side, side))
@@ -298,25 +300,24 @@ def scaling_part(config: SpeedConfig, images: tuple = (1, 2, 4, 8), layers: tupl
     return {kind: {"work": list(steps), **fitted_line(list(steps), seconds(kind))}
             for kind, steps in calls.items()}, times
 
-# ---- Memory: how far a step raises what is in use, and which batches fit
+# ---- Memory: the peak of a step, and the largest batches
 
-WAYS = ("plain, keeping all", "plain", "ours", "recompute") # to take a step, with the same loss
+WAYS = ("plain, keeping all", "plain", "ours", "recompute") # implementations of the same step
 
 class Results(TorchFunctionMode):
-    "Within the block every tensor that an operation returns is kept."
+    "Context that keeps every tensor returned by an operation."
     def __init__(self):
         super().__init__()
-        self.kept = []
+        self.tensors = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.kept.append(result := function(*args, **(kwargs or {})))
+        self.tensors.append(result := function(*args, **(kwargs or {})))
         return result
 
-def step_in_way(name: str, config: SpeedConfig): # a function that takes a step
-    """The step in one of `WAYS`: `plain, keeping all` holds every intermediate result until the
-    gradient is done, `recompute` computes a cell again when its gradient is due."""
-    network = (plain_supernet if "plain" in name
-               else build_supernet)(config.space)
+def step_in_way(name: str, config: SpeedConfig):
+    """Returns a function that takes the step in one of `WAYS`: `plain, keeping all` keeps every
+    intermediate result, `recompute` computes each cell again for its gradient."""
+    network = (plain_supernet if "plain" in name else build_supernet)(config.space)
     network.recompute = name == "recompute"
     step = make_step(network, config, last="plain" not in name)
     if name != "plain, keeping all": return step
@@ -324,43 +325,43 @@ def step_in_way(name: str, config: SpeedConfig): # a function that takes a step
         with Results(): return step()
     return keeping
 
-def peak_bytes(name: str, config: SpeedConfig) -> int: # run in a process of its own
-    """How far the second of two steps raises the memory in use over what it was before the first,
-    by the allocator of a GPU or by Linux."""
+def peak_bytes(name: str, config: SpeedConfig) -> int:
+    """Peak of the memory in use during two steps, minus that before them, by the allocator of a GPU
+    or by Linux; needs a process of its own."""
     step = step_in_way(name, config)
     if config.device != "cpu":
         before = torch.cuda.memory_allocated()
         step(); step()
         return torch.cuda.max_memory_allocated() - before
-    def by_system(what): # bytes
-        line = next(line for line in open("/proc/self/status") if line.startswith(what))
+    def by_system(field): # bytes
+        line = next(line for line in open("/proc/self/status") if line.startswith(field))
         return 1024 * int(line.split()[1])
-    Path("/proc/self/clear_refs").write_text("5") # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5") # resets the peak
     before = by_system("VmRSS")
     step(); step()
     return by_system("VmHWM") - before
 
 def peak_alone(name: str, config: SpeedConfig) -> int:
-    "`peak_bytes` in a process of its own, whose allocator holds nothing of an earlier step."
+    "`peak_bytes` in a new process, so that earlier steps have no effect."
     parameters = json.dumps(dataclasses.asdict(config))
     code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); "
             "from benchmarks import SpeedConfig, peak_bytes; "
             f"print(peak_bytes({name!r}, SpeedConfig(**json.loads({parameters!r}))))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{name}: {done.stderr}")
-    return int(done.stdout.split()[-1])
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if process.returncode: raise RuntimeError(f"{name}: {process.stderr}")
+    return int(process.stdout.split()[-1])
 
 def computed_bytes(config: SpeedConfig, images: int, recompute: bool) -> float:
-    "The least bytes of a step with labels alone, by `full_size.step_memory`."
-    labels_alone = SearchConfig(batch_labelled=images, w_jig=0., w_semi=0.,
-                                precision=config.precision, recompute=recompute)
-    return step_memory(labels_alone, config.space, config.size)
+    "Lower bound of the bytes of a step with only labels, by `full_size.step_memory`."
+    only_labels = SearchConfig(batch_labelled=images, w_jig=0., w_semi=0.,
+                               precision=config.precision, recompute=recompute)
+    return step_memory(only_labels, config.space, config.size)
 
 def memory_part(config: SpeedConfig) -> tuple[dict, dict]:
-    """Peaks of the ways to take a step, as shares of the plain one's; the seconds of `recompute`;
-    bytes an image, measured and computed."""
+    """Memory peaks of the implementations relative to the plain one; the seconds of `recompute`;
+    bytes per image, measured and computed."""
     if config.device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        raise ValueError("the peak of a process is read from /proc, which Linux has: take a GPU")
+        raise ValueError("the memory peak is read from /proc: use Linux or a GPU")
     peaks = {name: peak_alone(name, config) for name in WAYS}
     times = in_turns({name: step_in_way(name, config) for name in WAYS[2:]}, config)
     metrics = {f"{name}: bytes": peak for name, peak in peaks.items()}
@@ -376,10 +377,10 @@ def memory_part(config: SpeedConfig) -> tuple[dict, dict]:
             "largest batch": largest_batches(config)}, times
 
 def largest_batches(config: SpeedConfig, memories: tuple = (24, 80), # of a GPU, 1e9 bytes
-                    # usable: the share that the allocator does not lose
-                    size: tuple = (768, 768), usable: float = .9) -> dict: # name -> images
-    """How many labelled, unlabelled and jigsaw images each a step of the search can have on views
-    of that size, computed: precision, and with or without `recompute`."""
+                    # usable: share of the memory without the allocator's losses
+                    size: tuple = (768, 768), usable: float = .9) -> dict:
+    """The largest number of labelled, unlabelled and jigsaw images each in a step of the search,
+    computed for both precisions, with and without `recompute`."""
     def fits(n, precision, recompute, memory):
         search = SearchConfig(batch_labelled=n, batch_unlabelled=n, batch_jigsaw=n,
                               optimiser="sgd", precision=precision, recompute=recompute)
@@ -388,10 +389,10 @@ def largest_batches(config: SpeedConfig, memories: tuple = (24, 80), # of a GPU,
             next(n for n in range(1000) if not fits(n + 1, precision, recompute, memory))
             for memory in memories for precision in ("no", "bf16") for recompute in (False, True)}
 
-# ---- The terms of a search step, and what is beside them
+# ---- The terms of a search step, and its other parts
 
 class SearchStep:
-    "One search step as `train` takes it, on one batch, and its parts; all edges stay open."
+    "One search step as in `train`, on one batch, and its parts; all edges stay open."
     def __init__(self, config: SpeedConfig, data, folder: str, **changes): # of SearchConfig
         from accelerate import Accelerator
         n = config.images
@@ -404,7 +405,7 @@ class SearchStep:
         self.table = view_table(space, config.size, c.gate)
         network = build_supernet(space, gate=c.gate)
         self.cost = BudgetLosses(network, self.table, c) if c.w_cost else None
-        self.parts = make_parts(network, c, self.accelerator)
+        self.parts = build_training_parts(network, c, self.accelerator)
         self.parts["multitask"].train()
         self.network, self.optimiser = self.accelerator.prepare(self.parts["multitask"],
                                                                 self.parts["optimiser"])
@@ -414,7 +415,7 @@ class SearchStep:
                         for name, b in next(self.views).items()}
 
     def __call__(self):
-        weights, before = step_weights(self.config, 1., self.cost), state_before(self.parts)
+        weights, before = step_weights(self.config, 1., self.cost), forward_state(self.parts)
         charge = self.cost and (lambda gates: self.cost(gates, 1.))
         with self.accelerator.autocast():
             losses, metrics = objective(self.network, self.parts["multitask"],
@@ -426,16 +427,16 @@ class SearchStep:
                   self.config, 1, before)
 
 def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
-    """The step with all terms against one with labels alone, by seconds and by multiply-adds, and
-    the shares of views, gates (against static ones), budget and teacher in it."""
+    """The step with all terms relative to one with only labels, in seconds and multiply-adds, and
+    its shares of views, gates (relative to static gates), budget and teacher."""
     with tempfile.TemporaryDirectory() as folder:
         data = load_training_data(SearchConfig(folder=folder, size=config.size))
-        alone = dict(w_jig=0., w_semi=0., w_cost=0., w_binary=0.)
-        kinds = {"all terms": {}, "labels alone": alone, "static gates": dict(gate="static")}
+        only_labels = dict(w_jig=0., w_semi=0., w_cost=0., w_binary=0.)
+        kinds = {"all terms": {}, "labels alone": only_labels, "static gates": dict(gate="static")}
         steps = {name: SearchStep(config, data, folder, precision=config.precision, **changes)
                  for name, changes in kinds.items()}
         whole = steps["all terms"]
-        with torch.no_grad(), watch_gates(whole.parts["multitask"].model) as gates:
+        with torch.no_grad(), record_gates(whole.parts["multitask"].model) as gates:
             whole.parts["multitask"].model(torch.cat([whole.batches["labelled"]["image"],
                                                     whole.batches["unlabelled"]["weak"]]))
         gates = {name: g.detach().requires_grad_() for name, g in gates.items()}
@@ -445,20 +446,20 @@ def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
         times = in_turns(calls, config)
     times["gates"] = [a - b for a, b in zip(times["all terms"], times["static gates"])]
     flops = {name: step_flops(step.config, step.table) for name, step in steps.items()}
-    more = flops["all terms"] / flops["labels alone"]
-    beside = {name: ratio(times, name, "all terms") for name in ("views", "gates", "budget",
+    work = flops["all terms"] / flops["labels alone"]
+    parts = {name: ratio(times, name, "all terms") for name in ("views", "gates", "budget",
                                                                  "teacher")}
     return {"times as long": ratio(times, "all terms", "labels alone"),
-            "times the multiply-adds": more,
-            "time over multiply-adds": ratio(times, "all terms", "labels alone") / more,
-            **{f"{name}: share of the step": share for name, share in beside.items()},
-            "beside the terms": sum(beside.values())}, times
+            "times the multiply-adds": work,
+            "time over multiply-adds": ratio(times, "all terms", "labels alone") / work,
+            **{f"{name}: share of the step": share for name, share in parts.items()},
+            "beside the terms": sum(parts.values())}, times
 
-# ---- The discovered network, derivation, evaluation
+# ---- The derived network, derivation, evaluation
 
 def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tuple[dict, dict]:
-    """Multiply-adds and milliseconds of the discovered network and of its rival, one image at a
-    time, batch norm folded, in PyTorch (channels last) and in ONNX Runtime."""
+    """Multiply-adds and seconds of the derived network and of its rival for one image, with folded
+    batch norm, in PyTorch (channels last) and in ONNX Runtime."""
     ours = load(config.network).eval()
     pair = {"ours": ours, "rival": build_baseline(config.rival, ours.space.num_classes).eval()}
     flops = {name: count_cost(network, config.network_size).flops for name, network in pair.items()}
@@ -471,23 +472,24 @@ def network_part(config: SpeedConfig, runtimes: tuple = ("torch", "onnx")) -> tu
         for name, network in pair.items():
             folded = fold_batch_norm(network).to(config.device, memory_format=torch.channels_last)
             calls["torch"][name] = lambda network=folded: network(image)
-            if "onnx" not in runtimes or config.device != "cpu": continue # it is the processor's
+            # ONNX Runtime is timed only on the processor
+            if "onnx" not in runtimes or config.device != "cpu": continue
             path = export_onnx(network, config.network_size, f"{folder}/{name}.onnx")
-            calls["onnx"][name] = lambda run=onnx_network(path): run(x)
-            metrics[f"{name}: gap of the exported"] = largest_gap(network, onnx_network(path),
-                                                                  config.network_size)
-        for runtime, both in calls.items(): # apart: threads that wait for more would be in the way
-            seconds = in_turns(both, config)
+            calls["onnx"][name] = lambda run=load_onnx(path): run(x)
+            gap = max_relative_difference(network, load_onnx(path), config.network_size)
+            metrics[f"{name}: gap of the exported"] = gap
+        for runtime, timed in calls.items(): # separately: idle threads of one slow the other
+            seconds = in_turns(timed, config)
             times |= {f"{name}, {runtime}": s for name, s in seconds.items()}
-            if not both: continue
+            if not timed: continue
             gain = metrics[f"{runtime}: times faster"] = ratio(seconds, "rival", "ours")
             metrics[f"{runtime}: of the gain in multiply-adds"] = (gain * flops["ours"]
                                                                    / flops["rival"])
     return metrics, times
 
 def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple[dict, dict]:
-    """Seconds to derive architectures and to count them by the cost table; how many of some are
-    counted alike by fvcore on the static network."""
+    """Seconds to derive architectures and to compute their costs by the cost table; for how many of
+    a sample fvcore counts the same on the static network."""
     table = measure_costs(config.space, config.size)
     def cost(kept): return static_cost(table, kept)
     least, most = cost(()), cost(config.space.gated())
@@ -495,21 +497,21 @@ def derive_part(config: SpeedConfig, count: int = 50, checked: int = 3) -> tuple
         budget = least + (most - least) * (k + 1) / count
         return random_architecture(config.space, cost, budget, seed=k, tolerance=.2)
     architectures = [derived(k) for k in range(count)]
-    some = architectures[::max(1, count // checked)][:checked]
-    def built(): return [count_cost(StaticNetwork(a), config.size).flops for a in some]
+    sample = architectures[::max(1, count // checked)][:checked]
+    def built(): return [count_cost(StaticNetwork(a), config.size).flops for a in sample]
     calls = {"derive": lambda: [derived(k) for k in range(count)],
-             "count": lambda: [cost(a.kept) for a in architectures],
+             "count": lambda: [cost(a.selected) for a in architectures],
              "build, count by fvcore": built}
-    equal = sum(cost(a.kept) == flops for a, flops in zip(some, built()))
+    equal = sum(cost(a.selected) == flops for a, flops in zip(sample, built()))
     times = in_turns(calls, dataclasses.replace(config, rounds=max(1, config.rounds // 2)))
-    by_fvcore = median(times["build, count by fvcore"]) * count / len(some)
+    by_fvcore = median(times["build, count by fvcore"]) * count / len(sample)
     return {"architectures": count, "seconds to derive them": median(times["derive"]),
             "seconds to count them": median(times["count"]),
             "times faster than to build and count by fvcore": by_fvcore / median(times["count"]),
-            f"of {len(some)} counted as by fvcore": equal}, times
+            f"of {len(sample)} counted as by fvcore": equal}, times
 
 def evaluate_part(config: SpeedConfig, size: tuple = (512, 1024)) -> tuple[dict, dict]:
-    "From logits to a confusion matrix: the textbook's seconds over ours."
+    "Seconds from logits to a confusion matrix, the textbook code relative to ours."
     draw, k = torch.Generator().manual_seed(0), config.num_classes
     logits = torch.randn(1, k, *size, generator=draw).to(config.device)
     labels = torch.randint(k + 1, (1, *size), generator=draw).to(config.device)
@@ -520,7 +522,7 @@ def evaluate_part(config: SpeedConfig, size: tuple = (512, 1024)) -> tuple[dict,
         if not logits.isfinite().all(): raise ValueError
         guess, counted = logits.argmax(1), labels != 255
         return torch.bincount(labels[counted] * k + guess[counted], minlength=k**2).view(k, k)
-    if not torch.equal(ours(), textbook()): raise ValueError("two ways to count, two results")
+    if not torch.equal(ours(), textbook()): raise ValueError("the two confusion matrices differ")
     times = in_turns({"ours": ours, "textbook": textbook}, config)
     return {"textbook: times ours": ratio(times, "textbook", "ours")}, times
 
@@ -531,21 +533,23 @@ PARTS = {"step": step_part, "closed": closed_part, "terms": terms_part, "memory"
          "evaluate": evaluate_part}
 OF_SEARCHES = {"removal": time_terms, "loader": time_loader} # short searches, by SearchConfig
 
-def run_parts(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRecord
-    """Measure the parts in turn, with a record of each as it is done, PART/speed-record.json;
-    ValueError for an unknown part, or a record that was made with other parameters."""
+def run_parts(config: SpeedConfig, parts=tuple(PARTS)) -> dict:
+    """Measure the parts, write PART/speed-record.json, and return the records by part; ValueError
+    for an unknown part or a record with other parameters."""
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"there is no part {unknown[0]!r}; known: {', '.join(PARTS)}")
     keep_freed_memory()
     records = {}
     for part in parts:
         folder = Path(config.folder)/part
-        path, asked = folder/"speed-record.json", json.loads(json.dumps(dataclasses.asdict(config)))
+        path = folder/"speed-record.json"
+        parameters = json.loads(json.dumps(dataclasses.asdict(config)))
         if path.exists():
             recorded = RunRecord.load(path).parameters
-            for name in (k for k in asked if k != "folder" and recorded.get(k) != asked[k]):
-                raise ValueError(f"{path} was made with {name} = {recorded.get(name)!r}, and "
-                                 f"{asked[name]!r} is asked for: take another folder")
+            for name, value in parameters.items():
+                if name != "folder" and recorded.get(name) != value:
+                    raise ValueError(f"{path} has {name} = {recorded.get(name)!r}, not {value!r}: "
+                                     "use another folder")
         else:
             torch.manual_seed(0)
             start = time.perf_counter()
@@ -558,7 +562,7 @@ def run_parts(config: SpeedConfig, parts=tuple(PARTS)) -> dict: # part -> RunRec
         print(json.dumps(records[part].metrics, indent=1), flush=True)
     return records
 
-def main(argv=None) -> int: # exit status
+def main(argv=None) -> int:
     "Measure parts of the benchmark, or short searches (removal, loader); without names all parts."
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("parts", metavar="PART", nargs="*", help=", ".join([*PARTS, *OF_SEARCHES]))
@@ -570,8 +574,8 @@ def main(argv=None) -> int: # exit status
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
                         metavar=("NAME", "VALUE"), help="a parameter of removal and loader, see "
                         "selfsupnas search --parameters")
-    words = vars(parser.parse_args(argv))
-    parts, pairs, options = words.pop("parts"), words.pop("pairs"), words
+    options = vars(parser.parse_args(argv))
+    parts, pairs = options.pop("parts"), options.pop("pairs")
     try:
         if [part for part in parts if part in OF_SEARCHES]:
             if len(parts) > 1 or options:

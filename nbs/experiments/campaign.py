@@ -4,19 +4,19 @@
     python nbs/experiments/campaign.py sweep search --grid seed=0,1,2 --grid budget=0.3,0.5
     python nbs/experiments/campaign.py sweep search --grid seed=0,1 --slurm partition=gpu
 
-The plan is plain data, and a run is done when its record is there: the same command goes on after
-a stop. A run is a process of its own; one that fails stops no other, and is left alone until the
-command is started again. A record that was made with other parameters is an error.
+The plan is plain data, and a run is done when its record exists: the same command resumes a stopped
+campaign. Each run is a separate process; a failed run does not stop others and is repeated only
+when the command is started again. A record with other parameters is an error.
 
-What a comparison holds fast:
-- One split a fraction, drawn from seed 0 and written first, is the same file for every run. The
-  seeds vary initial weights, views and batches, not which images have labels: an architecture
-  found with the labels of one split must not be tried on another.
-- Terms are told apart in the training of one network (arms) and in the search (searches). What
-  further searches find is trained with labels alone, so that routes are compared.
-- Every network gets the same number of trials; its learning rate is the one with the best
-  *validation* mIoU after a short training with the first fraction and seed 0.
-- The test split is read once a run, at its end; the plan looks at trials only.
+Rules of a comparison:
+- All runs of a fraction use the same split file, drawn from seed 0. The seeds vary initial weights,
+  views and batches, but not the labelled images: an architecture found with the labels of one
+  split must not be trained with those of another.
+- Terms are compared in the training of one network (arms) and in the search (searches). Networks of
+  further searches are trained with only labels, so that architectures are compared.
+- Every network gets the same number of trials; its learning rate has the best *validation* mIoU
+  after a short training with the first fraction and seed 0.
+- The test split is read once per run, at its end; the plan depends only on trials.
 """
 import argparse, dataclasses, functools, itertools, json, os, re, shutil, signal, subprocess, sys
 import time, typing
@@ -37,36 +37,36 @@ from selfsupnas.cli import check_inputs, describe, parse_parameters, parse_value
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
-from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, delayed_interrupt
+from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_interrupts
 from selfsupnas.viz.tables import comparison_table, summarise, to_markdown
 
 # ---- A comparison as parameters
 
 @dataclass
 class CampaignConfig:
-    "Parameters of a campaign; all else are the defaults of the stages."
-    folder: str = "runs/campaign" # where everything is written
-    records: str | None = None # a folder for a copy of every record; what has one is done
+    "Parameters of a campaign; others have the defaults of the stages."
+    folder: str = "runs/campaign" # of all runs
+    records: str | None = None # folder for copies of all records; runs with a record are done
     data: str = "camvid" # see selfsupnas.data.datasets
     root: str | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
-    size: tuple[int, int] = (192, 256) # (height, width) of images, and where costs are counted
+    size: tuple[int, int] = (192, 256) # (height, width) of images, and of the cost table
     crop: tuple[int, int] | None = (128, 160) # (height, width) of a training view; None: the image
     fractions: tuple[float, ...] = (1 / 8, 1 / 4) # of the training labels
-    seeds: tuple[int, ...] = (0, 1, 2) # of each network and arm; the split is that of seed 0
-    steps: int = 800 # of every training that is compared
+    seeds: tuple[int, ...] = (0, 1, 2) # of each network and arm; the split has seed 0
+    steps: int = 800 # of every compared training
     layers: int = 8 # of the grid
     channels: int = 48 # C0 of the grid
     budget: float = 0.5 # of the search
     search_steps: int = 800 # of every search
     searches: tuple[str, ...] = ("searched_again", "searched_by_labels", "searched_by_jigsaw")
-    # further searches, by the names of the networks that they find; see SEARCHES
+    # further searches, by the names of their networks; see SEARCHES
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
     trial_steps: int = 100 # of each trial
-    rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with labels alone
-    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with consistency too, see semi_arms
+    rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with only labels
+    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with consistency, see semi_arms
     arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
-    open: bool = True # is the grid with every edge open trained, too?
-    random: int = 6 # random routes of the derived network's cost; all arms for the first
+    open: bool = True # also train the grid with all edges open?
+    random: int = 6 # number of random architectures of equal cost; the first has all arms
     only: str = "*" # names of runs, as a shell pattern
     workers: int = 2 # runs at a time
     threads: int = 1 # of each run
@@ -79,68 +79,68 @@ class CampaignConfig:
         if unknown:
             raise ValueError(f"there is no hand-crafted network {unknown[0]!r}; known: "
                              f"{', '.join(BASELINES)}")
-        wrong = [arm for arm in self.arms if arm not in ARMS]
-        if wrong: raise ValueError(f"there is no arm {wrong[0]!r}; known: {', '.join(ARMS)}")
-        strange = [name for name in self.searches if name not in SEARCHES]
-        if strange:
-            raise ValueError(f"there is no further search {strange[0]!r}; known: "
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown: raise ValueError(f"there is no arm {unknown[0]!r}; known: {', '.join(ARMS)}")
+        unknown = [name for name in self.searches if name not in SEARCHES]
+        if unknown:
+            raise ValueError(f"there is no further search {unknown[0]!r}; known: "
                              f"{', '.join(SEARCHES)}")
         for name in ("fractions", "seeds", "lrs", "arms"):
             if not getattr(self, name): raise ValueError(f"{name} must not be empty")
 
-# what an arm sets; for the rest, the defaults
+# parameters of each arm that differ from the defaults
 ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
         "both": {},
         "light": dict(w_jig=0., w_semi=.3),
-        # soft targets instead of pseudo-labels: rare classes are not voted down
+        # soft targets instead of pseudo-labels, which suppress rare classes
         "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.),
-        # labels alone, from the weights that the search has left
+        # only labels, initialised with the weights of the search
         "inherit": dict(w_jig=0., w_semi=0., initialise="inherit")}
-# further searches: what each sets, and the arms of the network that it finds
+# further searches: their parameters, and the arms of their networks
 SEARCHES = {"searched_again": (dict(seed=1), ("labels",)),
             "searched_by_labels": (ARMS["labels"], ("labels",)),
             "searched_by_jigsaw": (dict(w_sup=0., w_semi=0.), ("labels", "inherit"))}
 
-# ---- Its plan, which grows: a training needs a learning rate, a route its search
+# ---- The plan, which grows: trainings need a learning rate, architectures a search
 
 class Run(NamedTuple):
     name: str # and folder: FRACTION/found, FRACTION/NETWORK-ARM/SEED, or FRACTION/trials/NETWORK/LR
     stages: tuple # of (stage, parameters), each in the folder NAME/STAGE
 
-# parameters that say where something is or how often it is logged, not what it is
+# parameters for paths and logging, which do not identify a run
 PLACES = ("root", "split_folder", "architecture", "supernet", "network", "logs")
 
 def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None:
-    """The record of one stage of a run, from the campaign's folder or the folder of records; None
-    where there is none."""
+    """The record of one stage of a run, from the campaign's folder or the folder of records, or
+    None."""
     paths = [Path(place)/name/stage/f"{stage}-record.json"
              for place in (config.folder, config.records) if place]
     return next((RunRecord.load(path) for path in paths if path.exists()), None)
 
 def missing_stages(config: CampaignConfig, run: Run,
                    free: tuple = PLACES, # parameters in which a record may differ
-                  ) -> list: # of (stage, parameters)
-    """What has no record yet, or one that is older than that of the stage before. ValueError where
-    a record was made with other parameters: such runs must not be compared."""
+                  ) -> list:
+    """(stage, parameters) of the stages without a record, or with one older than that of the stage
+    before; ValueError for a record with other parameters, because such runs are not comparable."""
     missing, before = [], ""
-    for stage, wanted in run.stages:
+    for stage, parameters in run.stages:
         record = record_of(config, run.name, stage)
-        for key, value in json.loads(json.dumps(wanted)).items():
+        for key, value in json.loads(json.dumps(parameters)).items():
             if record and key not in free and record.parameters.get(key) != value:
                 places = " and ".join(str(Path(place)/run.name)
                                       for place in (config.folder, config.records) if place)
                 raise ValueError(f"{run.name}: its {stage} record has {key} = "
-                                 f"{record.parameters.get(key)!r}, and {value!r} is asked for: use "
-                                 f"another folder, or remove {places}")
-        if missing or record is None or record.created < before: missing.append((stage, wanted))
+                                 f"{record.parameters.get(key)!r}, not {value!r}: use another "
+                                 f"folder, or remove {places}")
+        if missing or record is None or record.created < before: missing.append((stage, parameters))
         else: before = record.created
     return missing
 
 def trial_name(config: CampaignConfig, network: str, lr: float) -> str:
     return f"{config.fractions[0]:g}/trials/{network}/{lr:g}"
 
-def best_lr(config: CampaignConfig, network: str) -> float | None: # None: trials are missing
-    "The learning rate with the best validation mIoU in the trials of a network."
+def best_lr(config: CampaignConfig, network: str) -> float | None:
+    "The learning rate with the best validation mIoU in a network's trials; None before they end."
     trials = {lr: record_of(config, trial_name(config, network, lr), "retrain")
               for lr in config.lrs}
     return (None if None in trials.values()
@@ -151,31 +151,31 @@ def shared_parameters(config: CampaignConfig, fraction: float) -> dict:
                 split_folder=f"{config.folder}/{fraction:g}/split")
 
 def search_name(fraction: float, network: str) -> str:
-    "Name of the run whose search finds that network."
+    "Name of the search run of a network."
     return f"{fraction:g}/{network.replace('searched', 'found')}"
 
 def training(config: CampaignConfig, fraction: float, network: str, arm: str, seed: int, lr: float,
              steps: int) -> dict:
     "Parameters of one retraining."
-    own = (dict(architecture=network, w_jig=0.) if network in BASELINES
-           else dict(architecture=f"{config.folder}/{fraction:g}/{network}.json"))
+    model = (dict(architecture=network, w_jig=0.) if network in BASELINES
+             else dict(architecture=f"{config.folder}/{fraction:g}/{network}.json"))
     if arm == "inherit":
         search = f"{config.folder}/{search_name(fraction, network)}/search"
-        own["supernet"] = f"{search}/supernet.safetensors"
+        model["supernet"] = f"{search}/supernet.safetensors"
     return {**shared_parameters(config, fraction), "seed": seed, "steps": steps, "lr": lr,
-            **ARMS[arm], **own}
+            **ARMS[arm], **model}
 
 def search_run(config: CampaignConfig, fraction: float, network: str = "searched") -> Run:
-    own = dict(seed=0, steps=config.search_steps, layers=config.layers, channels=config.channels,
-               budget=config.budget)
+    search = dict(seed=0, steps=config.search_steps, layers=config.layers,
+                  channels=config.channels, budget=config.budget)
     return Run(search_name(fraction, network),
-               (("search", {**shared_parameters(config, fraction), **own,
+               (("search", {**shared_parameters(config, fraction), **search,
                            **SEARCHES.get(network, ({},))[0]}),))
 
 def trial_runs(config: CampaignConfig, network: str) -> list[Run]:
-    # of a network of the grid: with all terms; of another: with labels alone
+    # networks of the grid: with all terms; hand-crafted networks: with only labels
     arm = "labels" if network in BASELINES else "both"
-    # each log line of a large network saves half a gigabyte
+    # few log lines, because each comes with a checkpoint of up to half a gigabyte
     return [Run(trial_name(config, network, lr),
                 (("retrain",
                   {**training(config, config.fractions[0], network, arm, 0, lr, config.trial_steps),
@@ -189,21 +189,21 @@ def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str
                        dict(network=f"{config.folder}/{name}/retrain", root=config.root,
                             baselines=()))))
 
-def routes(config: CampaignConfig, fraction: float) -> list: # names; none before the search is done
-    "The networks of the grid that a fraction has."
-    def made(name): return (Path(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
+def routes(config: CampaignConfig, fraction: float) -> list:
+    "Names of a fraction's networks of the grid; none before the search is done."
+    def exists(name): return (Path(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
     names = ["searched", *(["open"] if config.open else []),
              *(f"random-{i}" for i in range(config.random)),
-             *(name for name in config.searches if made(name))]
-    return names if made("searched") else []
+             *(name for name in config.searches if exists(name))]
+    return names if exists("searched") else []
 
 def semi_arms(config: CampaignConfig) -> list:
-    "The arms that have a consistency term and no jigsaw, which a hand-crafted network can have."
+    "The arms with consistency and without jigsaw, which also apply to hand-crafted networks."
     return [arm for arm in config.arms if ARMS[arm].get("w_jig") == 0
             and ARMS[arm].get("w_semi", 1) > 0] or ["semi"]
 
 def plan(config: CampaignConfig) -> list[Run]:
-    "The runs that can be named now, in the order in which they are made."
+    "The runs that are known now, in order."
     first = config.fractions[0]
     runs = [search_run(config, first)]
     rivals = list(dict.fromkeys([*config.rivals, *config.semi_rivals]))
@@ -213,12 +213,12 @@ def plan(config: CampaignConfig) -> list[Run]:
             if seed == config.seeds[0]:
                 if fraction != first: runs.append(search_run(config, fraction))
                 runs += [search_run(config, fraction, network) for network in config.searches]
-            found, *others = routes(config, fraction) or [None]
-            pairs = ([(found, arm) for arm in config.arms if found]
+            searched, *further = routes(config, fraction) or [None]
+            pairs = ([(searched, arm) for arm in config.arms if searched]
                      + [(network, "labels") for network in config.rivals])
             pairs += [(network, arm) for network in config.semi_rivals
                       for arm in semi_arms(config)]
-            for network in others:
+            for network in further:
                 arms = (SEARCHES[network][1] if network in SEARCHES
                         else [arm for arm in config.arms if arm != "inherit"]
                         if network in ("open", "random-0") else ["labels"])
@@ -229,29 +229,29 @@ def plan(config: CampaignConfig) -> list[Run]:
                      for network, arm in pairs if rates[network]]
     return [run for run in runs if fnmatch(run.name, config.only)]
 
-# ---- Splits and routes, which runs share
+# ---- Splits and architectures, which runs share
 
 def copy_folder(source: Path, to: Path):
-    "Whole or not at all."
+    "Copy a folder completely or not at all."
     part = to.with_name(f"{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part).rename(to)
 
 def make_splits(config: CampaignConfig):
-    """FRACTION/split for each fraction: the one in the folder of records, which gets a copy, else
-    drawn from seed 0."""
+    """Write FRACTION/split for each fraction, from the folder of records or drawn from seed 0, and
+    copy it to the folder of records."""
     for fraction in config.fractions:
-        to, kept = (Path(place or config.folder)/f"{fraction:g}"/"split"
+        to, copy = (Path(place or config.folder)/f"{fraction:g}"/"split"
                     for place in (config.folder, config.records))
-        if kept.exists() and not to.exists(): copy_folder(kept, to)
+        if copy.exists() and not to.exists(): copy_folder(copy, to)
         if not to.exists():
             save_split(make_split(load_dataset(config.data, "train", config.root, config.size),
                                   fraction, 0), to)
-        if not kept.exists(): copy_folder(to, kept)
+        if not copy.exists(): copy_folder(to, copy)
 
 def found_architecture(config: CampaignConfig, fraction: float, network: str = "searched",
                       ) -> Path | None:
-    "What a search left, in the campaign's folder or in that of records."
+    "Path of the architecture of a finished search, in the campaign's or the records' folder."
     name = search_name(fraction, network)
     places = (Path(place)/name/"search"/"architecture.json"
               for place in (config.folder, config.records) if place)
@@ -259,37 +259,37 @@ def found_architecture(config: CampaignConfig, fraction: float, network: str = "
                 None)
 
 def make_routes(config: CampaignConfig):
-    """FRACTION/searched.json, open.json and random-I.json for each fraction whose search is done,
-    and a file for each further search that is. ValueError where there is a route of an earlier
-    search, which runs may have taken."""
+    """Write FRACTION/searched.json, open.json and random-I.json for each fraction whose search is
+    done, and a file for each further search that is done; ValueError if a search has changed,
+    because runs may have used its old architecture."""
     for fraction in config.fractions:
         place = Path(config.folder)/f"{fraction:g}"
         for network in ("searched", *config.searches):
-            found, to = found_architecture(config, fraction, network), place/f"{network}.json"
-            if not found: continue
-            route = load_architecture(found)
+            source, to = found_architecture(config, fraction, network), place/f"{network}.json"
+            if not source: continue
+            route = load_architecture(source)
             if not to.exists(): save_architecture(route, to)
             elif load_architecture(to) != route:
-                raise ValueError(f"{to} is not what {found} holds now: the search was made again, "
-                                 f"and {place} has runs of the old route; use another folder")
+                raise ValueError(f"{to} differs from {source}: the search was repeated, and "
+                                 f"{place} has runs of the old architecture; use another folder")
         if not (place/"searched.json").exists(): continue
         searched = load_architecture(place/"searched.json")
         if not (place/"open.json").exists():
             save_architecture(all_open(searched.space), place/"open.json")
-        lacking = [i for i in range(config.random) if not (place/f"random-{i}.json").exists()]
-        if not lacking: continue
+        missing = [i for i in range(config.random) if not (place/f"random-{i}.json").exists()]
+        if not missing: continue
         table = measure_costs(searched.space, config.size)
         def cost(kept): return static_cost(table, kept)
-        for i in lacking:
-            save_architecture(random_architecture(searched.space, cost, cost(searched.kept), i),
+        for i in missing:
+            save_architecture(random_architecture(searched.space, cost, cost(searched.selected), i),
                               place/f"random-{i}.json")
 
-# ---- What came out
+# ---- Results
 
-def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.read_records
-    """One entry for each run that was evaluated, from the records in `folder`, and in `more` for
-    runs that it lacks; [] where there is none."""
-    found, paths = [], {}
+def compared(folder, more=None) -> list:
+    """A dict as of `viz.tables.read_records` for each evaluated run, from the records in `folder`,
+    and in `more` for runs that are not in `folder`."""
+    results, paths = [], {}
     for place in (folder, more) if more else (folder,):
         for path in Path(place).glob("*/*-*/*/evaluate/evaluate-record.json"):
             paths.setdefault(path.relative_to(place), path)
@@ -298,7 +298,7 @@ def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.r
                          RunRecord.load(path.parent.parent/"retrain"/"retrain-record.json"))
         fraction, network, seed = path.parts[-5:-2]
         name, row = next(iter(test.metrics["rows"].items()))
-        found.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed),
+        results.append({"stage": "compared", "name": f"{fraction} {network}", "seed": int(seed),
                       "file": str(path),
                       "parameters": {"fraction": float(fraction),
                                      **dict(zip(("network", "arm"), network.rsplit("-", 1))),
@@ -310,16 +310,16 @@ def compared(folder, more=None) -> list: # of dicts, see selfsupnas.viz.report.r
                       "timings": {"latency_ms": test.timings["latency"][name]["latency_ms"],
                                   "minutes": trained.timings["training"] / 60,
                                   "step_ms": trained.timings["step_ms"]}})
-    return found
+    return results
 
-# ---- Processes: a stage each, a few at a time
+# ---- Processes: one per stage, several at a time
 
-# what Python runs for `selfsupnas`
+# arguments of Python for the command `selfsupnas`
 COMMAND = ("-c", "from selfsupnas.cli import main; raise SystemExit(main())")
 
 def command_words(folder: Path, stage: str, parameters: dict) -> list:
-    """The words after `selfsupnas` for one stage that is to be made. It goes on from its
-    checkpoint; a record that is there is older than the stage before, and is replaced."""
+    """The arguments of `selfsupnas` for one stage, which resumes from its checkpoint; an existing
+    record is older than that of the stage before and is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [stage, "--folder", str(folder)]
     if (folder/f"{stage}-record.json").exists(): parameters = {**parameters, "overwrite": True}
@@ -327,58 +327,58 @@ def command_words(folder: Path, stage: str, parameters: dict) -> list:
         words += ["-p", key, "null" if value is None else str(value)]
     return words
 
-def own_gpu(slot: int) -> dict: # environment variables
-    "A GPU for each of the runs at a time, in turn; nothing where there is only one."
+def assign_gpu(slot: int) -> dict:
+    "Environment variables that give each concurrent run a GPU; none if there is only one GPU."
     every = ",".join(map(str, range(torch.cuda.device_count())))
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-    return {"CUDA_VISIBLE_DEVICES": seen[slot % len(seen)]} if len(seen) > 1 else {}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
 
 def start_stage(config, # has folder and threads
                 name: str, stage: str, parameters: dict,
-                slot: int = 0, # number of the run among those at a time
+                slot: int = 0, # number among the concurrent runs
                ) -> subprocess.Popen:
-    "One stage of a run in a process of its own, which prints to STAGE.log in its folder."
+    "Start one stage of a run as a process that prints to STAGE.log in its folder."
     folder = Path(config.folder)/name/stage
     words = command_words(folder, stage, parameters)
     with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
         return subprocess.Popen([sys.executable, *COMMAND, *words], stdout=log, stderr=log,
                                 start_new_session=True,
-                                env={**os.environ, **own_gpu(slot),
+                                env={**os.environ, **assign_gpu(slot),
                                      "OMP_NUM_THREADS": str(config.threads)})
 
-def reason(log: Path, stage: str, status: int) -> str: # one line
-    "Why a run failed: its last line, or its exit status where it printed nothing."
+def reason(log: Path, stage: str, status: int) -> str:
+    "Why a run failed, in one line: its last output, or its exit status."
     text = log.read_text(encoding="utf8", errors="replace") if log.is_file() else ""
     lines = [line for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
-    last = (own or lines or ["no word"])[-1]
+    messages = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
+    last = (messages or lines or ["no output"])[-1]
     if f"selfsupnas {stage}: running" in last:
         last = f"it ended with status {status}" + " (killed; out of memory?)" * (status < 0)
     return f"{last} (more in {log})"
 
 def stop_stage(process: subprocess.Popen):
-    "End a stage and the kernel that it started; its step is done and saved first."
+    "Stop a stage and its kernel after the current step is done and saved."
     if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
     process.wait()
 
-def drive(look: Callable, # -> list of (run, its stages that have no record), as they are now
-          start: Callable, # name of a run, stage, parameters, number below `workers` -> process
-          ended: Callable, # run, stage, exit status -> did it end well?
-          workers: int, what: str, # processes at a time; what to call all of it
-          pause: float = 1., # seconds between looks at the processes
-          stop: Callable = stop_stage) -> list: # names of the runs that failed
-    "Make what is left, `workers` at a time, until nothing is left; a failed run is not repeated."
-    # running: name -> (run, stage, its number among those at a time, process)
+def drive(look: Callable, # returns the current list of (run, its stages without a record)
+          start: Callable, # name of a run, stage, parameters, slot below `workers` -> process
+          ended: Callable, # run, stage, exit status -> did it succeed?
+          workers: int, what: str, # concurrent processes; title of the progress bar
+          pause: float = 1., # seconds between checks of the processes
+          stop: Callable = stop_stage) -> list:
+    "Run missing stages, `workers` at a time, each once; returns the names of failed runs."
+    # running: name -> (run, stage, slot, process)
     running, failed, bar = {}, [], progress_bar(desc=what, unit="run")
     try:
         while True:
             runs = look()
-            todo = [(run, left[0]) for run, left in runs if left
+            todo = [(run, missing[0]) for run, missing in runs if missing
                     and run.name not in (*running, *failed)]
             for run, (stage, parameters) in todo[:workers - len(running)]:
                 slot = min({*range(workers)} - {k for _, _, k, _ in running.values()})
                 running[run.name] = run, stage, slot, start(run.name, stage, parameters, slot)
-            bar.total, bar.n = len(runs), sum(not left for _, left in runs)
+            bar.total, bar.n = len(runs), sum(not missing for _, missing in runs)
             bar.set_postfix_str(", ".join(running)); bar.refresh()
             if not running: return failed
             while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
@@ -387,29 +387,29 @@ def drive(look: Callable, # -> list of (run, its stages that have no record), as
                 del running[run.name]
                 if not ended(run, stage, process.poll()): failed.append(run.name)
     finally:
-        with delayed_interrupt(): # an impatient second ctrl-C would leave runs behind
+        with deferred_interrupts(): # a second ctrl-C must not leave runs behind
             for *_, process in running.values(): stop(process)
         bar.close()
 
 # ---- Running a comparison
 
 def keep_records(config: CampaignConfig, run: Run):
-    "Copy what a finished run leaves for good to the folder of records."
+    "Copy the records and architectures of a finished run to the folder of records."
     for stage, _ in run.stages if config.records else ():
         for name in [f"{stage}-record.json"] + ["architecture.json"] * (stage == "search"):
-            made, kept = (Path(place)/run.name/stage/name
-                          for place in (config.folder, config.records))
-            if made.exists() and not (kept.exists() and kept.read_bytes() == made.read_bytes()):
-                write_json(kept, json.loads(made.read_text(encoding="utf8")))
+            source, copy = (Path(place)/run.name/stage/name
+                            for place in (config.folder, config.records))
+            if source.exists() and not (copy.exists() and copy.read_bytes() == source.read_bytes()):
+                write_json(copy, json.loads(source.read_text(encoding="utf8")))
 
 def drop_checkpoints(config: CampaignConfig, run: Run):
-    "Remove the checkpoints of a finished run, from which nothing goes on any more."
+    "Remove the checkpoints of a finished run."
     for stage, _ in run.stages:
         folder = Path(config.folder)/run.name/stage
         for path in (*checkpoint_paths(folder), folder/"best.pt"): path.unlink(missing_ok=True)
 
 def outcome(record: RunRecord) -> str:
-    "What a stage reports; of a search: of its derived network with inherited weights, if trained."
+    "The main metric of a stage; of a search, that of its derived network with inherited weights."
     metrics = record.metrics
     if record.stage == "evaluate":
         return f"{metrics['split']} mIoU {miou_text(next(iter(metrics['rows'].values()))['miou'])}"
@@ -420,22 +420,22 @@ def outcome(record: RunRecord) -> str:
 
 def run_campaign(config: CampaignConfig,
                  start=start_stage, # start(config, name, stage, parameters, slot) -> process
-                 pause: float = 1., # seconds between looks at the processes
-                ) -> list: # names of the runs that failed
-    """Make the runs that have no record, `config.workers` at a time, until none is left. ValueError
-    if `config.only` names none."""
+                 pause: float = 1., # seconds between checks of the processes
+                ) -> list:
+    """Make all runs without a record, `config.workers` at a time, and return the names of failed
+    runs; ValueError if `config.only` matches no run."""
     make_splits(config)
     make_routes(config)
     if not plan(config):
         known = plan(dataclasses.replace(config, only="*"))
-        raise ValueError(f"only={config.only!r} is the name of no run; there are now {len(known)}, "
-                         f"from {known[0].name} to {known[-1].name} (the networks of a search are "
-                         "named when it is done, and what is compared when the trials are)")
+        raise ValueError(f"only={config.only!r} matches no run; there are now {len(known)}, from "
+                         f"{known[0].name} to {known[-1].name} (further runs are added when "
+                         "searches and trials are done)")
     def look():
         make_routes(config)
         runs = [(run, missing_stages(config, run)) for run in plan(config)]
-        for run, left in runs:
-            if left: continue
+        for run, missing in runs:
+            if missing: continue
             keep_records(config, run)
             drop_checkpoints(config, run)
         return runs
@@ -443,8 +443,8 @@ def run_campaign(config: CampaignConfig,
                  functools.partial(comparison_ended, config), config.workers, "compare", pause)
 
 def comparison_ended(config: CampaignConfig, run: Run, stage: str,
-                     status: int) -> bool: # did it end well?
-    "Print how a stage of a run ended."
+                     status: int) -> bool:
+    "Print the result of a stage of a run; returns whether it succeeded."
     record = record_of(config, run.name, stage)
     if status or record is None:
         log = Path(config.folder)/run.name/stage/f"{stage}.log"
@@ -454,34 +454,34 @@ def comparison_ended(config: CampaignConfig, run: Run, stage: str,
     print(f"compare: {run.name} {stage}: {outcome(record)}, {seconds:.0f} s", flush=True)
     return True
 
-# ---- A sweep: a run for each point of a grid
+# ---- A sweep: a run for each point of a parameter grid
 
 @dataclass
 class SweepConfig:
-    "How a sweep is made; the parameters of its stage say what each run does."
-    folder: str = "runs/sweep" # where everything is written
-    workers: int = 2 # runs at a time; through a queue all are submitted at once
+    "Parameters of a sweep, apart from those of its stage."
+    folder: str = "runs/sweep" # of all runs
+    workers: int = 2 # runs at a time; a queue gets all of them at once
     threads: int = 1 # of each run on this machine
-    records: str | None = None # of finished runs, elsewhere
+    records: str | None = None # folder with records of finished runs
 
     def __post_init__(self):
         if self.workers < 1 or self.threads < 1:
             raise ValueError("workers and threads must be 1 or more")
 
-def grid_line(text: str) -> tuple: # of "seed=0,1,2": name, words
-    """The name and the values of one line of a grid; a value in brackets may hold commas.
-    ValueError for what is no line."""
+def grid_line(text: str) -> tuple:
+    """The name and the values (text) of a line such as seed=0,1,2; values in brackets may contain
+    commas. Raises ValueError."""
     name, equals, values = text.partition("=")
     words = [word.strip() for word in re.split(r",(?![^(]*\))", values)]
     if not (equals and name.strip() and all(words)):
-        raise ValueError(f"a line of a grid is NAME=VALUE,VALUE..., not {text!r}")
+        raise ValueError(f"a line of a grid must be NAME=VALUE,VALUE..., not {text!r}")
     if len(set(words)) < len(words): raise ValueError(f"{text!r} has a value twice")
     return name.strip(), words
 
 def members(stage: str,
             grid: dict, # parameter -> values
-            shared: dict) -> list[Run]: # parameters that all runs have
-    "A run for each combination of the grid's values, in order; its name is its folder."
+            shared: dict) -> list[Run]: # parameters of all runs
+    "A run for each combination of the grid's values, in order."
     if not grid: raise ValueError("a sweep needs a grid, such as --grid seed=0,1,2")
     twice = sorted(set(grid) & set(shared))
     if twice: raise ValueError(f"{twice[0]} is in the grid and set for all runs")
@@ -492,17 +492,17 @@ def members(stage: str,
                         for key, value in point.items())
         runs.append(Run(re.sub(r"[^\w.,=+-]+", "-", name), ((stage, {**shared, **point}),)))
     if len({run.name for run in runs}) < len(runs):
-        raise ValueError("two runs of this grid have the same name: their values differ too little")
+        raise ValueError("two runs of this grid have the same name: their values are too close")
     return runs
 
-# the columns of a table for each stage, beside the parameters of the grid
+# columns of the table for each stage, after the parameters of the grid
 METRICS = {"search": {"derived_inherited_val_miou": "val mIoU, inherited", "supernet_val_miou":
                       "val mIoU, supernet", "realised_share": "realised cost / full",
                       "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
            "retrain": {"val_miou": "val mIoU", "gflops": "GFLOPs (1e9 multiply-adds)"}}
 
-def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool: # did it end well?
-    "Print how a run ended."
+def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool:
+    "Print the result of a run; returns whether it succeeded."
     record = record_of(config, run.name, stage)
     if status or record is None:
         log = Path(config.folder)/run.name/stage/f"{stage}.log"
@@ -516,36 +516,38 @@ def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool:
 def run_sweep(config: SweepConfig, runs: list[Run],
               # start(config, name, stage, parameters, slot) -> process
               start: Callable = start_stage,
-              pause: float = 1., # seconds between looks at the processes
-              stop: Callable = stop_stage) -> list: # names of the runs that failed
-    "Make the runs that have no record; raises ValueError for a record of other parameters."
-    # two sweeps may differ in their architecture or split alone
+              pause: float = 1., # seconds between checks of the processes
+              stop: Callable = stop_stage) -> list:
+    """Make all runs without a record and return the names of failed runs; ValueError for a record
+    with other parameters."""
+    # paths identify a run here: two sweeps may differ only in architecture or split
     def look(): return [(run, missing_stages(config, run, ("root", "logs"))) for run in runs]
     return drive(look, functools.partial(start, config), functools.partial(sweep_ended, config),
                  config.workers, "sweep", pause, stop)
 
-def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str: # markdown; "" without any
-    "Mean and spread over seeds of the metrics of a sweep, a row for each other point of its grid."
+def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str:
+    """Markdown table of mean and spread over seeds of the metrics of a sweep, a row for each other
+    point of its grid; an empty string without records."""
     stage = runs[0].stages[0][0]
-    found = [(run, record_of(config, run.name, stage)) for run in runs]
-    records = [{**vars(record), "name": stage, "file": run.name} for run, record in found if record]
+    pairs = [(run, record_of(config, run.name, stage)) for run in runs]
+    records = [{**vars(record), "name": stage, "file": run.name} for run, record in pairs if record]
     if not records: return ""
     by = [f"parameters.{name}" for name in grid if name != "seed"]
-    known = {name: header for name, header in METRICS[stage].items()
-             if any(record["metrics"].get(name) is not None for record in records)}
-    rows = summarise(records, by, list(known))
-    for row in rows: # a tuple or a truth value as the command line has it
+    headers = {name: header for name, header in METRICS[stage].items()
+               if any(record["metrics"].get(name) is not None for record in records)}
+    rows = summarise(records, by, list(headers))
+    for row in rows: # tuples and booleans as on the command line
         row.update({name: str(row[name]) for name in by})
-    columns = {name: name.split(".")[1] for name in by} | known
-    return to_markdown(rows, columns, dict.fromkeys(known, ".3f"))
+    columns = {name: name.split(".")[1] for name in by} | headers
+    return to_markdown(rows, columns, dict.fromkeys(headers, ".3f"))
 
-# ---- A sweep through a queue: submitit hands the runs to Slurm, which decides how many run
+# ---- A sweep through a queue: submitit submits the runs to Slurm
 
 SHARED = ("cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node", "timeout_min")
 
 def make_executor(folder, # for the queue's own files
-                  options: dict): # of Slurm, such as partition; cluster: local takes none
-    "An executor of submitit; ImportError says what to install."
+                  options: dict): # of Slurm, such as partition; none with cluster: local
+    "Returns an executor of submitit; raises ImportError."
     try: import submitit
     except ImportError:
         raise ImportError("--slurm needs submitit: pip install 'selfsupnas[slurm]'") from None
@@ -556,8 +558,8 @@ def make_executor(folder, # for the queue's own files
     return executor
 
 class Job:
-    "A job of submitit, seen as the driver sees a process."
-    def __init__(self, job, log: Path): # log: gets the errors of a failed job
+    "A job of submitit with the interface of a process."
+    def __init__(self, job, log: Path): # log: file for the errors of a failed job
         self.job, self.log = job, log
 
     def poll(self) -> int | None: # None: not done; 0; 1: failed
@@ -570,7 +572,7 @@ class Job:
 def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict,
            slot: int # not needed: the queue assigns GPUs
           ) -> Job:
-    "One stage of a run as a job."
+    "Submit one stage of a run as a job."
     folder = Path(config.folder).absolute()/name/stage
     words = [sys.executable, *COMMAND, *command_words(folder, stage, parameters)]
     return Job(executor.submit(subprocess.run, words, check=True), folder/f"{stage}.log")
@@ -579,31 +581,31 @@ def cancel(job: Job): job.job.cancel()
 
 # ---- The command
 
-def plan_sweep(words) -> tuple: # grid, runs
-    "The checked members of a sweep; every point is checked before the first run starts."
-    cls, lines = stage_config(words.stage), [grid_line(text) for text in words.grid]
+def plan_sweep(args) -> tuple:
+    "The grid and the runs of a sweep; every point is checked before the first run starts."
+    cls, lines = stage_config(args.stage), [grid_line(text) for text in args.grid]
     kinds = typing.get_type_hints(cls)
     def read(name, text): return parse_value(text, kinds.get(name, str))
     grid = {name: [read(name, text) for text in values] for name, values in lines}
     if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
-    shared = {name: read(name, text) for name, text in words.pairs}
+    shared = {name: read(name, text) for name, text in args.pairs}
     for name in ("folder", "resume", "overwrite"):
         if name in grid or name in shared:
-            raise ValueError(f"{name} is set by the sweep itself: say --folder for all of it")
+            raise ValueError(f"{name} is set by the sweep: use --folder for the whole sweep")
     runs = []
-    for run in members(words.stage, grid, shared): # two values may be right only together
+    for run in members(args.stage, grid, shared): # values may be valid only together
         config = from_parameters(cls, run.stages[0][1])
-        check_inputs(words.stage, config)
+        check_inputs(args.stage, config)
         values = {name: getattr(config, name) for name in run.stages[0][1]}
-        runs.append(run._replace(stages=((words.stage, values),)))
+        runs.append(run._replace(stages=((args.stage, values),)))
     return grid, runs
 
-def sweep(words) -> list: # names of the runs that failed
-    "Make the runs of a grid and print their table."
-    (grid, runs), pool = plan_sweep(words), {}
-    config = SweepConfig(words.folder, words.workers, words.threads)
-    if words.slurm is not None:
-        options = dict(option.partition("=")[::2] for option in words.slurm)
+def sweep(args) -> list:
+    "Make the runs of a grid and print their table; returns the names of failed runs."
+    (grid, runs), pool = plan_sweep(args), {}
+    config = SweepConfig(args.folder, args.workers, args.threads)
+    if args.slurm is not None:
+        options = dict(option.partition("=")[::2] for option in args.slurm)
         options = {name: int(value) if value.isdigit() else value
                    for name, value in options.items()}
         config.workers = len(runs)
@@ -613,60 +615,61 @@ def sweep(words) -> list: # names of the runs that failed
     if table := sweep_table(config, runs, grid): print(align_table(table))
     return failed
 
-def compare(words) -> list: # names of the runs that failed
-    "Make the runs of a comparison and print its table, or list its parameters."
-    if words.parameters:
+def compare(args) -> list:
+    """Make the runs of a comparison and print its table, or list its parameters; returns the names
+    of failed runs."""
+    if args.parameters:
         print("Parameters of a comparison, to be set with -p NAME VALUE:",
               describe(CampaignConfig), sep="\n")
         return []
-    pairs = words.pairs + ([("folder", words.folder)] if words.folder else [])
+    pairs = args.pairs + ([("folder", args.folder)] if args.folder else [])
     config = from_parameters(CampaignConfig, parse_parameters(CampaignConfig, pairs))
     failed, results = run_campaign(config), compared(config.folder, config.records)
     if results: print(align_table(comparison_table(results)))
     return failed
 
 def make_parser() -> argparse.ArgumentParser:
-    "The words that the command knows."
+    "The arguments of the command."
     parser = argparse.ArgumentParser(prog="campaign.py", description=__doc__.splitlines()[0],
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    text = "method, rivals, ablations, seeds; can be stopped and started again"
+    text = "method, rivals, ablations, seeds; can be stopped and resumed"
     command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
     command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
                          metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
-    command.add_argument("--folder", help="where the results go; default: runs/campaign")
+    command.add_argument("--folder", help="folder of the results; default: runs/campaign")
     command.add_argument("--parameters", action="store_true", help="list them and stop")
-    text = "a stage at each point of a grid of parameters; can be stopped and started again"
+    text = "a stage at each point of a grid of parameters; can be stopped and resumed"
     command = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
     command.add_argument("stage", metavar="STAGE", choices=tuple(METRICS), help="search, retrain")
     command.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE...")
     command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
                          metavar=("NAME", "VALUE"), help="set a parameter of all runs")
-    command.add_argument("--folder", default="runs/sweep", help="where the results go")
+    command.add_argument("--folder", default="runs/sweep", help="folder of the results")
     command.add_argument("--workers", type=int, default=2, help="runs at a time on this machine")
-    command.add_argument("--threads", type=int, default=1, help="of each of them")
+    command.add_argument("--threads", type=int, default=1, help="of each run")
     command.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="submit the runs to "
-                         "Slurm, with these options, as partition=gpu gpus_per_node=1 "
-                         "timeout_min=600; the folder must be one that all machines see")
+                         "Slurm with these options, such as partition=gpu gpus_per_node=1 "
+                         "timeout_min=600; all machines must share the folder")
     return parser
 
 def interrupt(number: int, frame):
-    "SIGTERM as ctrl-C: the processes that were started are ended first."
+    "Treat SIGTERM as ctrl-C, so that started processes are stopped first."
     raise KeyboardInterrupt(number)
 
-def main(argv=None) -> int: # exit status: 0; 1 a run failed; 2 the command was wrong; 130 stopped
-    "The command."
-    words = make_parser().parse_args(argv)
+def main(argv=None) -> int:
+    "The command; returns its status: 0, 1 (a run failed), 2 (invalid arguments) or 130 (stopped)."
+    args = make_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
-    try: failed = {"compare": compare, "sweep": sweep}[words.command](words)
+    try: failed = {"compare": compare, "sweep": sweep}[args.command](args)
     except KeyboardInterrupt as e:
-        print(f"campaign.py {words.command}: stopped; the same command goes on", file=sys.stderr)
+        print(f"campaign.py {args.command}: stopped; the same command resumes", file=sys.stderr)
         return 128 + (e.args or (signal.SIGINT,))[0]
     except (ValueError, TypeError, OSError, ImportError, FolderInUse) as e:
-        print(f"campaign.py {words.command}: {e}", file=sys.stderr)
+        print(f"campaign.py {args.command}: {e}", file=sys.stderr)
         return 2
     if failed:
-        print(f"campaign.py {words.command}: {len(failed)} failed: {', '.join(failed)}",
+        print(f"campaign.py {args.command}: {len(failed)} failed: {', '.join(failed)}",
               file=sys.stderr)
     return int(bool(failed))
 

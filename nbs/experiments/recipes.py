@@ -1,9 +1,9 @@
-"""Trainings of one network on CamVid by many recipes, for `recipes.ipynb`; several at a time.
+"""Trainings of one network on CamVid with many recipes, for `recipes.ipynb`.
 
-    python nbs/experiments/recipes.py --processes 2 # SELFSUPNAS_DATA says where CamVid is
+    python nbs/experiments/recipes.py --processes 2 # CamVid is in SELFSUPNAS_DATA
 
-A run that has a record is passed over, and one that was stopped goes on. `--only` takes names of
-runs (STEPS/ARM/DRAW) as a shell pattern, `--list` prints them.
+Runs that have a record are skipped, and stopped runs resume. `--only` selects names of runs
+(STEPS/ARM/DRAW) by a shell pattern, `--list` prints them.
 """
 import argparse, contextlib, fnmatch, multiprocessing, os, shutil, sys, time, traceback
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NETWORK = os.path.relpath(HERE/"records/camvid-long/0.125/found/search/architecture.json")
-# 46 labelled images; which ones, and the weights at the start, are drawn from the seed
+# 46 labelled images; they and the initial weights depend on the seed
 COMMON = dict(data="camvid", size=(192, 256), crop=(128, 160), label_fraction=1/8,
               architecture=NETWORK, w_jig=0., recalibrate=128, checkpoints=1)
 STRONG = dict(cutmix_p=1., cutmix_area=(.5, .5), jitter=(.4, .4, .4, .1), blur=None)
@@ -20,23 +20,23 @@ TEACHER = dict(consistency="mean_teacher", squares="summed", **STRONG)
 CLEAN = dict(statistics="clean", **TEACHER)
 LONG = dict(ramp=(.15, .5), ema_start=.15, ema_buffers="averaged", **CLEAN)
 ARMS = {
-    # without an unlabelled image
+    # without unlabelled images
     "labels": LABELS,
-    "control-strong": dict(w_strong=1., **LABELS), # strong views of labelled images and labels
+    "control-strong": dict(w_strong=1., **LABELS), # strong views of labelled images
     "control-clean": dict(w_strong=1., statistics="clean", **LABELS),
     "control-teacher": dict(consistency_images="labelled", ema_horizon=.02, **LONG),
-    # batch norm by groups (RECIPES 1 and 5)
+    # batch norm by groups
     "shared": TEACHER, "clean": CLEAN, "separate": {**TEACHER, "statistics": "separate"},
-    # delay and ramp (3)
+    # delay and ramp
     "constant": dict(ramp=(0., 0.), **CLEAN),
-    # memory of the teacher, as a share of the steps (4)
+    # horizon of the teacher's average, as a share of the steps
     "horizon-1": dict(ema_horizon=.01, **LONG), "horizon-2": dict(ema_horizon=.02, **LONG),
     "horizon-6": dict(ema_horizon=.06, **LONG),
-    # weight (6), with and without strong views of the labelled images
+    # weight, with and without strong views of the labelled images
     "weight-0.3": dict(w_semi=.3, ema_horizon=.02, **LONG),
     "weight-3": dict(w_semi=3., ema_horizon=.02, **LONG),
     "strong+teacher": dict(w_strong=1., ema_horizon=.02, **LONG),
-    # hard targets (7)
+    # hard targets
     "hard-0.8": {**LONG, "ema_horizon": .02, "consistency": "fixmatch"},
     "hard-relative": {**LONG, "ema_horizon": .02, "consistency": "fixmatch", "threshold": .9,
                       "threshold_kind": "relative"},
@@ -45,12 +45,14 @@ ARMS = {
 LONGER = ("labels", "control-strong", "clean", "horizon-2", "strong+teacher", "shared")
 DRAWS = 0, 1
 
-def runs() -> dict: # name -> parameters; the long ones first, so that they do not end alone
+def runs() -> dict:
+    "Parameters by name; the longest runs first, so that no process idles at the end."
     return {f"{steps}/{arm}/{draw}": dict(COMMON, **ARMS[arm], steps=steps, seed=draw)
             for steps, arms in ((3200, LONGER), (800, ARMS), (1600, LONGER))
             for draw in DRAWS for arm in arms}
 
 def one_run(name: str, parameters: dict, folder: Path, records: Path) -> str:
+    "Train one network, copy its record, and return a line for the log."
     place = folder/name
     place.mkdir(parents=True, exist_ok=True)
     os.nice(10)
@@ -58,14 +60,14 @@ def one_run(name: str, parameters: dict, folder: Path, records: Path) -> str:
         with contextlib.redirect_stderr(log):
             from selfsupnas.stages.retraining import RetrainConfig, retrain
             start = time.time()
-            try: done = retrain(RetrainConfig(folder=str(place), **parameters))
+            try: result = retrain(RetrainConfig(folder=str(place), **parameters))
             except Exception:
                 traceback.print_exc()
                 return f"{name}: failed, see {place/'log.txt'}"
     target = records/name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(place/"retrain-record.json", target)
-    metrics = done.record.metrics
+    metrics = result.record.metrics
     return (f"{name}: val mIoU {metrics['val_miou']:.4f}, as trained "
             f"{metrics['val_miou_before_recalibration']:.4f}, {time.time() - start:.0f} s")
 
@@ -76,16 +78,16 @@ def main():
     parser.add_argument("--only", default="*")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--list", action="store_true")
-    asked = parser.parse_args()
-    wanted = {name: parameters for name, parameters in runs().items()
-              if fnmatch.fnmatch(name, asked.only)
-              and not (asked.records/name/"retrain-record.json").exists()}
-    if asked.list: return print("\n".join(wanted))
+    args = parser.parse_args()
+    selected = {name: parameters for name, parameters in runs().items()
+                if fnmatch.fnmatch(name, args.only)
+                and not (args.records/name/"retrain-record.json").exists()}
+    if args.list: return print("\n".join(selected))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(asked.processes, multiprocessing.get_context("spawn"),
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"),
                              max_tasks_per_child=1) as pool:
-        for work in [pool.submit(one_run, name, parameters, asked.folder, asked.records)
-                     for name, parameters in wanted.items()]:
+        for work in [pool.submit(one_run, name, parameters, args.folder, args.records)
+                     for name, parameters in selected.items()]:
             work.add_done_callback(lambda w: print(w.exception() or w.result(), flush=True))
 
 if __name__ == "__main__": sys.exit(main())

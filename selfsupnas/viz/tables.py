@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from ..core import renamed_record, written_aside
+from ..core import rename_record, atomic_write
 from ..show import new_figure
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-08
 @dataclass(frozen=True)
 class Summary:
-    "One figure over the runs of a group."
-    values: tuple # one a run, in the order of the records
+    "One metric over the runs of a group."
+    values: tuple # one for each run, in the order of the records
     seeds: tuple # the seeds of those runs
 
     @property
@@ -28,11 +28,12 @@ class Summary:
     @property
     def mean(self): return math.fsum(self.values) / self.n
     @property
-    def std(self): # sample standard deviation (n-1); None for a single run
+    def std(self):
+        "Sample standard deviation (n-1); None for a single run."
         if self.n < 2: return None
         return math.sqrt(math.fsum((v - self.mean) ** 2 for v in self.values) / (self.n - 1))
 
-    def __format__(self, spec): # the spec holds for mean and spread alike: f"{summary:.3f}"
+    def __format__(self, spec): # of mean and spread: f"{summary:.3f}"
         spec = spec or ".3f"
         spread = "" if self.std is None else f" ± {self.std:{spec}}"
         return f"{self.mean:{spec}}{spread} (n={self.n})"
@@ -41,25 +42,26 @@ class Summary:
 # %% ../../nbs/viz/04_tables.ipynb #cell-15
 def check_record(record, # what JSON gave
                  file, # where it was read, for the message
-                ) -> dict: # the record
-    "A run record is a dict with stage, name, seed, parameters and metrics; else `ValueError`."
-    wanted = {"stage": str, "name": str, "seed": int, "parameters": dict, "metrics": dict}
+                ) -> dict:
+    "The record; raises ValueError unless it has stage, name, seed, parameters and metrics."
+    kinds = {"stage": str, "name": str, "seed": int, "parameters": dict, "metrics": dict}
     if not isinstance(record, dict):
-        raise ValueError(f"{file}: a run record is a JSON object, this is {type(record).__name__}")
-    missing = [key for key in wanted if key not in record]
+        raise ValueError(f"{file}: a run record must be a JSON object, not {type(record).__name__}")
+    missing = [key for key in kinds if key not in record]
     if missing:
         raise ValueError(f"{file}: the run record lacks {', '.join(missing)}; it has "
                          f"{', '.join(record) or 'nothing'}")
-    for key, kind in wanted.items():
+    for key, kind in kinds.items():
         if not isinstance(record[key], kind):
-            raise ValueError(f"{file}: {key!r} of a run record is {kind.__name__}, "
+            raise ValueError(f"{file}: {key!r} of a run record must be {kind.__name__}, "
                              f"not {record[key]!r}")
     return record
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-16
 def read_records(*paths, # JSON files, or folders searched for `*record*.json` at any depth
-                ) -> list: # dicts, sorted by file, with the entry "file" added
-    "Reads run records; raises `FileNotFoundError` or `ValueError` with the file's name."
+                ) -> list:
+    """Records as dicts, sorted by file, with the entry "file" added. Raises FileNotFoundError or
+    ValueError that names the file."""
     files = {}
     for path in map(Path, paths):
         if not path.exists(): raise FileNotFoundError(f"no run record or folder at {path}")
@@ -73,7 +75,7 @@ def read_records(*paths, # JSON files, or folders searched for `*record*.json` a
         try: record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=no_nan)
         except ValueError as error:
             raise ValueError(f"{path} is not a run record: {error}") from None
-        records.append({**check_record(renamed_record(record), path), "file": str(path)})
+        records.append({**check_record(rename_record(record), path), "file": str(path)})
     return records
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-20
@@ -377,5 +379,5 @@ def write_page(folders, to="report.html") -> Path:
     title = f"<title>selfsupnas: {len(runs)} runs</title>"
     page = (f"<!doctype html><meta charset=utf-8>{title}<style>{STYLE}</style>\n"
             + "\n".join(parts) + "\n")
-    with written_aside(to) as aside: aside.write_text(page, encoding="utf8")
+    with atomic_write(to) as aside: aside.write_text(page, encoding="utf8")
     return Path(to)

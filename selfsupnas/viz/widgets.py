@@ -20,14 +20,14 @@ from ..space.budget import CostTable, realised_cost, static_cost
 from ..train.config import TrainingConfig
 from ..core import from_parameters, is_live
 from ..metrics import Metrics, confusion_matrix, segment
-from ..space.gate import watch_gates
+from ..space.gate import record_gates
 from ..space.grid import STRIDES, Edge
 from ..tasks.jigsaw import cut_and_shuffle, unshuffle
 from .predictions import plot_jigsaw, plot_predictions
 from .routes import draw_gates, draw_route, gate_bar, plot_route
 from .curves import plot_history
 from .routes import plot_image_routes
-from ..stages.searching import (GateStatistics, SearchConfig, derive_within,
+from ..stages.searching import (GateStatistics, SearchConfig, derive_candidates,
                                          inherited_network, make_space, plain_images)
 from ..show import new_figure, overlay
 from ..space.supernet import gates_by_edge
@@ -132,7 +132,7 @@ class Inherited:
         self.known = {}
 
     def __call__(self, architecture: Architecture): # -> (StaticNetwork, mIoU)
-        key = tuple(architecture.kept.items())
+        key = tuple(architecture.selected.items())
         if key not in self.known:
             network = inherited_network(architecture, self.state, self.plain)
             counts = confusion_matrix(segment(network, self.images), self.labels,
@@ -153,7 +153,7 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
     import ipywidgets as widgets
     least, most = budget_range(table)
     def draw(values):
-        found, = derive_within(table, statistics, values["budget"] / 100, None, {})
+        found, = derive_candidates(table, statistics, values["budget"] / 100, None, {})
         fig, axes = new_figure(2, 1, figsize=(9, 5))
         draw_gates(axes[0, 0], table.space,
                    {p: statistics.importance[p] for p in table.space.edges()})
@@ -168,7 +168,7 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
 
 def route_words(table: CostTable, architecture: Architecture, worth=None) -> str:
     "Cost and worth of a route in a line."
-    cost = static_cost(table, architecture.kept)
+    cost = static_cost(table, architecture.selected)
     amount = (f"{cost / 1e9:.4f} GFLOPs (1e9 multiply-adds), " if table.kind == "flops"
               else f"{cost:.4g} {table.kind}, ")
     return (amount + f"{cost / table.full:.0%} of the full grid"
@@ -240,7 +240,7 @@ def browse_images(dataset, # of images (3,H,W) and labels (H,W), with .spec and 
         image, label = dataset[values["image"]]
         gates, guesses = {}, []
         for name, network in networks.items():
-            with watch_gates(network) as watched: guesses.append(segment(network, image[None])[0])
+            with record_gates(network) as watched: guesses.append(segment(network, image[None])[0])
             if table and watched: gates[name] = gates_by_edge(table.space, watched)
         count = len(guesses)
         figures = [plot_predictions([image] * count, [label] * count, guesses, dataset.spec,

@@ -44,9 +44,9 @@ MATERIALS = {'steel': (STONE, TAR, PAINT), 'paint': (PAINT, PAINT, STONE),
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-10
 def pick(rng:np.random.Generator, # the scene's source of chance
          *materials:tuple, # one or more lists of base colours
-         spread:float=0.18, # how far lightness wanders about the base
-        ) -> tuple: # red, green, blue as floats
-    "A colour of one of the materials, lighter or darker than the base by chance."
+         spread:float=0.18, # relative range of the lightness
+        ) -> tuple:
+    "Draw a colour of one of the materials: red, green, blue as floats."
     which, base, gain, *shift = rng.random(6).tolist()
     material = materials[int(which * len(materials))]
     gain = 1 + spread * (2 * gain - 1)
@@ -56,7 +56,7 @@ def pick(rng:np.random.Generator, # the scene's source of chance
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-13
 @dataclass
 class Camera:
-    "A pinhole camera above a street that may bend and climb."
+    "A pinhole camera above a street that may bend and rise."
     focal:float # pixels
     horizon:float # canvas row
     centre:float # canvas column of the road's direction
@@ -66,7 +66,7 @@ class Camera:
     roll:float # tilt, radians
 
     def post(self, x, z):
-        "Where an upright line at x, z (metres) meets the ground: column, row, pixels per metre."
+        "Column, row and pixels per metre of the ground point x, z (metres)."
         z = z if z > 0.9 else 0.9
         u, k = x / z + self.bend * z, self.focal / z
         v = self.eye / z - self.hill * z + self.roll * u
@@ -74,7 +74,7 @@ class Camera:
 
     def at(self, x, y, z):
         "Canvas column and row of the point x, y, z (metres)."
-        z = z if z > 0.9 else 0.9  # `post` written out: this is called two thousand times a scene
+        z = z if z > 0.9 else 0.9  # as `post`, inlined for speed
         u, k = x / z + self.bend * z, self.focal / z
         return (self.centre + self.focal * u,
                 self.horizon + k * (self.eye - y) + self.focal * (self.roll * u - self.hill * z))
@@ -84,18 +84,18 @@ GRAIN, BLOTCH, COURSES, FOLIAGE = 0, 4, 8, 12  # texture kinds; add 0..3 for the
 
 @dataclass
 class Scene:
-    "A canvas, the camera above the street, and the light and air between them."
+    "A canvas with its camera, light and haze."
     rng:np.random.Generator # the only source of chance
     size:tuple # canvas width, height in pixels
-    draw:ImageDraw.ImageDraw # paints on the RGBA canvas
-    camera:Camera # where points fall on the canvas
+    draw:ImageDraw.ImageDraw # of the RGBA canvas
+    camera:Camera # maps metres to the canvas
     light:tuple # strength of the light in red, green, blue
-    haze:tuple # red, green, blue that distance fades to
+    haze:tuple # red, green, blue at infinite distance
     thick:float # haze, 1 / metres
     sun:tuple # sideways and forward length of a shadow per metre of height
 
     def ink(self, colour, label, z, texture=GRAIN + 1, shade=1.0):
-        "RGB in this light at z metres; the fourth byte holds class (high half) and texture (low)."
+        "RGB at z metres, and a byte with the class (high bits) and the texture (low bits)."
         keep = math.exp(-z * self.thick)
         rgb = [int(c * l * shade * keep + h * (1 - keep))
                for c, l, h in zip(colour, self.light, self.haze)]
@@ -110,7 +110,7 @@ class Scene:
         self.band(self.camera.post(x0, z0), self.camera.post(x1, z1), low, high, ink)
 
     def band(self, a, b, low, high, ink):
-        "The same between two results of `Camera.post`."
+        "`strip` between two results of `Camera.post`."
         (u0, v0, k0), (u1, v1, k1) = a, b
         self.draw.polygon((u0, v0 - k0 * low, u0, v0 - k0 * high, u1, v1 - k1 * high,
                            u1, v1 - k1 * low), ink)
@@ -118,33 +118,33 @@ class Scene:
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-17
 @dataclass
 class Thing:
-    "Something that stands on the street."
-    far:float # metres ahead; far things are painted first
-    paint:Callable[[Scene], None] # paints it
-    foot:tuple # x0, x1, z0, z1 it stands on, and height of its shadow, all in metres
+    "An object on the street."
+    far:float # metres ahead; far objects are painted first
+    paint:Callable[[Scene], None] # paints the object
+    foot:tuple # footprint x0, x1, z0, z1 and height of the shadow, in metres
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-20
 def noise(rng:np.random.Generator, # the scene's source of chance
           cells:tuple, # columns, rows of random values
-          size:tuple, # width, height in pixels that they are stretched to
-         ) -> np.ndarray: # (height, width) float32, about zero mean and unit spread
-    "Smooth random field: a small grid of random values, stretched."
+          size:tuple, # width, height of the result in pixels
+         ) -> np.ndarray:
+    "Smooth noise (height, width) float32 of about zero mean and unit variance."
     grid = rng.standard_normal((cells[1], cells[0]), np.float32)
     return np.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-21
 def static(rng:np.random.Generator, # the scene's source of chance
            shape:tuple, # of the result
-          ) -> np.ndarray: # float32, zero mean and unit spread
-    "Unsmooth noise, quickly: two random bytes summed, a triangle in place of a bell."
+          ) -> np.ndarray:
+    "Independent noise, float32 of zero mean and unit variance, with a triangular distribution."
     pair = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint8).reshape(2, *shape)
     return (pair[0].astype(np.float32) + pair[1] - 255) / 104.5
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-23
 def draw_sky(rng:np.random.Generator, # the scene's source of chance
              size:tuple, # canvas width, height in pixels
-            ) -> tuple: # (RGBA canvas with sky everywhere, (3,) colour at the horizon)
-    "Sky from blue to white to grey to evening, with or without clouds."
+            ) -> tuple:
+    "Returns an RGBA canvas full of sky, and the colour (3,) at the horizon."
     tops = ((96, 140, 200), (150, 176, 206), (226, 228, 232), (150, 152, 156), (120, 124, 140))
     lows = ((214, 222, 230), (244, 244, 242), (232, 214, 192), (176, 178, 180))
     top, low = (np.array(pick(rng, c, spread=.1), np.float32) for c in (tops, lows))
@@ -161,8 +161,8 @@ def draw_sky(rng:np.random.Generator, # the scene's source of chance
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-26
 def open_scene(rng:np.random.Generator, # the scene's source of chance
                size:tuple, # canvas width, height in pixels
-              ) -> tuple: # (Scene, RGBA canvas with the sky)
-    "Choose camera, weather and light, and paint the sky."
+              ) -> tuple:
+    "Draw camera, weather and light at random; returns the Scene and its RGBA canvas with the sky."
     canvas, low = draw_sky(rng, size)
     w, h = size
     camera = Camera(focal=h * rng.uniform(.85, 1.35), horizon=h * rng.uniform(.4, .58),
@@ -177,10 +177,9 @@ def open_scene(rng:np.random.Generator, # the scene's source of chance
     return scene, canvas
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-29
-def read_parts(text:str, # parts with `;` between: shape, class, material, shade, numbers
-              # of (points, thickness, class id, material, shade); thickness 0 is a filled polygon
+def read_parts(text:str, # parts separated by `;`: shape, class, material, shade, numbers
               ) -> tuple:
-    "The parts of a thing as plain polygons and strokes."
+    "(points, thickness, class id, material, shade) of each part; thickness 0 is a filled polygon."
     tenth, parts = math.tau / 10, []
     turn = [(math.cos(t * tenth), math.sin(t * tenth)) for t in range(11)]
     for shape, label, material, shade, *numbers in map(str.split, text.split(';')):
@@ -196,13 +195,13 @@ def read_parts(text:str, # parts with `;` between: shape, class, material, shade
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-32
 def draw_parts(scene:Scene, # painted on in place
                parts:tuple, # from `read_parts`
-               x:float, # metres from the camera's path, where the parts' zero stands
+               x:float, # metres from the camera's path, of the parts' origin
                z:float, # metres ahead
                along:tuple=(1.0, 0.0), # metres in x and z for one unit across
                high:float=1.0, # metres for one unit up
-               **fixed, # colours of some materials, in place of chance
+               **fixed, # colours of materials; others are drawn at random
               ):
-    "Paint a thing from its parts; a material keeps one colour within a thing."
+    "Paint an object from its parts, with one colour per material."
     dx, dz = along
     k = scene.camera.post(x, z)[2] * high
     for points, thick, label, material, shade in parts:
@@ -217,11 +216,11 @@ def draw_parts(scene:Scene, # painted on in place
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-35
 def draw_shadows(scene:Scene, # camera and sun
-                 canvas:Image.Image, # RGBA canvas, with the ground painted and nothing on it
+                 canvas:Image.Image, # RGBA canvas with only the ground
                  things:list, # of `Thing`
-                 depth:float, # 0..1, how dark a shadow is
+                 depth:float, # darkness of a shadow, 0..1
                 ):
-    "Darken the ground where things stand between it and the sun; labels stay."
+    "Darken the ground in the shadows of objects; labels are unchanged."
     mask = Image.new('L', canvas.size, 0)
     draw, (sx, sz) = ImageDraw.Draw(mask), scene.sun
     for x0, x1, z0, z1, high in (t.foot for t in things if t.foot[2] < 45):
@@ -237,19 +236,19 @@ def draw_shadows(scene:Scene, # camera and sun
 SOLID = np.isin(np.arange(256), (BUILDING, TREE, CAR))
 
 def soften(label:np.ndarray, # (H,W) uint8
-          ) -> np.ndarray: # (H,W) uint8
-    "Void, one pixel thin, where two solid things meet."
+          ) -> np.ndarray:
+    "Returns the label (H,W) uint8 with a void border of one pixel between solid objects."
     solid, out = SOLID[label], label.copy()
     for a, ok, to in ((label, solid, out), (label.T, solid.T, out.T)):
         same = (a[1:] == a[:-1]) & ok[1:]
-        to[2:-1][same[2:] & same[:-2] & (a[2:-1] != a[1:-2])] = VOID  # both two pixels thick
+        to[2:-1][same[2:] & same[:-2] & (a[2:-1] != a[1:-2])] = VOID  # both two pixels or more
     return out
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-42
-def develop(scene:Scene, # gives the noise
-            canvas:Image.Image, # RGBA canvas at twice the wanted size
-           ) -> tuple: # (image uint8 (H,W,3), label uint8 (H,W))
-    "From canvas to photograph: blended edges, texture, uneven light, tone and sensor noise."
+def develop(scene:Scene, # with the random generator
+            canvas:Image.Image, # RGBA canvas at twice the size of the image
+           ) -> tuple:
+    "Returns the image uint8 (H,W,3) and the label uint8 (H,W) of a canvas."
     rng, (w, h) = scene.rng, (scene.size[0] // 2, scene.size[1] // 2)
     code = np.asarray(canvas.getchannel('A'))[1::2, 1::2]
     label, code = code >> 4, (code & 15).ravel()
@@ -330,22 +329,22 @@ PARKED, MOVING = (0, 0, 0, 1, 1, 2, 2, 3), (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #961948cf
 def draw_car(scene:Scene, # painted on in place
-             x:float, # metres, the car's middle
-             z:float, # metres ahead, the end that faces us
+             x:float, # metres, the centre of the car
+             z:float, # metres ahead, the end that faces the camera
              car:tuple, # one of `CARS`
-             heading:int, # +1 goes our way, -1 comes towards us, 0 crosses
+             heading:int, # +1 same direction, -1 oncoming, 0 crossing
             ):
-    "A car, van or bus from behind, from the front, or from the side."
+    "Paint a car, van or bus from behind, from the front, or from the side."
     side, end, wide, high, long = car
-    few = 1 if z > 45 else 9
+    count = 1 if z > 45 else 9 # distant cars need fewer parts
     look = {'paint': pick(scene.rng, PAINT, PAINT, STONE), 'glass': pick(scene.rng, GLASS),
             'lamp': (190, 40, 36) if heading > 0 else (232, 230, 214)}
     if heading == 0:
-        draw_parts(scene, side[:few], x, z, (long, 0), high, **look)
+        draw_parts(scene, side[:count], x, z, (long, 0), high, **look)
         return
     flank = x - math.copysign(wide / 2, x)
     start, step = (z, long) if heading > 0 else (z + long, -long)
-    draw_parts(scene, side[:few], flank, start, (0, step), high, **look)
+    draw_parts(scene, side[:count], flank, start, (0, step), high, **look)
     draw_parts(scene, end[:5] if z > 45 else end, x, z, (wide / 2, 0), high, **look)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #d1666216
@@ -353,10 +352,9 @@ def draw_wall(scene:Scene, # painted on in place
               ends:tuple, # x0, z0, x1, z1 of the ground line, metres
               floors:tuple, # heights of the floors' lower edges and the eaves, metres
               look:tuple, # colour, texture, shade of the wall
-              # (glass, door) colours, width share, height share, column in metres, shop or not
-              panes:tuple,
+              panes:tuple, # glass, door; shares of width, height; metres per column; shop or not
              ):
-    "One wall with its rows of windows."
+    "Paint one wall with its rows of windows."
     (x0, z0, x1, z1), (colour, texture, shade) = ends, look
     glass, door, wide, tall, column, shop = panes
     scene.strip(*ends, 0, floors[-1], scene.ink(colour, BUILDING, (z0 + z1) / 2, texture, shade))
@@ -379,12 +377,12 @@ def draw_wall(scene:Scene, # painted on in place
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #2ca803c8
 def draw_roof(scene:Scene, # painted on in place
               across:tuple, # x of the front eaves, the ridge and the back eaves, metres
-              near:float, # metres ahead where it begins
+              near:float, # metres ahead where it starts
               far:float, # metres ahead where it ends
               top:float, # height of the eaves, metres
               gable:tuple, # ink of the end wall
              ):
-    "A pitched roof with two chimneys."
+    "Paint a pitched roof with two chimneys."
     rng, (x, ridge, back), peak = scene.rng, across, top + scene.rng.uniform(1, 4)
     tile = partial(scene.ink, pick(rng, BRICK, TAR), BUILDING, near, COURSES + 2)
     scene.fill([(x, top, near), (x, top, far), (ridge, peak, far), (ridge, peak, near)], tile(.85))
@@ -396,11 +394,11 @@ def draw_roof(scene:Scene, # painted on in place
 def draw_building(scene:Scene, # painted on in place
                   side:int, # -1 left, +1 right
                   x:float, # metres, the wall that faces the road
-                  near:float, # metres ahead where it begins
+                  near:float, # metres ahead where it starts
                   far:float, # metres ahead where it ends
                   storeys:int, # floors above the ground floor
                  ):
-    "A block with two visible walls, windows, a shop or plain ground floor, and a roof."
+    "Paint a building with two visible walls, windows, a shop or plain ground floor, and a roof."
     rng, deep = scene.rng, x + side * 10
     first, rise = rng.uniform(2.8, 4.2), rng.uniform(2.6, 3.4)
     floors = (0, *(first + rise * i for i in range(storeys + 1)))
@@ -423,7 +421,7 @@ def draw_tree(scene:Scene, # painted on in place
               z:float, # metres ahead
               high:float, # metres
              ):
-    "A trunk, and a crown of ragged lobes; or bare branches."
+    "Paint a trunk with a crown of ragged lobes, or with bare branches."
     rng, (px, py, k) = scene.rng, scene.camera.post(x, z)
     leaf, wide, kind = pick(rng, LEAF), high * rng.uniform(.2, .42), rng.random()
     wood = scene.ink(pick(rng, BRICK, TAR), TREE, z, FOLIAGE + 2, .7)
@@ -446,7 +444,7 @@ def draw_tree(scene:Scene, # painted on in place
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #d3aa90bc
 def draw_hedge(scene, x, near, far, high):
-    "A hedge along the road at x, from near to far, all in metres; trees are its class."
+    "Paint a hedge, of the class tree, along the road at x, from near to far, all in metres."
     rng, leaf = scene.rng, pick(scene.rng, LEAF)
     scene.strip(x, near, x, far, 0, high, scene.ink(leaf, TREE, near, FOLIAGE + 3, .8))
     zs = np.sort(rng.uniform(near, far, 20))[::-1].tolist()
@@ -458,10 +456,10 @@ def draw_hedge(scene, x, near, far, high):
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #ce97287c
 def draw_fence(scene, x, near, far, high):
-    "A wall, boards or railings along the road at x, from near to far, all in metres."
+    "Paint a wall, boards or railings along the road at x, from near to far, all in metres."
     rng, kind = scene.rng, int(scene.rng.integers(3))
     ink = partial(scene.ink, pick(rng, STONE, BRICK, LEAF, PAINT), FENCE)
-    solid = near if kind < 2 else near + 8  # distant railings close up
+    solid = near if kind < 2 else near + 8  # distant railings look solid
     if solid < far:
         scene.strip(x, solid, x, far, .1, high, ink(near, COURSES + 3 if kind else BLOTCH + 2))
     step, shade = (3.0, .3, .22)[kind], .8 if kind < 2 else 1
@@ -475,7 +473,7 @@ def draw_fence(scene, x, near, far, high):
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #3b7c0d43
 def draw_backdrop(scene:Scene, # painted on in place
                  ):
-    "Two far rows, of roofs and of tree tops, that close the view."
+    "Paint two distant rows, of roofs and of tree tops."
     rng, tall, xs = scene.rng, scene.rng.uniform(2, 11), (np.arange(30) - 15) * 12.0
     for label in (BUILDING, TREE)[::scene.rng.choice((-1, 1))]:
         tops = tall * rng.uniform(.3, 1.1, 30)
@@ -486,7 +484,7 @@ def draw_backdrop(scene:Scene, # painted on in place
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #7d2923aa
 def draw_bonnet(scene):
-    "The front of our own car along the lower edge of the picture: void."
+    "Paint the bonnet of the camera car along the lower edge, as void."
     (w, h), rise = scene.size, scene.rng.uniform(.03, .12)
     xs = np.linspace(-.1, 1.1, 15)
     tops = h * (1 - rise * (1 - .4 * (2.2 * (xs - .5)) ** 4))
@@ -494,24 +492,24 @@ def draw_bonnet(scene):
                        scene.ink(pick(scene.rng, PAINT), VOID, 0, BLOTCH + 2, .7))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-02
-SCENES_VERSION = 1 # raised whenever the same seed would draw other bytes
+SCENES_VERSION = 1 # increased whenever a seed gives other bytes
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #5e8f403d
 @dataclass
 class Street:
-    "Where the parts of the street lie across it, in metres from the camera's path."
+    "The cross-section of a street, in metres from the camera's path."
     kerbs:tuple # left and right edge of the road
-    walls:tuple # left and right outer edge of the pavements, where plots begin
-    lanes:tuple # (middle, +1 our way or -1 towards us) of every lane
+    walls:tuple # left and right outer edge of the pavements, where plots start
+    lanes:tuple # (centre, +1 same direction or -1 oncoming) of every lane
     gaps:tuple # (start, width) in metres ahead of the side road, left and right
-    kinds:tuple # what lines the left and the right: 'city', 'houses' or 'park'
+    kinds:tuple # of the left and right side: 'city', 'houses' or 'park'
 
 def plan_street(rng:np.random.Generator, # the scene's source of chance
-               ) -> Street: # a street to build
-    "Choose lanes, pavements, side roads and the character of both sides."
-    lane, ours, theirs = rng.uniform(2.6, 3.4), *(1 + (rng.random(2) < .33)).tolist()
-    left = -lane * (rng.integers(ours) + .5) + rng.uniform(-.5, .5)
-    lanes = tuple((left + lane * (i + .5), 1 if i < ours else -1) for i in range(ours + theirs))
+               ) -> Street:
+    "Draw lanes, pavements, side roads and the kind of each side at random."
+    lane, ahead, oncoming = rng.uniform(2.6, 3.4), *(1 + (rng.random(2) < .33)).tolist()
+    left = -lane * (rng.integers(ahead) + .5) + rng.uniform(-.5, .5)
+    lanes = tuple((left + lane * (i + .5), 1 if i < ahead else -1) for i in range(ahead + oncoming))
     verge, wide = rng.uniform(.2, 2.2, 2) * (rng.random(2) < .45), rng.uniform(1.4, 5, 2)
     kerbs = (left - verge[0], left + lane * len(lanes) + verge[1])
     kinds = tuple(('city', 'houses', 'park')[k] for k in np.searchsorted((.6, .87), rng.random(2)))
@@ -533,7 +531,7 @@ def patch(scene, x0, x1, z0, z1, ink):
 def draw_ground(scene:Scene, # painted on in place
                 street:Street, # where the parts lie
                ):
-    "Yards, pavements and road, then worn patches and side roads."
+    "Paint yards, pavements, side roads and the road with its worn patches."
     rng, (left, right), (a, b) = scene.rng, street.kerbs, street.walls
     tar, slab = pick(rng, TAR), pick(rng, STONE, TAR, BRICK if rng.random() < .3 else STONE)
     for x0, x1, kind in ((a - 90, a, street.kinds[0]), (b, b + 90, street.kinds[1])):
@@ -555,7 +553,7 @@ def draw_ground(scene:Scene, # painted on in place
 def draw_markings(scene:Scene, # painted on in place
                   street:Street, # where the parts lie
                  ):
-    "Lane dashes, edge lines, and sometimes a crossing: all of them road."
+    "Paint lane dashes, edge lines and sometimes a crossing, all of the class road."
     rng, (left, right) = scene.rng, street.kerbs
     white, yellow = pick(rng, ((205, 204, 196), (170, 170, 164))), pick(rng, ((188, 160, 70),))
     ink = partial(scene.ink, label=ROAD, texture=BLOTCH + 3)
@@ -575,8 +573,8 @@ def draw_markings(scene:Scene, # painted on in place
 def line_side(rng:np.random.Generator, # the scene's source of chance
               street:Street, # where the parts lie
               side:int, # -1 left, +1 right
-             ) -> list: # of `Thing`
-    "Plots along one side: buildings, hedges, fences, trees, and the gap of a side road."
+             ) -> list:
+    "The `Thing`s of the plots along one side: buildings, hedges, fences and trees."
     k, things, z, tall = (side + 1) // 2, [], rng.uniform(-6, 1.5), rng.uniform(1, 5)
     x, kind, (gap, wide) = street.walls[k], street.kinds[k], street.gaps[k]
     built = {'city': .92, 'houses': .55, 'park': .12}[kind]
@@ -607,12 +605,12 @@ def line_side(rng:np.random.Generator, # the scene's source of chance
 def furnish_side(rng:np.random.Generator, # the scene's source of chance
                  street:Street, # where the parts lie
                  side:int, # -1 left, +1 right
-                ) -> list: # of `Thing`
-    "What stands between kerb and wall: posts, signs, street trees, clutter, people, a railing."
+                ) -> list:
+    "The `Thing`s on one pavement: posts, signs, street trees, clutter, people and a railing."
     kerb, wall = street.kerbs[(side + 1) // 2], street.walls[(side + 1) // 2]
     edge, things = kerb + side * .45, []
-    def add(paint, x, z, w, h, **more):
-        things.append(Thing(z, partial(paint, x=x, z=z, **more), (x - w, x + w, z - w, z + w, h)))
+    def add(paint, x, z, w, h, **kw):
+        things.append(Thing(z, partial(paint, x=x, z=z, **kw), (x - w, x + w, z - w, z + w, h)))
     for z in np.arange(rng.uniform(6, 30), 100, rng.uniform(15, 32)).tolist():
         tall = rng.uniform(.7, 1.2)
         add(draw_parts, edge, z, .08, 7, parts=POSTS[0], along=(-side, 0), high=tall)
@@ -639,8 +637,8 @@ def furnish_side(rng:np.random.Generator, # the scene's source of chance
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #72e69aaa
 def add_traffic(rng:np.random.Generator, # the scene's source of chance
                 street:Street, # where the parts lie
-               ) -> list: # of `Thing`
-    "Cars in their lanes, along the kerbs, and in side roads."
+               ) -> list:
+    "The `Thing`s for cars in the lanes, along the kerbs, and in side roads."
     things, (left, right) = [], street.kerbs
     def add(x, z, car, heading):
         w, long = (car[2] / 2, car[4]) if heading else (car[4], car[2])
@@ -665,8 +663,8 @@ def add_traffic(rng:np.random.Generator, # the scene's source of chance
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #7f421d83
 def add_crossers(rng:np.random.Generator, # the scene's source of chance
                  street:Street, # where the parts lie
-                ) -> list: # of `Thing`
-    "Cyclists on the road, and sometimes people who cross it."
+                ) -> list:
+    "The `Thing`s for cyclists on the road and people who cross it."
     things, (left, right) = [], street.kerbs
     walkers = rng.integers(1, 4) * (rng.random() < .25)
     for parts, n in ((CYCLIST, rng.poisson(1.1)), (PERSON, walkers)):
@@ -679,7 +677,7 @@ def add_crossers(rng:np.random.Generator, # the scene's source of chance
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #4a889aa7
 def check_scene(seed, size):
-    "Seed, height and width as plain ints, or an error that says what would be right."
+    "Returns seed, height and width as ints; raises TypeError or ValueError."
     try:
         if isinstance(seed, bool): raise TypeError
         seed = operator.index(seed)
@@ -697,16 +695,17 @@ def check_scene(seed, size):
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #a896250e
 def in_view(scene, thing):
-    "Whether a thing may reach into the picture's width; from 20 m on it always may."
+    "Whether an object may be visible, by its columns; always True beyond 20 m."
     x0, x1, z0, z1, _ = thing.foot
     columns = [scene.camera.post(x, z)[0] for x in (x0, x1) for z in (z0, z1)]
     return z0 > 20 or (max(columns) >= 0 and min(columns) <= scene.size[0])
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #70fa5a34
-def draw_scene(seed:int, # which scene, 0 or more
+def draw_scene(seed:int, # number of the scene, 0 or more
                size:tuple=(128, 160), # height, width in pixels, 64 or more each
-              ) -> tuple: # (image uint8 (H,W,3), label uint8 (H,W): class ids 0..10, 255 void)
-    "One synthetic street scene with exact labels; the same seed and size give the same bytes."
+              ) -> tuple:
+    """Draw a synthetic scene; returns the image uint8 (H,W,3) and its label uint8 (H,W), class ids
+    0..10 and 255 for void. The same seed and size give the same bytes."""
     seed, height, width = check_scene(seed, size)
     rng = np.random.default_rng(seed)
     scene, canvas = open_scene(rng, (2 * width, 2 * height))
