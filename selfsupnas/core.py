@@ -71,11 +71,13 @@ def rename_keys(data): # plain data: dicts, lists, numbers, strings
     return {RENAMED.get(key, key): rename_keys(value) for key, value in data.items()}
 
 def rename_record(data: dict) -> dict: # data: the content of a record file
-    "A run record with the names of this version; a record of this version is returned unchanged."
-    if "figures" not in data: return data
+    """A run record with the names of this version: of version 0.1 everything is renamed, of later
+    ones the parameters."""
     stage = data.get("stage")
-    return {**rename_keys(data), "stage": RENAMED_STAGES.get(stage, stage)
-            if isinstance(stage, str) else stage}
+    if isinstance(stage, str): data = {**data, "stage": RENAMED_STAGES.get(stage, stage)}
+    if "figures" in data: return rename_keys(data)
+    return {name: rename_keys(value) if name == "parameters" else value
+            for name, value in data.items()}
 
 def record_path(folder, stage: str) -> Path:
     """The path of a stage's record, existing or not: `STAGE-record.json` in the folder, or the
