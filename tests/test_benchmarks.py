@@ -77,7 +77,7 @@ def test_four_ways_to_take_a_step_have_one_loss():
 
 def test_results_of_operations_are_kept():
     with Results() as noted: torch.relu(torch.zeros(2, 3) + 1)
-    assert len(noted.kept) == 3, "zeros, their sum with 1, and the larger of that and 0"
+    assert len(noted.tensors) == 3, "zeros, their sum with 1, and the larger of that and 0"
 
 
 def test_a_step_is_a_share_of_the_yardstick():
