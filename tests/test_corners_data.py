@@ -1,4 +1,4 @@
-"Corners of users' data: what almost fits is said before anything runs, and what can be read without a doubt is read."
+"Corner cases of users' data: faults are reported before anything runs, and unambiguous data are read."
 import dataclasses, json, re, shutil, warnings
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def photo(seed, h=H, w=W): return np.random.default_rng(seed).integers(0, 255, (
 def halves(low=0, high=1): return np.where(np.arange(W) < W // 2, low, high).astype(np.uint8) * np.ones((H, 1), np.uint8)
 
 def draw(root, mask=halves, count=3, classes="background\nthing\n", splits=("train", "val", "test")):
-    "Splits of a few images; `mask` makes the mask of an image, or is a dict of such functions by split."
+    "Write splits of a few images; `mask` returns the mask of an image, or is a dict of such functions by split."
     for s, split in enumerate(splits):
         for i in range(count):
             save(root/"images"/split/f"{i}.png", photo(10 * s + i))
@@ -50,15 +50,17 @@ def root(tmp_path): return draw(tmp_path/"own")
 def config(root, **more): return TrainingConfig(folder=str(Path(root)/"run"), data="folder", root=str(root), label_fraction=1., **more)
 
 @pytest.fixture(autouse=True)
-def no_sheets(monkeypatch): # they take most of the time, and tests/test_data_faults.py looks at them
+def no_sheets(monkeypatch): # they take most of the time, and tests/test_data_faults.py tests them
     monkeypatch.setattr("selfsupnas.data.inspection.sample_sheet", lambda *_: None), monkeypatch.setattr("selfsupnas.show.save_figure", lambda *_: "none")
 
-def look(root, capsys, *words): # status and text of `selfsupnas data`
+def look(root, capsys, *words):
+    "Exit status and output of `selfsupnas data`."
     status = main(["data", "folder", str(root), "--folder", str(root/"look"), *words])
     said = capsys.readouterr()
     return status, said.out + said.err
 
-def warned(act): # what it warns of
+def warned(act):
+    "Messages of the warnings of a call."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         act()
@@ -77,7 +79,7 @@ def labels_of(root, text, name="labeled.txt", encoding="utf-8"):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "  \n", "\n\n"])
 def test_text_files_as_editors_leave_them(root, encoding, end):
-    "A mark at the beginning (BOM), any line ends, blanks behind a name and blank lines."
+    "With a byte order mark, any line ends, trailing blanks and blank lines."
     (root/"classes.txt").write_bytes(end.join(["Straße", "thing", ""]).encode(encoding))
     assert FolderDataset(root, "train").spec.classes == ("Straße", "thing")
     assert labels_of(root, end.join(["train/0", "images/train/2.png masks/train/2.png", ""]), encoding=encoding) == ["train/0", "train/2"]
@@ -124,21 +126,23 @@ def test_comments_in_a_split_file(root):
 
 
 def test_lists_of_other_systems(root):
-    "Paths with backslashes, and accents that stand apart from their letters."
+    "Paths with backslashes, and accents as separate characters (decomposed Unicode)."
     for kind in ("images", "masks"): (root/kind/"train"/"0.png").rename(root/kind/"train"/"e\u0301te\u0301.png")
     assert labels_of(root, "images\\train\\2.png masks\\train\\2.png\ntrain/\u00e9t\u00e9\n") == ["train/2", "train/e\u0301te\u0301"]
 
 
-# Images that a camera turned
+# Images with an EXIF orientation
 
 TYPES = {".jpg": {"quality": 95}, ".png": {}, ".tif": {}, ".webp": {"lossless": True}}
 
-def noted(number): # an EXIF block with that orientation
+def noted(number):
+    "An EXIF block with that orientation."
     exif = Image.new("RGB", (1, 1)).getexif()
     exif[0x0112] = number
     return exif
 
-def by_hand(array, number): # what the standard says of row 0 and column 0
+def by_hand(array, number):
+    "The upright array of an EXIF orientation, as the standard defines it."
     return {1: array, 2: array[:, ::-1], 3: array[::-1, ::-1], 4: array[::-1], 5: array.swapaxes(0, 1), 6: np.rot90(array, -1), 7: np.rot90(array, 2).swapaxes(0, 1), 8: np.rot90(array, 1),
             9: array}[number]
 
@@ -163,7 +167,7 @@ def test_where_a_png_may_note_its_orientation(tmp_path, place):
     if place == "text": notes.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True) # as ImageMagick does
     if place == "xmp": notes.add_itxt("XML:com.adobe.xmp", xmp(6))
     path = save(tmp_path/"a.png", stored, pnginfo=notes, **({"exif": noted(6)} if place in ("before", "behind") else {}))
-    if place == "behind": # the standard allows that chunk on either side of the pixels
+    if place == "behind": # the standard allows the chunk before or after the pixels
         data = path.read_bytes()
         start = data.index(b"eXIf") - 4
         chunk = data[start:start + 12 + int.from_bytes(data[start:start + 4], "big")]
@@ -187,7 +191,7 @@ def test_turned_images_without_a_label(root, capsys, suffix):
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("number", [3, 6, 8])
 def test_a_mask_is_turned_by_its_own_note(root, suffix, number):
-    "As any viewer shows it; an image and a mask that were stored alike stay a pair."
+    "As in image viewers; an image and a mask with the same orientation stay aligned."
     for old in root.glob("*/train/0.png"): old.unlink()
     stored = np.arange(H * W).reshape(H, W) // 300 % 2
     save(root/"images"/"train"/"0.jpg", photo(1), exif=noted(number))
@@ -201,13 +205,13 @@ def test_a_mask_is_turned_by_its_own_note(root, suffix, number):
 
 
 def test_a_mask_of_the_stored_image_beside_a_turned_one(root):
-    "The sizes are swapped: the message says why."
+    "The message explains why the sizes are swapped."
     save(root/"images"/"train"/"1.png", photo(1), exif=noted(6))
     with pytest.raises(ValueError, match="80 x 64.*64 x 80.*EXIF") as error: FolderDataset(root, "train")[1]
     assert str(root/"masks"/"train"/"1.png") in str(error.value)
 
 
-# Two spellings of one word
+# British and American spelling
 
 @pytest.mark.parametrize("name", ["unlabelled", "unlabeled"])
 @pytest.mark.parametrize("layout", ["divided", "flat"])
@@ -250,7 +254,7 @@ def test_split_files_in_both_spellings(root, names):
     with pytest.raises(FileNotFoundError, match="unlabeled.txt"): load_split(root/"split", FolderDataset(root, "train"))
 
 
-# Files that are missing, and files that nothing reads
+# Missing files and unused files
 
 def test_a_missing_mask_is_a_fault_and_the_rest_is_surveyed(root, capsys):
     (root/"masks"/"train"/"1.png").unlink()
@@ -351,12 +355,12 @@ def test_a_folder_without_divided_splits_names_what_it_passes_over(tmp_path, cap
     assert len(warned(lambda: load_training_data(config(root)))) == 1
 
 
-# Masks that hold nothing to learn from
+# Masks from which nothing can be learned
 
 def one(number): return lambda: np.full((H, W), number, np.uint8)
 def parts(*numbers): return lambda: np.array(numbers, np.uint8)[np.arange(W) * len(numbers) // W] * np.ones((H, 1), np.uint8)
 GOOD = halves
-FAULTY = { # masks -> classes, words of the message
+FAULTY = { # name: (masks, classes, pattern of the message)
     "0/255, two classes": (parts(0, 255), "a\nb\n", "0/255"),
     "0/255, five classes": (parts(0, 255), "a\nb\nc\nd\ne\n", "0/255"),
     "0/255, in val alone": ({"train": GOOD, "val": parts(0, 255), "test": GOOD}, "a\nb\n", "0/255"),
@@ -405,7 +409,7 @@ def test_only_the_labelled_part_is_void(root, which):
         assert str(root) in str(error.value) and "1 images" in str(error.value)
         save(root/"masks"/"train"/"0.png", parts(0, 255)())
         with pytest.raises(ValueError, match="0/255"): load_training_data(config(root, split_folder=str(root/"split")))
-    else: # a drawn split covers what classes there are
+    else: # a random split covers the classes that occur
         found = load_training_data(dataclasses.replace(config(root), label_fraction=1 / 3)).split.labelled
         assert "train/0" not in found
 
@@ -449,7 +453,7 @@ def test_masks_of_one_bit_are_zero_and_one(root, bits):
             if bits == "palette": mask = mask.convert("P")
             if bits in ("bmp", "tif"): path.unlink()
             mask.save(path.with_suffix(f".{bits}") if bits in ("bmp", "tif") else path)
-    if bits == "palette": return # whatever Pillow makes of it is refused or read, see above
+    if bits == "palette": return # the numbers that Pillow writes are refused or read, see above
     assert not warned(lambda: load_training_data(config(root)))
     assert np.array_equal(FolderDataset(root, "train")[0][1], halves())
 
@@ -461,7 +465,7 @@ def test_few_masks_are_read_where_all_is_well(tmp_path, monkeypatch):
     assert len(read) < 80
 
 
-# No mean over one class
+# No mean over a single class
 
 def test_a_mean_over_one_of_several_classes_is_undefined():
     one_class = Metrics(torch.tensor([[9, 0], [0, 0]]), ("a", "b"))
@@ -479,7 +483,7 @@ def test_a_mean_over_one_of_several_classes_is_undefined():
 
 
 def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
-    class Says(torch.nn.Module): # class 0 everywhere
+    class Says(torch.nn.Module): # predicts class 0 everywhere
         def forward(self, x): return torch.stack([torch.ones_like(x[:, 0]), torch.zeros_like(x[:, 0])], 1)
     for path in (root/"masks"/"val").iterdir(): save(path, one(0)())
     asked = config(root, steps=1, logs=1)
@@ -489,11 +493,12 @@ def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
     assert row["val_miou"] is None and "miou" not in log_line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
 
 
-# Letters that matplotlib's own font lacks
+# Letters that matplotlib's default font lacks
 
 NAMES = {"Chinese": "背景\n汽车道路\n", "Japanese": "はいけい\n道\n", "Korean": "배경\n길\n", "Thai": "ถนน\nบ้าน\n", "Devanagari": "सड़क\nघर\n", "of the street": "🚗\n🌳\n"}
 
-def sheet(root, to): # a figure with class names and file names, saved as the command does
+def sheet(root, to):
+    "Warnings while figures with names of classes and files are saved."
     data = FolderDataset(root, "train")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -540,7 +545,7 @@ def test_letters_that_the_font_has_change_nothing(root, tmp_path):
 
 
 def test_some_masks_of_0_and_255_are_told(tmp_path, capsys):
-    "Half of the masks: a class is ignored in them, and no run would say so."
+    "In half of the masks a class is ignored, of which a run does not warn."
     draw_folder(tmp_path/"data", dict(train=6, val=2))
     for i in range(3): Image.fromarray(np.where(np.arange(64 * 80) < 900, 255, 0).astype(np.uint8).reshape(64, 80)).save(tmp_path/"data"/"masks"/"train"/f"{i}.png")
     assert main(["data", "folder", str(tmp_path/"data"), "--folder", str(tmp_path/"sheets")]) == 0

@@ -1,5 +1,5 @@
-"Corners that users' networks, operations and machines reach: each is counted, taken or refused by name, and nothing of the caller's is left changed."
-import copy, os, pickle, subprocess, sys
+"Corner cases of users' networks, operations and machines: each is counted, accepted or refused by name, and the caller's objects stay unchanged."
+import copy, os, pickle, subprocess
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ C, H, W = 8, 12, 16
 
 
 class Calls(nn.Module):
-    "A module from a function of itself and x, with parameters and parts by name."
+    "A module whose forward is a function of the module and x, with named parameters and submodules."
     def __init__(self, function, **parts):
         super().__init__()
         self.function = function
@@ -32,10 +32,10 @@ def pixels(x): return x.flatten(2).transpose(1, 2) # (B,C,H,W) -> (B,HW,C)
 def image(pixels): return pixels.transpose(1, 2).unflatten(2, (H, W))
 
 
-# ---- multiply-adds: counted, or refused by name
+# ---- multiply-adds are counted, or an error names the operation
 
 N = H * W
-COUNTED = { # a module and its products by hand
+COUNTED = { # name: (module, multiply-adds counted by hand)
     "attention of 3 dimensions": (Calls(lambda s, x: image(F.scaled_dot_product_attention(*[pixels(x)] * 3))), 2 * N * N * C),
     "attention of 4 dimensions": (Calls(lambda s, x: F.scaled_dot_product_attention(x, x, x)), 2 * C * H * H * W),
     "attention to few keys": (Calls(lambda s, x: F.scaled_dot_product_attention(pixels(x), s.k, s.v), k=weight(1, 5, C), v=weight(1, 5, 3)), N * 5 * (C + 3)),
@@ -61,7 +61,7 @@ COUNTED = { # a module and its products by hand
     "linear": (Calls(lambda s, x: s.l(pixels(x)), l=nn.Linear(C, C)), N * C * C),
 }
 for name, part in dict(batched=dict(batch_first=True), frozen=dict(batch_first=True)).items():
-    attention = nn.MultiheadAttention(C, 2, **part).requires_grad_(name != "frozen") # frozen: one fused operator, in evaluation mode
+    attention = nn.MultiheadAttention(C, 2, **part).requires_grad_(name != "frozen") # frozen: a single fused operator in evaluation mode
     COUNTED[f"nn.MultiheadAttention, {name}"] = Calls(lambda s, x: s.a(pixels(x), pixels(x), pixels(x), need_weights=False)[0], a=attention), N * 4 * C * C + 2 * N * N * C
 del COUNTED["nn.MultiheadAttention"]
 
@@ -70,7 +70,7 @@ del COUNTED["nn.MultiheadAttention"]
 def test_products_are_counted(name):
     module, by_hand = COUNTED[name]
     assert count_flops(module, torch.zeros(1, C, H, W)) == by_hand
-    assert COSTS["flops"](module.train(), torch.zeros(3, C, H, W)) in (3 * by_hand, by_hand), "a batch counts as a batch, a product of weights alone once"
+    assert COSTS["flops"](module.train(), torch.zeros(3, C, H, W)) in (3 * by_hand, by_hand), "products with images count for each image, products of weights once"
     assert all(m.training for m in module.modules()) and torch.backends.mha.get_fastpath_enabled()
 
 
@@ -81,7 +81,7 @@ class Product(torch.autograd.Function):
     def backward(ctx, g): return g, None
 
 
-UNCOUNTABLE = { # a module and what its error must name
+UNCOUNTABLE = { # name: (module, words of the error)
     "fft": (Calls(lambda s, x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[-2:])), "fft"),
     "autograd.Function": (Calls(lambda s, x: Product.apply(x, s.w), w=weight(C, C)), "Product"),
     "LSTM": (Calls(lambda s, x: image(s.l(pixels(x))[0]), l=nn.LSTM(C, C)), "lstm"),
@@ -109,7 +109,7 @@ def table(kind="flops"): return measure_costs(SearchSpace(3, 2, C, ("mine", "ide
 @pytest.mark.parametrize("name", UNCOUNTABLE)
 def test_what_cannot_be_counted_is_refused_where_the_table_is_made(name, operation):
     module, told = UNCOUNTABLE[name]
-    class AtHome(nn.Module): # the grid has other sizes and channels, where these would fail for another reason
+    class AtHome(nn.Module): # with an input of its own, because at the sizes of the grid the module would fail for another reason
         def __init__(self):
             super().__init__()
             self.m = copy.deepcopy(module) if name != "TorchScript" else module
@@ -118,7 +118,7 @@ def test_what_cannot_be_counted_is_refused_where_the_table_is_made(name, operati
     operation(lambda channels: AtHome())
     with pytest.raises(ValueError, match="mine") as e: table()
     assert told in str(e.value)
-    assert table("parameters").operations[0]["mine"] >= 0, "another cost can be asked for"
+    assert table("parameters").operations[0]["mine"] >= 0, "another kind of cost is available"
 
 
 def test_a_count_of_ones_own_is_taken(operation):
@@ -165,10 +165,10 @@ def test_a_networks_cost_that_is_too_low_is_said():
     with pytest.warns(UserWarning, match="fft_fft2"): count_cost(Calls(lambda s, x: torch.fft.fft2(x).real), (32, 32))
 
 
-# ---- operations keep shape and kind
+# ---- operations keep shape and dtype
 
 def odd_operations():
-    "Name -> maker, the type of its error and what this must say beside the operation's name."
+    "Name, factory, type of the error, and words of the message beside the operation's name."
     def calls(f): return lambda channels: Calls(f)
     yield "one channel", lambda c: nn.Conv2d(c, 1, 1), ValueError, "(2, 1, "
     yield "more channels", lambda c: nn.Conv2d(c, 2 * c, 1), ValueError, f"(2, {2 * C}, "
@@ -208,7 +208,7 @@ def test_operations_that_would_not_fit_the_sum_are_named(make, error, told, kind
 
 @pytest.mark.parametrize("search_operations", [False, True])
 def test_an_operation_that_breaks_later_is_named_in_the_network(search_operations, operation):
-    "At even sizes it keeps the size, at odd ones it does not; in a network that had no cost table, too."
+    "It keeps even sizes but not odd ones; tested in a network without a cost table."
     operation(lambda c: nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2)))
     net = build_supernet(SearchSpace(3, 1, C, ("mine", "identity"), search_operations))
     net(torch.rand(2, 3, 64, 64))
@@ -223,7 +223,7 @@ def test_operations_in_half_precision_fit(operation):
 # ---- models that return a dict
 
 class Dict(nn.Module):
-    "As torchvision's segmenters answer."
+    "Returns a dict, as torchvision's segmenters do."
     def __init__(self, network, key="out"):
         super().__init__()
         self.network, self.key = network, key
@@ -232,10 +232,9 @@ class Dict(nn.Module):
 
 
 def dict_terms(out, valid, labels, permutations=None):
-    "Name -> what takes an answer of a model, as a function of the answer (B,3,16,16)."
+    "Functions of the output (B,3,16,16) of a model, by name."
     from selfsupnas.tasks import consistency; from selfsupnas.tasks import jigsaw; from selfsupnas.tasks import teacher
     from selfsupnas.tasks.losses import pixel_cross_entropy
-    from selfsupnas.tasks.permutations import permutation_set
     goal = torch.rand(out)
     def loss_of(kind): return lambda answer: consistency.consistency_loss(
         consistency.CONSISTENCY[kind], *({view: what for view in consistency.CONSISTENCY[kind].weights} for what in (answer, answer, valid)), .3)
@@ -327,7 +326,7 @@ def test_what_only_the_grid_can_do_is_said(folder):
         assert "Conv2d" in str(e.value)
 
 
-# ---- the teacher pairs once
+# ---- the teacher pairs its tensors with the student's once
 
 def test_the_teacher_pairs_once_and_again_when_it_must():
     from selfsupnas.tasks import teacher as room
@@ -356,21 +355,21 @@ def test_the_teacher_pairs_once_and_again_when_it_must():
         for a, b in zip(t.model.state_dict().values(), s.state_dict().values()): torch.testing.assert_close(a, b)
     with patch.object(room, "paired_places", wraps=room.paired_places) as paired:
         check(), check()
-        once = paired.call_count - 2 # those by hand
+        once = paired.call_count - 2 # without the calls by hand
         assert once == 1
         net.load_state_dict(student().state_dict()), check()
-        net.load_state_dict(student().state_dict(), assign=True), check() # other parameters
+        net.load_state_dict(student().state_dict(), assign=True), check() # new parameter tensors
         kept.load_state_dict(kept.state_dict()), check()
-        net.to(torch.float64), net.to(torch.float32), check() # other buffers
+        net.to(torch.float64), net.to(torch.float32), check() # new buffer tensors
         net.to(memory_format=torch.channels_last), check()
-        torch.__future__.set_overwrite_module_params_on_conversion(True) # other parameters here, too
+        torch.__future__.set_overwrite_module_params_on_conversion(True) # new parameter tensors, too
         try: net.to(torch.float64), net.to(torch.float32), check()
         finally: torch.__future__.set_overwrite_module_params_on_conversion(False)
         assert paired.call_count - count == 1
-        other, others = copy.deepcopy(kept), copy.deepcopy(shadow) # goes its own way, with the same student
+        other, others = copy.deepcopy(kept), copy.deepcopy(shadow) # a second teacher of the same student
         check(other, others), check()
         assert pickle.loads(pickle.dumps(kept)).paired is None
-        net[2] = nn.Conv2d(4, 4, 1) # another module of the same shape: tied still names the old one
+        net[2] = nn.Conv2d(4, 4, 1) # a new module of the same shape; `tied` is still the old one
         step(net)
         with pytest.raises(ValueError, match="differs"): kept.update(net, 3)
         net.tied = net[2]
@@ -380,7 +379,7 @@ def test_the_teacher_pairs_once_and_again_when_it_must():
         with pytest.raises(ValueError, match="more"): kept.update(net, 3)
 
 
-# ---- nothing of the caller's is moved
+# ---- the caller's model is unchanged
 
 def traits(net): return [(name, t.device, t.dtype, t.requires_grad, t.stride(), t.data_ptr()) for name, t in [*net.named_parameters(), *net.named_buffers()]], [m.training for m in net.modules()]
 
@@ -393,7 +392,7 @@ def test_evaluate_leaves_the_model_where_it_is(folder):
     before = traits(net)
     here = evaluate_segmenter(net, val, progress=False)
     assert evaluate_segmenter(net, val, device="cpu", progress=False).confusion.equal(here.confusion) and traits(net) == before
-    with pytest.raises(Exception): evaluate_segmenter(net, val, device="meta", progress=False) # there is nothing to read off
+    with pytest.raises(Exception): evaluate_segmenter(net, val, device="meta", progress=False) # meta tensors have no values
     assert traits(net) == before
     with pytest.raises(ValueError, match="finite"): evaluate_segmenter(nn.Sequential(net, Calls(lambda s, x: x / 0)), val, progress=False)
     assert traits(net) == before
@@ -432,10 +431,10 @@ def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(fold
         assert traits(net) == before
 
 
-# ---- the gate threshold meets its budget, and no lower one does
+# ---- the least gate threshold that meets the budget
 
 def static_supernet(values):
-    "A supernet whose gates are the same for every image, its table and share of the full cost at a threshold, by the rules of the grid alone."
+    "A supernet whose gates are the same for every image, its cost table, and a function from threshold to share of the full cost, by the rules of the grid."
     import dataclasses
     from selfsupnas.space.budget import static_cost
     from selfsupnas.space.gate import gates_of
@@ -443,7 +442,7 @@ def static_supernet(values):
     from selfsupnas.space.supernet import gates_from_edges
     space = SearchSpace(3, 2, 4)
     net, table = build_supernet(space, gate="static"), measure_costs(space, (64, 80), gate="static")
-    table = dataclasses.replace(table, raise_from=(0, *(20 * cost for cost in table.raise_from[1:]))) # a decoder that is dear at coarse scales
+    table = dataclasses.replace(table, raise_from=(0, *(20 * cost for cost in table.raise_from[1:]))) # a decoder that is expensive at coarse scales
     held = gates_from_edges(space, {edge: values.get(edge, .02) for edge in space.gated()})
     for name, gate in gates_of(net).items(): gate.logits.data = torch.atanh(held[name])
     def share(threshold):
@@ -456,11 +455,11 @@ def static_supernet(values):
 def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
     from selfsupnas.space.gate import CLOSED, gates_of
     from selfsupnas.stages.searching import calibrate_gate_threshold
-    # above .3 the cell (1, 1) passes its input on, and the decoder has to raise it
+    # above .3 the cell (1, 1) passes its input on, and the decoder must upsample it
     net, table, share = static_supernet({Edge(0, 0, "down"): .9, Edge(0, 0, "keep"): .1, Edge(1, 1, "up"): .3, Edge(1, 0, "keep"): .6, Edge(2, 0, "keep"): .95})
     images = torch.zeros(2, 3, 64, 80, dtype=torch.uint8)
     grid = [CLOSED + (1 - CLOSED) * k / 1024 for k in range(1025)]
-    assert share(.2) < .58 < share(.5) and share(.92) < .58, "it falls, rises and falls"
+    assert share(.2) < .58 < share(.5) and share(.92) < .58, "the cost falls, rises and falls"
     for budget in (.43, .5, .58, .61, .7, .999):
         found = calibrate_gate_threshold(net, table, budget, images)
         assert found == pytest.approx(next(threshold for threshold in grid if share(threshold) <= budget), abs=1e-4)
@@ -491,7 +490,7 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
     assert found == pytest.approx(grid[costs_at_thresholds(net, table, images, grid) <= .6][0].item(), abs=1e-4)
 
 
-# ---- two networks that teach each other: both have the budget, both drop edges
+# ---- two networks that teach each other: budget and drop path apply to both
 
 def cps_search(place, **changes):
     from selfsupnas.train.batches import load_training_data
@@ -511,7 +510,7 @@ def test_the_budget_counts_both_networks_that_teach_each_other(folder):
     from selfsupnas.space.gate import gates_of, record_gates
     from selfsupnas.data.loaders import to_device
     from selfsupnas.train.step import build_multitask_model, objective
-    from selfsupnas.stages.searching import BudgetLosses, gate_threshold_of
+    from selfsupnas.stages.searching import BudgetLosses
     from selfsupnas.space.supernet import gates_by_edge
     settings, data, table, net, _ = cps_search(folder, budget_of="expected")
     multitask = build_multitask_model(net, settings)
@@ -542,7 +541,7 @@ def test_each_of_two_networks_closes_by_its_own_cost(folder):
     from selfsupnas.space.gate import fix_gates, record_gates
     from selfsupnas.space.supernet import gates_from_edges
     x = torch.rand(2, 3, 64, 80)
-    for network, value in ((net, 0.), (peer, .9)): # shut, and all open
+    for network, value in ((net, 0.), (peer, .9)): # all closed, and all open
         with fix_gates(network, gates_from_edges(table.space, dict.fromkeys(table.space.gated(), value))), record_gates(network) as gates: network(x)
         metrics = terms_of(gates, 1., network)[1]
         expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (metrics["realised"] - settings.budget)))
@@ -561,13 +560,13 @@ def test_two_networks_drop_paths_alike(folder):
     assert rates[0] == rates[1] and max(rates[0]) == pytest.approx(.4)
 
 
-# ---- precision, and steps that overflow
+# ---- precision and overflow
 
 def test_a_processor_refuses_half_precision_it_does_not_have(folder):
     from selfsupnas.train.batches import load_training_data
     from selfsupnas.train.config import check_precision
     from selfsupnas.train.loop import train
-    settings = config(folder, precision="fp16") # a config of another machine can be read
+    settings = config(folder, precision="fp16") # valid, because the config may be for another machine
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="precision fp16.*bf16"): train(nn.Conv2d(3, 3, 1), settings, load_training_data(settings))
         assert not list((folder/"run").glob("*.pt")) if (folder/"run").exists() else True
@@ -579,11 +578,11 @@ def test_a_processor_refuses_half_precision_it_does_not_have(folder):
     for s in (half, whole):
         torch.manual_seed(0)
         histories.append(train(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)), s, load_training_data(s)).history)
-    if not torch.cuda.is_available(): assert histories[0][0]["sup"] != histories[1][0]["sup"], "bf16 is what runs"
+    if not torch.cuda.is_available(): assert histories[0][0]["sup"] != histories[1][0]["sup"], "bf16 is used"
 
 
 class Scaled:
-    "As Accelerate with fp16: a real scaler, on the processor; Accelerate's optimiser as well."
+    "Stands in for Accelerate and its optimiser with fp16: a real scaler on the processor."
     def __init__(self, multitask, rate=.1, scale=2.**6):
         self.scaler, self.inner = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000), torch.optim.SGD(multitask.parameters(), rate)
         self.multitask = multitask
@@ -605,7 +604,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     accelerator = Scaled(multitask)
     parts = {"multitask": multitask, "teacher": EMATeacher(multitask, .9), "log": RunLog(config(folder, precision="fp16", steps=8, logs=1)), "threshold": AdaptiveThreshold(.8)}
     factor = 1.
-    multitask.model[0].weight.register_hook(lambda g: g * factor) # what overflows
+    multitask.model[0].weight.register_hook(lambda g: g * factor) # makes the gradient overflow
     def state(): return copy.deepcopy((dict(multitask.state_dict()), dict(parts["teacher"].model.state_dict())))
     def same(a, b): return all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one.values(), two.values()))
     rows = []
@@ -623,10 +622,10 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     other = RunLog(parts["log"].config)
     other.load_state_dict(parts["log"].state_dict())
     assert other.overflows == 5
-    other.load_state_dict({"rows": [], "window": []}) # of a checkpoint of before
+    other.load_state_dict({"rows": [], "window": []}) # of an older checkpoint
     assert other.overflows == 0
     factor, found = float("inf"), []
-    for step in range(6): # 2, then 1: the scale is not to blame any more
+    for step in range(6): # the scale falls to 2, then 1; below, an overflow is a fault of the gradient
         found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, forward_state(parts)))
     assert found[-1] == "the gradient" and None in found and parts["log"].overflows == 5 + found.count(None)
 
@@ -669,7 +668,7 @@ def test_an_undefined_iou_is_no_zero_in_the_figure():
     assert rows == {"searched, labels": {"a": pytest.approx(.6), "b": .4, "c": None}}
 
 
-# ---- what surrounds a run is left as it is
+# ---- the environment of a run stays unchanged
 
 def test_a_users_process_keeps_its_memory_options(folder, monkeypatch):
     from selfsupnas.train import loop as training
@@ -699,13 +698,13 @@ def test_the_commit_of_a_record_writes_nothing_into_the_checkout(checkout):
     edge, git = checkout
     head = git("rev-parse", "HEAD")
     def files(): return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((edge/".git").rglob("*")) if p.is_file()}
-    os.utime(edge/"a.py", (1, 1)) # the index would be refreshed
+    os.utime(edge/"a.py", (1, 1)) # `git status` would refresh the index
     before = files()
     assert commit(edge/"a.py") == head and files() == before
     (edge/"a.py").write_text("22\n")
     assert commit(edge/"a.py") == head + "+changes" and files() == before
     subprocess.run(["git", "-C", str(edge), "status"], check=True, capture_output=True)
-    (edge/".git"/"index.lock").touch() # another git is at work
+    (edge/".git"/"index.lock").touch() # another git process is running
     assert commit(edge/"a.py") == head + "+changes"
 
 
@@ -715,7 +714,7 @@ def test_the_commit_where_git_looks_elsewhere_or_is_missing(checkout, tmp_path_f
     head = git("rev-parse", "HEAD")
     other = tmp_path_factory.mktemp("other")
     subprocess.run(["git", "init", "-q", str(other)], check=True)
-    for name, value in dict(GIT_DIR=other/".git", GIT_WORK_TREE=other, GIT_INDEX_FILE=other/"index").items(): monkeypatch.setenv(name, str(value)) # within a hook
+    for name, value in dict(GIT_DIR=other/".git", GIT_WORK_TREE=other, GIT_INDEX_FILE=other/"index").items(): monkeypatch.setenv(name, str(value)) # as in a git hook
     assert commit(edge/"a.py") == head
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"): monkeypatch.delenv(name)
     tree = other/"tree"
@@ -734,12 +733,12 @@ def test_the_commit_where_git_looks_elsewhere_or_is_missing(checkout, tmp_path_f
     assert commit(edge/"a.py") is None, "no git"
 
 
-# ---- what is equal is one key
+# ---- equal objects are one key
 
 def frozen_kinds():
-    "Name -> a function that makes two equal objects, apart, and one that differs."
+    "Functions that return two equal objects and a different one, by name."
     from selfsupnas.space.architecture import Architecture
-    from selfsupnas.tasks.consistency import CONSISTENCY, Consistency
+    from selfsupnas.tasks.consistency import CONSISTENCY
     from selfsupnas.space.cost import Cost
     from selfsupnas.export import NetworkInfo
     from selfsupnas.data.files import SegmentationSpec
@@ -776,18 +775,18 @@ def test_what_an_architecture_keeps_cannot_change_under_its_hash(tmp_path):
     given = {Edge(0, 0, "keep"): .5}
     found = Architecture(SearchSpace(3, 2, 4), given)
     before = hash(found)
-    given[Edge(0, 0, "down")] = 1. # what was given is not what is kept
+    given[Edge(0, 0, "down")] = 1. # the architecture has its own copy
     for change in (lambda: found.edges.update(given), lambda: found.edges.pop(Edge(0, 0, "keep")), lambda: found.edges.clear(), lambda: found.operations.setdefault("a", 1),
                    lambda: found.edges.__setitem__(Edge(0, 0, "keep"), 1.), lambda: found.edges.__delitem__(Edge(0, 0, "keep")), lambda: found.edges.popitem(), lambda: found.edges.__ior__(given)):
         with pytest.raises(TypeError): change()
     assert hash(found) == before and found.edges == {Edge(0, 0, "keep"): .5} and {**found.edges, "a": 1}
-    found.provenance["seed"] = 3 # says where it comes from, and is no part of it
+    found.provenance["seed"] = 3 # provenance is not part of its identity
     assert hash(found) == before
     assert load_architecture(save_architecture(found, tmp_path/"a.json")) == found and architecture_to_json(copy.deepcopy(found)) == architecture_to_json(found)
 
 
 def test_every_frozen_dataclass_has_a_hash_that_takes_its_fields():
-    "Those of the package with a dict or list field say how they are hashed."
+    "Frozen dataclasses with a dict or list field define their hash."
     import dataclasses, importlib, pkgutil, typing
     import selfsupnas
     for found in pkgutil.iter_modules(selfsupnas.__path__):

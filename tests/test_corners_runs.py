@@ -1,6 +1,6 @@
-"""A finished run stays, the same run is read, another is refused; and what travels with a network is checked where it arrives.
+"""A finished run is read instead of repeated, and a different run in its folder is refused; data and classes of a network are checked.
 
-On drawn folders of six images, quick. Stops of every kind are in test_stops.py.
+Quick tests on drawn folders of six images; stops of all kinds are in test_stops.py.
 """
 import copy, dataclasses, json, os, pickle, shutil, signal, subprocess, sys
 from pathlib import Path
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def place(finished, tmp_path, monkeypatch):
-    "A copy of it as the current folder."
+    "A copy of the finished runs as the current folder."
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SELFSUPNAS_DATA", raising=False)
@@ -54,7 +54,7 @@ def contents(folder="."): return {str(path): (path.read_bytes(), path.stat().st_
 
 
 def words(config):
-    "The command line of a config."
+    "Command line arguments of a config."
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
     return [word for name, value in given.items() for word in ("-p", name, str(value))]
 
@@ -176,7 +176,7 @@ def test_only_a_whole_notebook_has_the_name_of_its_stage(tmp_path, capsys):
 
 
 def test_the_same_command_at_once_is_refused(tmp_path, capsys):
-    "The second is told so, and the notebook of the first stays its own."
+    "The second command is refused, and the notebook of the first is unchanged."
     folder, seconds = tmp_path/"run", fails_or_not(tmp_path/"second.ipynb", "1 + 1")
     code = f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from selfsupnas.train.checkpoint import lock_folder\nwith lock_folder({str(folder)!r}, lock='.command.lock'): print('holds', flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -206,7 +206,7 @@ def test_a_missed_budget_is_said(place, capsys):
     assert budget_note(load_search("search").record) is None and found.record.metrics["realised_share"] > .8
 
 
-# -- What travels with a network
+# -- Data and classes of a network
 
 def test_a_folder_of_a_search_is_an_architecture(place):
     assert retrain(dataclasses.replace(RETRAIN, folder="new", architecture="search", initialise="inherit")).record.inputs["supernet"]
@@ -216,7 +216,7 @@ def test_a_folder_of_a_search_is_an_architecture(place):
 
 @pytest.fixture
 def shuffled(place):
-    "The data with its classes in another order, masks and names alike: road, house, tree become tree, road, house."
+    "The data with another order of classes in masks and names: tree, road, house for road, house, tree."
     import numpy as np
     from PIL import Image
     shutil.copytree("data", "shuffled")
@@ -276,7 +276,7 @@ def test_the_command_explains_a_relative_root_too(place, monkeypatch, capsys):
 
 
 def test_a_script_that_is_stopped_ends_in_one_line():
-    "Status 130 and no traceback; what the script has to do last is done."
+    "Exit status 130, no traceback, and `finally` blocks run."
     code = "from selfsupnas.train.checkpoint import stop_in_one_line\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nclass Config: folder = 'run'\ntry:\n    with stop_in_one_line(Config()): signal.raise_signal(signal.SIGINT)\nfinally: print('last')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 130 and done.stderr == "" and done.stdout.splitlines()[-1] == "last" and len(done.stdout.splitlines()) == 2
@@ -289,7 +289,7 @@ def test_gate_statistics_come_back(place):
     with pytest.raises(ValueError, match="search/statistics.json"): load_search("search")
 
 
-# -- Data is part of what a run is
+# -- Data is part of the identity of a run
 
 def more_images(): draw_folder(Path("more"), dict(train=7, val=3, test=2)), shutil.copytree("more", "data", dirs_exist_ok=True)
 def other_masks():
@@ -303,7 +303,7 @@ def other_classes(): Path("data/classes.txt").write_text("tree\nroad\nhouse\n")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_finished_run_on_other_data_is_another_run(place, stage, change):
     run, config = STAGES[stage]
-    if stage == "evaluate" and change is more_images: change = other_masks # which changes its split, too
+    if stage == "evaluate" and change is more_images: change = other_masks # because more_images leaves the test split unchanged
     change()
     with pytest.raises(ValueError, match="the files at root=.* have changed"): run(config)
 
@@ -343,7 +343,7 @@ def test_rivals_are_mapped_as_well(place, shuffled):
     assert mapped.record.metrics["rows"]["unet_resnet18"]["iou"] == plain.record.metrics["rows"]["unet_resnet18"]["iou"]
 
 
-# -- What is a user's stays
+# -- Files of users stay
 
 def test_hidden_files_of_a_user_stay(place):
     Path("new/.data.2024").mkdir(parents=True)
@@ -397,9 +397,9 @@ def test_a_folder_may_have_braces(tmp_path):
 def test_why_a_run_of_a_sweep_failed_is_said(tmp_path):
     log = tmp_path/"search.log"
     assert "no output" in campaign.reason(log, "search", 1)
-    log.write_text("selfsupnas search: failed: ValueError: an old one\nselfsupnas search: running; the notebook grows as x\nstep 1\n")
+    log.write_text("selfsupnas search: failed: ValueError: an old one\nselfsupnas search: running; its notebook is x\nstep 1\n")
     assert "status -9" in campaign.reason(log, "search", -9) and "old" not in campaign.reason(log, "search", -9)
-    log.write_text("selfsupnas search: running; the notebook grows as x\nselfsupnas search: failed: ValueError: the loss\nAll that ran is in y\n")
+    log.write_text("selfsupnas search: running; its notebook is x\nselfsupnas search: failed: ValueError: the loss\nThe notebook with the error is y\n")
     assert "ValueError: the loss" in campaign.reason(log, "search", 1)
 
 

@@ -1,8 +1,8 @@
-"""Bad inputs and faults: each is answered by an error of the right type that names what is wrong.
+"""Bad inputs and faults: each raises an error of the right type that names the cause.
 
-None may touch what was finished before, and none may leave a file that is not whole. `make faults` lists them with the answers in full.
+None changes finished work, and none leaves a partial file. `make faults` lists them with the full messages.
 """
-import contextlib, errno, fnmatch, json, os, pickle, re, resource, shutil, struct, warnings, zlib
+import contextlib, errno, fnmatch, json, os, pickle, re, resource, shutil, struct, zlib
 from pathlib import Path
 
 import nbformat
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import selfsupnas
-from selfsupnas.space.architecture import load_architecture, save_architecture
+from selfsupnas.space.architecture import load_architecture
 from selfsupnas.train.batches import load_training_data
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, lock_folder, read_checkpoint
@@ -30,7 +30,7 @@ from selfsupnas.stages.searching import SearchConfig, load_supernet, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 GRID = dict(layers=2, channels=4, budget=1.)
-DONE = ("search", "retrain", "evaluate") # what was finished before
+DONE = ("search", "retrain", "evaluate") # finished before each fault
 
 
 def run_search(folder="search", **changes): return search(SearchConfig(**{"folder": folder, **SMALL, **GRID, **changes}))
@@ -44,7 +44,7 @@ def run_evaluate(folder="new", **changes): return evaluate(EvaluateConfig(**{"fo
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    "Data, a search, the retraining of what it found, and its evaluation; paths in records are relative."
+    "Data, a search, its retraining and its evaluation, with relative paths in the records."
     place = tmp_path_factory.mktemp("finished")
     draw_folder(place/"data", dict(train=6, val=3, test=2))
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +55,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def place(finished, tmp_path, monkeypatch):
-    "A copy of it, to be spoilt, as the current folder."
+    "A copy of the finished runs, to be damaged, as the current folder."
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SELFSUPNAS_DATA", raising=False)
@@ -63,11 +63,11 @@ def place(finished, tmp_path, monkeypatch):
 
 
 def command(*words):
-    "A command that is refused: status 2, one line on stderr, nothing made."
+    "A command that is refused: status 2, one line on stderr, no new file."
     def do(capsys):
         before = listing()
         try: status = main(list(words))
-        except SystemExit as e: status = e.code # words that argparse cannot make sense of
+        except SystemExit as e: status = e.code # words that argparse refuses
         out, err = capsys.readouterr()
         assert status == 2 and "Traceback" not in err and "running" not in out and listing() == before
         return err.strip().splitlines()[-1]
@@ -75,12 +75,12 @@ def command(*words):
 
 
 def given(stage, **parameters):
-    "The command of a stage with parameters as words."
+    "A refused command of a stage with these parameters."
     return command(stage, "--folder", "new", *(w for name, value in parameters.items() for w in ("-p", name, value)))
 
 
 def raises(kind, act):
-    "What Python raises."
+    "A call that raises exactly this type of error."
     def do(capsys):
         with pytest.raises(kind) as e: act()
         assert type(e.value) is kind, f"a {type(e.value).__name__}"
@@ -89,13 +89,13 @@ def raises(kind, act):
 
 
 def after(spoil, do):
-    "A fault that needs something to be spoilt first; what is finished is what is there then."
+    "A fault that follows `spoil`, whose changes count as finished work."
     do.spoil = spoil
     return do
 
 
 def unfinished(stage, do):
-    "The run of a stage as if it had been stopped at its very end."
+    "A fault in a run that was stopped just before its record."
     plain = getattr(do, "spoil", lambda: None)
     def spoil(): plain(), Path(stage, f"{stage}-record.json").unlink()
     do.spoil = spoil
@@ -103,7 +103,7 @@ def unfinished(stage, do):
 
 
 def of_another_network():
-    "A checkpoint of the same parameters whose tensors have other shapes."
+    "Write a checkpoint of the same parameters whose tensors have other shapes."
     path, = checkpoint_paths("retrain")
     state = torch.load(path, weights_only=True)
     state["parts"]["multitask"] = {name: torch.cat([value.reshape(-1)] * 2) for name, value in state["parts"]["multitask"].items()}
@@ -117,7 +117,7 @@ def contents(): return {str(p): p.read_bytes() for folder in DONE for p in Path(
 
 
 def check_whole(path):
-    "Raise unless a file can be read as what its name says."
+    "Raise unless a file is complete and has the format of its suffix."
     if path.suffix == ".json": json.loads(path.read_text())
     elif path.suffix == ".safetensors": load_file(path)
     elif path.suffix == ".pt": read_checkpoint(path)
@@ -125,13 +125,13 @@ def check_whole(path):
     else: assert path.suffix in (".txt", ".png", ".md") or path.suffix == ".lock" or path.name == ".lock", f"{path} is left"
 
 
-# -- What is done to files, and to the disk
+# -- Damage to files, and faults of the disk
 
 def cut(path): Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size // 2])
 
 
 def rewrite(path, change):
-    "Change what a JSON file holds."
+    "Change the content of a JSON file."
     data = json.loads(Path(path).read_text())
     Path(path).write_text(json.dumps(change(data)))
 
@@ -149,7 +149,7 @@ def mask(numbers, path="data/masks/train/0.png"): Image.fromarray(np.full((64, 8
 
 
 def bomb(path="data/images/train/0.png"):
-    "A PNG of some bytes that promises 10 gigapixels."
+    "Write a PNG of a few bytes whose header claims 10 gigapixels."
     def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
                            + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
@@ -167,7 +167,7 @@ def every_checkpoint(write):
 
 @contextlib.contextmanager
 def small_files(most):
-    "No file may grow beyond `most` bytes: what is written is really cut off there, as on a full disk."
+    "Files are cut off at `most` bytes, as on a full disk."
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try: yield
@@ -176,7 +176,7 @@ def small_files(most):
 
 @contextlib.contextmanager
 def no_room_for(pattern, code=errno.ENOSPC):
-    "The disk is full, or read-only, when a file of that name is to get it."
+    "Moving a file to a name of this pattern fails, as on a full or read-only disk."
     plain = os.replace
     def replace(source, target, **options):
         if fnmatch.fnmatch(Path(target).name, pattern): raise OSError(code, os.strerror(code))
@@ -212,7 +212,7 @@ def taken():
 
 
 def split_of(labelled, unlabelled="", **more):
-    "A split folder with these texts."
+    "Write a split folder with these texts."
     def spoil():
         Path("split").mkdir()
         for name, text in {"labeled.txt": labelled, "unlabeled.txt": unlabelled, **more}.items():
@@ -221,7 +221,7 @@ def split_of(labelled, unlabelled="", **more):
 
 
 def by_notebook(stage, **parameters):
-    "The first cells of a run notebook, with parameters as papermill sets them."
+    "Run the first cells of a run notebook with parameters, as papermill does."
     def act():
         cells = [c.source for c in nbformat.read(ROOT/"nbs"/"runs"/f"{stage}.ipynb", 4).cells if c.cell_type == "code"]
         space = {}
@@ -243,7 +243,7 @@ def spoilt(change, path=A): return lambda: rewrite(path, change)
 def read_architecture(): return load_architecture(A)
 
 
-# -- The table: group -> what is wrong -> (how it is provoked, what the message must hold)
+# -- The table: group -> fault -> (how it is provoked, pattern of the message)
 
 FAULTS = {
     "The command line": {
@@ -460,7 +460,7 @@ CASES = [(group, what) for group, rows in FAULTS.items() for what in rows]
 
 
 def as_markdown(answers):
-    "The table with the messages, for a person to read; they are this machine's words."
+    "The table as Markdown, with the messages of this machine."
     def cell(text):
         line = " ".join(text.split()).replace("|", r"\|").replace("*", r"\*")
         return line if len(line) <= 260 else line[:260] + " ..."
@@ -473,7 +473,7 @@ def as_markdown(answers):
 
 @pytest.fixture(scope="module")
 def answers():
-    "What was answered; SELFSUPNAS_FAULTS names a file that the list is written to."
+    "Messages by fault; written as a table to the file that SELFSUPNAS_FAULTS names."
     found, file = {}, os.environ.get("SELFSUPNAS_FAULTS")
     yield found
     if file: Path(file).write_text(as_markdown(found), "utf8")
@@ -494,7 +494,7 @@ def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, wh
 
 
 def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
-    "With bad_loss='skip': what JSON cannot hold is not in the history, and the search is finished."
+    "With bad_loss='skip', no NaN enters the history, and the search ends."
     import selfsupnas.train.loop as training
     plain, calls = training.to_device, []
     def poisoned(batch, device):

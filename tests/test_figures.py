@@ -1,9 +1,9 @@
-"""Every figure of the package: does it show what it was given, and can it be read?
+"""Every figure of the package: does it show its data, and is it legible?
 
-What is drawn is made up, small or drawn from seeds, and no network runs. A test asks matplotlib's objects, not pixels:
-the numbers in lines, bars and images, the colours of classes, what axes, titles and legends name. Each figure is then
-rendered once, to see that nothing in it is blank, cut off or too small. `CHANGES` spoils each figure in at least one
-way, and the test of that figure must fail.
+The data are made up or drawn from seeds, and no network runs. A test checks matplotlib's objects, not pixels: the
+numbers in lines, bars and images, the colours of classes, and the names in axes, titles and legends. Each figure is
+then rendered once; the test fails if a part is blank, cut off or too small. `CHANGES` breaks each figure in at least
+one way, and the test of that figure must fail.
 """
 import functools, importlib, inspect, io, pkgutil, random, re, warnings
 from dataclasses import replace
@@ -46,7 +46,7 @@ TESTS = [] # one for each figure
 
 
 def figure_test(test):
-    "A test that returns its figure, or several: drawn in matplotlib's own style, whatever a user's is, and legible."
+    "A test that returns one or more figures, drawn in matplotlib's default style and checked for legibility."
     @functools.wraps(test)
     def run():
         with plt.style.context("default", after_reset=True):
@@ -55,7 +55,7 @@ def figure_test(test):
     return run
 
 
-# What the figures are given
+# Data of the figures
 
 SIZE = 64, 80
 SPEC = replace(CAMVID_SPEC, name="drawn scenes", synthetic=True)
@@ -65,8 +65,8 @@ CANDIDATES = "sep_conv_3x3", "sep_conv_5x5", "identity"
 SEARCHED = SearchSpace(num_classes=11, layers=4, operations=CANDIDATES, search_operations=True)
 STEPS = range(0, 601, 50)
 SHARES = ("lr", "jig_accuracy", "pseudo_share", "pseudo_accuracy", "gate_threshold", "expected", "realised",
-          "val_miou") # of a log line: what `plot_history` draws beside the terms
-# A route by hand. Nothing else arrives anywhere: of 14 cells, 4 compute, 2 pass their input on, 8 are absent.
+          "val_miou") # columns of a log row that `plot_history` draws beside the losses
+# A route by hand: of 14 cells, 4 compute, 2 pass their input on, 8 are absent.
 ROUTE = {Edge(0, 0, "down"): .9, Edge(1, 1, "down"): .6, Edge(3, 2, "keep"): .8, Edge(3, 2, "up"): .3,
          Edge(4, 1, "keep"): .5}
 COMPUTING, PASSING = {(0, 0), (1, 1), (3, 2), (4, 1)}, {(2, 2), (4, 2)}
@@ -109,7 +109,7 @@ def candidates_of(space):
 
 
 def snapshots_of(space):
-    "Gates of a search that opens everything at first, closes much, and opens some of it again."
+    "Gates of a search that first opens all edges, then closes many, and reopens some."
     def at(share):
         target, least = gates_of(space, 1 + 8 * share * (1 - share)), max(0., .9 - 3.6 * share)
         return {edge: max(least, gate) for edge, gate in target.items()}
@@ -117,7 +117,7 @@ def snapshots_of(space):
 
 
 def history():
-    "Log lines that no training wrote, with something for every panel."
+    "Made-up log rows with data for every panel."
     def row(step):
         share = step / STEPS[-1]
         rise = min(1, max(0, (share - .3) / .3))
@@ -131,7 +131,7 @@ def history():
 
 
 def front_rows():
-    "Made-up networks of every kind that `plot_front` knows, some with several seeds."
+    "Made-up networks of every kind that `plot_front` draws, some with several seeds."
     rows = [dict(kind="derived", name=f"budget {g}", seed=seed, gflops=g + .02 * seed, miou=miou + .01 * seed)
             for g, miou in ((.25, .43), (.5, .47), (1., .53)) for seed in range(3)]
     rows += [dict(kind="random", name="random", gflops=.2 + .1 * i, miou=.38 + .01 * i) for i in range(9)]
@@ -157,7 +157,7 @@ def network_points():
 
 
 def cost_table(space):
-    "A cost table with small whole numbers in the place of measured ones."
+    "A cost table with small integers instead of measured costs."
     each = range(4)
     return CostTable(space, SIZE, "flops", 50_000_000,
                      tuple(dict.fromkeys(space.operations, 9_000_000 - 10**6 * s) for s in each),
@@ -166,10 +166,10 @@ def cost_table(space):
                      (0, 4_000_000, 3_000_000, 2_000_000), 8_000_000)
 
 
-# What a figure is asked
+# Checks of a figure
 
 def check_legible(figure):
-    "It renders without a warning; nothing is blank, cut off, covered by other text, or too small."
+    "Check that it renders without a warning and that no part is blank, cut off, covered by text or too small."
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -197,7 +197,7 @@ def check_legible(figure):
 
 
 def texts_of(figure):
-    "The texts that are drawn: without the labels of ticks beyond the ends of an axis."
+    "The visible texts, without the labels of ticks beyond the ends of an axis."
     axes = [part for ax in figure.axes for part in (ax, *ax.child_axes)]
     beyond = set()
     for axis in (axis for ax in axes for axis in (ax.xaxis, ax.yaxis)):
@@ -222,7 +222,7 @@ def line(ax, word): return only(ax.lines, word, lambda line: str(line.get_label(
 
 
 def legend_of(holder):
-    "The legend of axes or of a figure: text -> handle."
+    "Handles of the legend of axes or of a figure, by text."
     key = holder.get_legend() if hasattr(holder, "get_legend") else holder.legends[0]
     assert key is not None, "there is no legend"
     return {text.get_text(): handle for text, handle in zip(key.get_texts(), key.legend_handles)}
@@ -241,24 +241,24 @@ def brightness(colour): return np.dot(to_rgb(colour), (.3, .59, .11))
 
 
 def check_points(line, x, y):
-    "A line through these points, and no others."
+    "Check that a line has exactly these points."
     assert same(np.asarray(line.get_xdata(), float), x) and same(np.asarray(line.get_ydata(), float), y)
 
 
 def check_level(line, axis, value):
-    "A straight line across the axes: for `axis` y a horizontal one."
+    "Check a straight line across the axes, horizontal for `axis` y."
     across, along = (line.get_ydata(), line.get_xdata()) if axis == "y" else (line.get_xdata(), line.get_ydata())
     assert same(across, [value, value]) and same(along, [0, 1])
 
 
 def check_distinct(lines):
-    "No two lines look alike."
+    "Check that no two lines look alike."
     styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines]
     assert len(set(map(str, styles))) == len(styles)
 
 
 def check_ticks(axis, names):
-    "Where the ticks of an axis are, and their names: {place: name}."
+    "Check the names of the ticks of an axis, by position."
     assert dict(zip(axis.get_ticklocs(), (text.get_text() for text in axis.get_ticklabels()))) == names
 
 
@@ -276,7 +276,7 @@ def channels_last(image): return np.transpose(image, (1, 2, 0))
 
 
 def check_palette(holder):
-    "The legend names every class beside its own colour, in order, and ignored pixels."
+    "Check that the legend names every class beside its colour, in order, and ignored pixels."
     keys = legend_of(holder)
     assert list(keys)[:12] == [*SPEC.classes, "ignored"]
     for handle, rgb in zip(keys.values(), (*SPEC.palette, BLACK)):
@@ -287,7 +287,7 @@ def ends(edge): return edge.layer, edge.scale, edge.scale + {"keep": 0, "up": -1
 
 
 def edges_of(ax):
-    "Lines from one layer to the next, by where they start and end, the topmost last."
+    "Lines from one layer to the next, by their ends, the topmost last."
     found = {}
     for line in sorted(ax.lines, key=lambda line: line.get_zorder()):
         x, y = line.get_data()
@@ -296,7 +296,7 @@ def edges_of(ax):
 
 
 def check_grid(ax, names):
-    "14 cells at their layer and scale, 29 edges between them, stride 4 on top."
+    "Check 14 cells at their layer and scale, 29 edges between them, and stride 4 at the top."
     x, y = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"]).T
     assert set(zip(x, y)) == {(layer, scale) for layer in range(5) for scale in range(min(layer, 3) + 1)}
     assert edges_of(ax).keys() == {ends(edge) for edge in SPACE.edges()} and len(SPACE.edges()) == 29
@@ -308,7 +308,7 @@ FRAMED = [f"stride {s}" for s in (4, 8, 16, 32)]
 
 
 def check_frame(ax):
-    "Layers and strides along the axes, stem and decoder at the ends."
+    "Check layers and strides along the axes, stem and decoder at the ends."
     check_grid(ax, FRAMED)
     check_ticks(ax.xaxis, {layer: str(layer) for layer in range(5)})
     assert ax.get_xlabel() == "layer"
@@ -316,7 +316,7 @@ def check_frame(ax):
 
 
 def check_gates(figure, ax, gates):
-    "Open edges are solid, the wider and darker the stronger, in the colours of the bar; closed ones thin and dotted."
+    "Check that open edges are solid, wider and darker for stronger gates, in the colours of the bar, and closed ones dotted."
     bar = only(figure.axes, "gate", lambda ax: ax.get_ylabel())
     assert bar.get_ylim() == (0, 1)
     mesh, drawn = next(part for part in bar.collections if part.get_array() is not None), edges_of(ax)
@@ -332,7 +332,7 @@ def check_gates(figure, ax, gates):
 
 
 def check_route(ax, kept=ROUTE, computing=COMPUTING, passing=PASSING):
-    "Kept edges stand out, wider with their weight; what a cell passes on is dotted; cells by what they do."
+    "Check that selected edges stand out, wider with their weight, that passed-on inputs are dotted, and the colours of cells."
     drawn = edges_of(ax)
     order = sorted(kept, key=kept.get)
     on_top = [drawn[ends(edge)][-1] for edge in order]
@@ -348,7 +348,7 @@ def check_route(ax, kept=ROUTE, computing=COMPUTING, passing=PASSING):
 
 
 def check_cells(ax, computing, passing):
-    "Cells of one colour do the same; returns the three colours."
+    "Colours of the three states of a cell; fails unless each state has one colour of its own."
     states = {}
     for line in ax.lines:
         if line.get_marker() == "o" and len(line.get_xdata()) == 1:
@@ -361,14 +361,14 @@ def check_cells(ax, computing, passing):
 
 
 def check_key(holder, ax, computing=COMPUTING, passing=PASSING):
-    "The legend says what the cells of these axes do in the colours that they have there."
+    "Check that the legend explains the colours of the cells of these axes."
     for state, colour in check_cells(ax, computing, passing).items():
         assert same_colour(entry(holder, state).get_markerfacecolor(), colour), state
     assert entry(holder, "passed on").get_linestyle() == ":"
 
 
 def picture_of(explorer, moved={}):
-    "The figure of an explorer, some of its controls moved."
+    "The figure of an explorer after some controls are moved."
     return explorer.draw({**explorer.values, **moved})[0]
 
 
@@ -425,12 +425,12 @@ def test_show_samples():
 @figure_test
 def test_sample_sheet():
     faulty = replace(survey(Scenes()), faulty={"scene-3": "cannot be read"})
-    figure = sample_sheet(faulty, 2, 60) # from all through the set: the first and the last that can be read
+    figure = sample_sheet(faulty, 2, 60) # spread over the set: the first and the last readable image
     assert [ax.get_title() for ax in figure.axes] == ["scene-0", "label", "scene-2", "label"]
     shown = pictures_of(figure)
     assert {picture.shape for picture in shown} == {(48, 60, 3)}
     for picture, label in zip(shown[::2], shown[1::2]):
-        colours = (label - .4 * picture) / .6 # what was mixed in: the colour of a class, but for rounding
+        colours = (label - .4 * picture) / .6 # the overlaid colour of a class, up to rounding
         apart = np.abs(colours[:, :, None] - np.array([*SPEC.palette, BLACK])).max(-1)
         assert (apart.min(-1) <= 1).all() and len(np.unique(apart.argmin(-1))) > 3
     check_palette(figure)
@@ -510,7 +510,7 @@ def test_plot_route_architecture():
     check_frame(route)
     check_route(route)
     check_key(route, route)
-    assert numbers(route.get_title()) == [5, 29, 4, 2, 8] # edges kept, in all; cells that compute, pass on, are absent
+    assert numbers(route.get_title()) == [5, 29, 4, 2, 8] # edges selected, all edges; cells that compute, pass on, are absent
     kept, dropped = entry(route, "kept"), entry(route, "dropped")
     assert same_colour(kept.get_color(), edges_of(route)[0, 0, 1][-1].get_color())
     assert same_colour(dropped.get_color(), edges_of(route)[0, 0, 0][-1].get_color())
@@ -638,7 +638,7 @@ def test_plot_views():
 
 @figure_test
 def test_draw_progress():
-    "What a running search shows: curves, and the gates of the last line below them, as one PNG."
+    "One PNG with the curves of a running search and, below, the gates of its last log row."
     rows = [{**{key: row[key] for key in ("step", "sup", "expected", "realised")},
              "gates": list(gates_of(SPACE).values())} for row in history()[:6]]
     figures, as_png = [], widgets.as_png
@@ -665,7 +665,7 @@ def test_plot_class_iou():
     ax, = figure.axes
     check_ticks(ax.yaxis, dict(enumerate(class_rows()["searched"])))
     assert ax.yaxis_inverted() and "IoU" in ax.get_xlabel() and "%" in ax.get_xlabel()
-    values = {"searched": [91, 74, 93, 66, 58], "hand-crafted": [92, 77, 90, 69, 0]} # nothing of the fence
+    values = {"searched": [91, 74, 93, 66, 58], "hand-crafted": [92, 77, 90, 69, 0]} # no fence
     heights = {}
     for name, known in values.items():
         bars = only(ax.containers, name, lambda bars: bars.get_label())
@@ -678,7 +678,7 @@ def test_plot_class_iou():
             assert [text.get_text() for text in beside] == [str(value)] and beside[0].get_position()[0] >= value
     assert (np.diff(list(heights.values()), axis=0) >= bars[0].get_height() - 1e-9).all() # side by side
     assert not same_colour(*(bars[0].get_facecolor() for bars in ax.containers))
-    assert [numbers(name) for name in legend_of(ax)] == [[76.4], [65.6]] # means of the five known
+    assert [numbers(name) for name in legend_of(ax)] == [[76.4], [65.6]] # means of five classes
     fence = [text.get_text() for text in ax.texts if round(text.get_position()[1]) == 5]
     assert len(fence) == 2 and not any(map(numbers, fence))
     return figure
@@ -695,7 +695,7 @@ def test_plot_cost_accuracy():
     assert len(measured.lines) == 3 # None is not drawn as 0
     check_distinct(measured.lines)
     names = list(legend_of(measured))
-    assert [name.split(" (")[0] for name in names] == ["all edges open", "searched", "rival A"] # from the best down
+    assert [name.split(" (")[0] for name in names] == ["all edges open", "searched", "rival A"] # the best first
     assert numbers(names[0]) == [13.2] and numbers(names[1]) == [6.1, 3] and numbers(names[2]) == [48] # ms, runs
     assert {text.get_text()[:7]: text.xy[0] for text in strip.texts} == {"rival B": 11.9, "rival C": .61}
     assert sorted(x for mark in strip.lines for x in mark.get_xdata()) == [.61, 11.9]
@@ -721,7 +721,7 @@ def test_plot_image_routes():
         assert numbers(ax.get_title()) == [share] and "%" in ax.get_title()
     check_key(figure, routes[0])
     dotted = {place for place, lines in edges_of(routes[0]).items() if len(lines) > 1}
-    assert dotted == {(2, 2, 2), (4, 2, 2)} # what is passed on
+    assert dotted == {(2, 2, 2), (4, 2, 2)} # inputs that are passed on
     assert entry(figure, "gate is 0").get_linestyle() == ":"
     return figure
 
@@ -739,7 +739,7 @@ def test_plot_cost_distribution():
     bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in ax.patches]
     assert sum(height for _, _, height in bars) == 5
     assert [height for left, right, height in bars if left <= 30 < right] == [2]
-    assert numbers(ax.get_title()) == [5, 4, 20, 60] # images, different costs, the least, the most
+    assert numbers(ax.get_title()) == [5, 4, 20, 60] # images, different costs, least and greatest share
     assert "%" in ax.get_xlabel() and "multiply-adds" in ax.get_xlabel() and ax.get_ylabel() == "images"
     return figure
 
@@ -760,7 +760,7 @@ def test_plot_closed():
     assert band(ax, "open again") == [(29, 29), (26, 26), (25, 27)] # b and c, at the end
     assert band(ax, "closed") == [(29, 29), (26, 29), (27, 29)]
     names = list(legend_of(ax))
-    assert [name.split(":")[0] for name in names] == ["closed", "open again", "open"] # as they lie
+    assert [name.split(":")[0] for name in names] == ["closed", "open again", "open"] # in the order of the areas
     assert [numbers(name) for name in names] == [[2], [2], [25]]
     assert len({(to_rgb(area.get_facecolor()[0]), area.get_hatch()) for area in ax.collections}) == 3
     assert numbers(ax.get_title()) == [29, 3, 2] # edges; most of them closed, open again
@@ -880,7 +880,7 @@ def test_explore_budget():
     route = panel(figure, "route")
     check_frame(figure.axes[0])
     check_frame(route)
-    # All six edges fit: 141 of 349.14 million. Cells (1, 0) to (4, 0) now pass on what arrives.
+    # All six edges fit: 141 of 349.14 million. Cells (1, 0) to (4, 0) now pass their input on.
     check_route(route, ROUTE | {Edge(0, 0, "keep"): .1}, COMPUTING, PASSING | {(layer, 0) for layer in (1, 2, 3, 4)})
     assert "0.1410 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
     assert explorer.controls["budget"].min == 17 # stem, decoder and classifier alone: 58 of 349.14 million
@@ -903,7 +903,7 @@ def test_edit_architecture():
     assert "0.1400 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
     closed = picture_of(explorer, {edge: False})
     kept = {p: weight for p, weight in ROUTE.items() if p not in (edge, Edge(4, 1, "keep"))}
-    check_route(closed.axes[0], kept, COMPUTING - {(4, 1)}, PASSING) # what it fed has gone, too
+    check_route(closed.axes[0], kept, COMPUTING - {(4, 1)}, PASSING) # the edge behind it is removed, too
     assert "0.1190 GFLOPs" in closed.get_suptitle() # less 3, and less 18
     return figure
 
@@ -928,7 +928,7 @@ def test_explore_split():
     return figure
 
 
-# Are all figures here, and do the tests notice?
+# Is every figure tested, and do the tests detect changes?
 
 FUNCTIONS = {name: found for module in pkgutil.walk_packages(selfsupnas.__path__, "selfsupnas.")
              for name, found in vars(importlib.import_module(module.name)).items()
@@ -936,13 +936,13 @@ FUNCTIONS = {name: found for module in pkgutil.walk_packages(selfsupnas.__path__
 
 
 def names_in(code):
-    "What a function's code refers to, with that of the functions inside it."
+    "Names that the code of a function and of its inner functions refers to."
     inner = (names_in(const) for const in code.co_consts if inspect.iscode(const))
     return set(code.co_names).union(*inner)
 
 
 def makes_figure(name):
-    "Does it give out a figure: by its name, in the modules of figures, or by what it calls?"
+    "Does a function return a figure, by its name and module or by its calls?"
     by_name = name.startswith(("plot_", "show_")) or name in ("legend", "sample_sheet")
     module = FUNCTIONS[name].__module__.rpartition(".")[2]
     return (by_name and module in ("show", "curves", "routes", "predictions", "inspection") or
@@ -965,7 +965,7 @@ def test_every_figure_has_a_test():
 
 
 def afterwards(change):
-    "Draw as ever, then `change(figure)`."
+    "Draw as usual, then `change(figure)`."
     def spoilt(draw, *args, **kwargs):
         figure = draw(*args, **kwargs)
         change(figure)
@@ -977,12 +977,12 @@ def without_legend(figure): figure.axes[0].get_legend().remove()
 
 
 def filled_in(rows, key):
-    "Rows with a 0 where there was no number."
+    "Rows with 0 for missing numbers."
     return [{**row, key: 0. if row[key] is None or row[key] != row[key] else row[key]} for row in rows]
 
 
 def with_iou(name, iou):
-    "Another IoU of a class of the first network."
+    "Replace the IoU of a class of the first network."
     def spoilt(draw, rows): return draw({**rows, "searched": {**rows["searched"], name: iou}})
     return spoilt
 
@@ -1008,7 +1008,7 @@ def alike_cells(ax):
         if cell.get_marker() == "o": cell.set_markerfacecolor("w")
 
 
-# What is spoilt -> the test that must fail, the function whose figure is spoilt, how
+# Change -> (test that must fail, function whose figure changes, changed function)
 CHANGES = {
     "a wrong pixel that looks right": (test_show_images, error_map, lambda draw, label, _: draw(label, label)),
     "an overlay of .55 for .6": (test_show_images, overlay, lambda draw, *args: draw(*args, alpha=.55)),

@@ -1,6 +1,6 @@
-"""Runs that are killed at random moments and taken up again end as the run that nobody disturbed.
+"""Runs that are killed at random moments and resumed end like an uninterrupted run.
 
-SELFSUPNAS_KILLS says how many kills each stage gets (3 unless told; `make kills` asks for 30).
+SELFSUPNAS_KILLS sets the number of kills for each stage (default 3; `make kills` sets 30).
 """
 import os, random, signal, time
 
@@ -32,7 +32,7 @@ STAGES = {"search": (run_search, "supernet.safetensors"), "retrain": (run_retrai
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
-    "Stage -> the folder of a run that nobody disturbed, and its seconds."
+    "Folder and seconds of an uninterrupted run, by stage."
     here, found = tmp_path_factory.mktemp("whole"), {}
     for stage, (run, _) in STAGES.items():
         begun, folder = time.monotonic(), here/stage
@@ -48,8 +48,8 @@ def newest(folder): return max(map(step_of, checkpoint_paths(folder)), default=0
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, start, tmp_path):
-    """The first kill comes whenever it comes, before the first checkpoint as a rule. The others wait for the checkpoint
-    of a drawn step, and then for a drawn moment of up to two steps, in which the next one may be being written."""
+    """The first kill is usually before the first checkpoint. Each further kill waits for the checkpoint of a random step
+    and then up to two more steps, so that it may hit the writing of the next checkpoint."""
     (reference, seconds), (run, weights) = whole[stage], STAGES[stage]
     draw, killed, lives, log = random.Random(0), 0, 0, tmp_path/"log"
     architecture = str(whole["search"][0]/"architecture.json")
@@ -70,4 +70,4 @@ def test_a_killed_run_ends_as_if_nothing_had_been(stage, whole, start, tmp_path)
             killed += not ended
         same_run(folder, reference, stage, weights)
     assert "resumes at step" in log.read_text() or KILLS == 1
-    print(f"{stage}: {killed} kills, {lives} runs, each equal to the one of {seconds:.0f} s that was left alone")
+    print(f"{stage}: {killed} kills, {lives} runs, each equal to the uninterrupted run of {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"The method from end to end in miniature: every kind of every piece trains, and each gradient arrives where it should and nowhere else."
+"The method end to end in miniature: every variant trains, and the gradient of each loss reaches exactly its parameters."
 import dataclasses, subprocess, sys
 
 import pytest
@@ -49,7 +49,7 @@ def test_every_kind_searches_and_leaves_what_can_be_loaded(config, variant):
 def test_the_pretext_alone_drives_a_search_and_no_label_is_read(config):
     config = dataclasses.replace(config, w_sup=0., w_semi=0.)
     data = load_training_data(config)
-    class Bare: # a set whose labels cannot be had
+    class Bare: # a dataset whose labels cannot be read
         ids, spec, unreadable, skip_unreadable = data.train.ids, data.train.spec, {}, False
         def __getitem__(self, i): raise AssertionError("a label was read")
         def image(self, i): return data.train.image(i)
@@ -65,7 +65,7 @@ def test_the_pretext_alone_drives_a_search_and_no_label_is_read(config):
 
 
 def terms_of(config, weights):
-    "MultiTaskModel, teacher and the terms of one step in which only some terms have weight."
+    "MultiTaskModel, teacher and losses of one step; losses that are not in `weights` have weight 0."
     data = load_training_data(config)
     space = search_space(config, data)
     torch.manual_seed(0)
@@ -98,9 +98,9 @@ def test_gradients_reach_exactly_the_right_parameters(config, kind):
         if term == "jig": assert got & head == head and not got & peer and not any("classifier" in n for n in got)
         else: assert not got & head and {n for n in got if n.startswith("peer.")} == peer
         if term != "jig": assert got >= model, sorted(model - got)[:5]
-        else: # the head reads the fused feature at stride 8: all gates but that of the last cell at stride 4 lead there
+        else: # the head reads the fused feature at stride 8, which depends on all gates but that of the last cell at stride 4
             assert {n for n in model if ".gate." in n} - got == {n for n in model if n.startswith("model.cells.3_0.gate.")}
-        assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters()), "the teacher learned by gradient"
+        assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters()), "the teacher has no gradient"
 
 
 def test_alternating_turns_split_data_and_parameters(config):
@@ -112,7 +112,7 @@ def test_alternating_turns_split_data_and_parameters(config):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, dataclasses.replace(config, steps=1), data, phases=make_phases(data, config))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and not any(".gate." in n for n in moved), "the first turn is the weights'"
+    assert moved and not any(".gate." in n for n in moved), "the first phase trains the weights"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, dataclasses.replace(config, steps=1, folder=config.folder + "-reversed"), data, phases=make_phases(data, config)[::-1])
     assert {n.split(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"gate"}
@@ -130,7 +130,7 @@ def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
     calls = []
     def interrupt(*args):
         calls.append(1)
-        if len(calls) > 12: raise InterruptedError # three batches a step: in the fifth of six
+        if len(calls) > 12: raise InterruptedError # three batches a step, so in the fifth of six steps
         return plain(*args)
     monkeypatch.setattr(training, "to_device", interrupt)
     with pytest.raises(InterruptedError): run(config)
@@ -155,7 +155,7 @@ def test_bad_parameters_are_refused_before_anything_runs(wrong):
 
 
 def test_down_is_the_convolution_of_stride_2_and_survives_an_odd_batch():
-    "In a process of its own: with stride 2 in the convolution, this ends in a segmentation fault on processors with AVX-512."
+    "In a separate process: with stride 2 in the convolution, it ends in a segmentation fault on processors with AVX-512."
     code = """
 import torch
 from torch.nn.functional import conv2d

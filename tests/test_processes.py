@@ -1,7 +1,7 @@
-"""Two processes that share each batch are one process, to rounding: losses, gates, thresholds, evaluation, checkpoints.
+"""Two processes that share each batch equal one process up to rounding: losses, gates, thresholds, evaluation, checkpoints.
 
-This file is also what torchrun starts: `torchrun --standalone --nproc_per_node 2 tests/test_processes.py FOLDER CASE...` runs cases in two processes.
-SELFSUPNAS_STEPS says how many steps are compared (12 unless told): rounding grows about threefold a step, by a factor that the processor decides.
+torchrun starts this file, too: `torchrun --standalone --nproc_per_node 2 tests/test_processes.py FOLDER CASE...` runs cases in two processes.
+SELFSUPNAS_STEPS sets the number of compared steps (default 12): rounding errors grow about threefold a step, by a factor that depends on the processor.
 """
 import json, os, signal, subprocess, sys
 from pathlib import Path
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 ROUNDING = 1e-7 # over all steps
 STEPS = int(os.environ.get("SELFSUPNAS_STEPS", 12))
 SMALL = dict(size=(64, 80), layers=4, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=STEPS, steps=STEPS, budget=.6,
-             ramp=(0., .2), cost_ramp=(0., .5), binary_ramp=(.2, .6), threshold=.1, optimiser="sgd", lr=.003) # a threshold near chance: some pseudo-labels from the start
+             ramp=(0., .2), cost_ramp=(0., .5), binary_ramp=(.2, .6), threshold=.1, optimiser="sgd", lr=.003) # a threshold near chance gives pseudo-labels from the start
 SHORT = dict(steps=6, logs=6)
 CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adaptive_threshold=True),
          "unimatch": dict(SHORT, consistency="unimatch", jigsaw_head="position"), "cps": dict(SHORT, consistency="cps", w_jig=0.),
@@ -26,7 +26,7 @@ CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adap
 
 
 def run_case(name, folder):
-    "One run; the history is written by the first process."
+    "One run; the first process writes the history."
     from selfsupnas.data import augment; from selfsupnas.tasks import consistency; from selfsupnas import metrics as evaluation; from selfsupnas.data import loaders; from selfsupnas.train import step as objective; from selfsupnas.train import loop as training
     from selfsupnas.train.batches import load_training_data
     from selfsupnas.core import write_json
@@ -34,11 +34,11 @@ def run_case(name, folder):
     from selfsupnas.distributed import world
     from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table, make_phases
     from selfsupnas.space.supernet import build_supernet
-    # rounding apart, nothing may differ; small gated networks amplify it about threefold a step, so that it must be small
+    # in double precision, because small gated networks amplify rounding errors about threefold a step
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
     for module in (loaders, evaluation): module.normalise = lambda images: augment.normalise(images).double()
-    # each process draws these for itself: where everything is kept there is nothing to draw
+    # without feature perturbation, which each process draws for itself
     objective.perturb_features = lambda features: consistency.perturb_features(features, 0.)
     config = SearchConfig(folder=f"{folder}/{name}", **{**SMALL, **CASES[name]})
     data = load_training_data(config)
@@ -46,7 +46,7 @@ def run_case(name, folder):
     def run():
         torch.manual_seed(config.seed)
         model = build_supernet(table.space)
-        with torch.no_grad(): # some gates shut from the start: edges that one process alone takes
+        with torch.no_grad(): # some gates are closed from the start, so that one process may use an edge alone
             for gate in (m for m in model.modules() if hasattr(m, "threshold")): gate.logits.bias.normal_(0., .2)
         return training.train(model, config, data, BudgetLosses(model, table, config), make_phases(data, config))
     if name == "stopped" and world().rank == 1: stop_at(training, 3)
@@ -58,7 +58,7 @@ def run_case(name, folder):
 
 
 def stop_at(training, step):
-    "The second process alone is told to stop, once."
+    "Interrupt this process once, at the given step."
     plain, steps = training.take_step, []
     def take_step(*args):
         steps.append(1)
@@ -76,7 +76,7 @@ def launch(folder, count, *cases):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "Each case in one process and in two, and what was said."
+    "Results and output of all cases, in one process and in two."
     return {count: launch(tmp_path_factory.mktemp(f"in-{count}"), count, *CASES) for count in (1, 2)}
 
 
@@ -97,7 +97,7 @@ def test_two_processes_are_one(runs, name):
     for k in known: np.testing.assert_allclose(ours[k], theirs[k], rtol=0, atol=ROUNDING, err_msg=k)
     gates = [np.array([row["gates"] for row in run["history"]]) for run in (one, two)]
     np.testing.assert_allclose(*gates, rtol=0, atol=ROUNDING)
-    assert (gates[0] == 0).any(1).all() and theirs["semi"][-1] > 0, "a gate was shut at every step, and the teacher was heard"
+    assert (gates[0] == 0).any(1).all() and theirs["semi"][-1] > 0, "at every step a gate is closed, and the consistency loss is positive"
     assert one["confusion"] == two["confusion"] and one["miou"] == two["miou"]
 
 
@@ -123,7 +123,7 @@ STAGE = dict(SMALL, **SHORT, seed=3)
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    "The search stage, whole: here, by notebook_launcher in a kernel, and by torchrun as a command."
+    "The search stage in this process, by notebook_launcher in a kernel, and by torchrun as a command."
     from selfsupnas.cli import run_notebook
     from selfsupnas.stages.searching import SearchConfig, search
     place = tmp_path_factory.mktemp("stages")
@@ -147,7 +147,7 @@ notebook_launcher(run, num_processes=2, use_port=port)"""
 
 
 def torchrun(stage, folder, parameters):
-    "A stage as a command, in two processes."
+    "Run a stage as a command in two processes."
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", Path(sys.executable).with_name("selfsupnas"), stage,
                            "--folder", folder, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)

@@ -1,4 +1,4 @@
-"Laws that hold for any search space, image, batch, architecture, permutation and value; hypothesis looks for what breaks them, the same examples at each run."
+"Properties of any search space, image, batch, architecture, permutation and value; hypothesis searches for counterexamples, with the same examples in each run."
 import dataclasses, functools, itertools, json, math, string, typing
 
 import pytest
@@ -47,7 +47,7 @@ def table_of(space, size=(40, 57)): return measure_costs(space, size)
 
 
 def random_network(build, seed):
-    "In evaluation mode, with batch norms that do something."
+    "A network in evaluation mode whose batch norms are not the identity."
     torch.manual_seed(seed)
     network = build().eval()
     for module in network.modules():
@@ -59,8 +59,8 @@ def random_network(build, seed):
 
 @st.composite
 def weighed(draw, space, least=.05):
-    "Any part of what a space has gates for, with weights."
-    numbers = st.integers(round(least * 1e6), 10**6).map(lambda n: n / 1e6) # as the JSON keeps them
+    "Any subset of the gated edges and candidates of a space, with weights."
+    numbers = st.integers(round(least * 1e6), 10**6).map(lambda n: n / 1e6) # in the precision of the JSON
     return {edge: draw(numbers) for edge in space.gated() if draw(st.booleans())}
 
 
@@ -105,7 +105,7 @@ def test_a_view_has_its_size_and_invents_no_label(size, wanted, zoom, flip, seed
 @examples(40)
 @given(st.tuples(st.integers(8, 60), st.integers(8, 60)), st.tuples(st.integers(2, 70), st.integers(2, 70)), st.booleans(), seeds)
 def test_a_view_moves_an_image_and_its_label_alike(size, wanted, flip, seed):
-    "Cropped, padded and flipped, an image that shows its label still does."
+    "An image that shows its label still does after crop, padding and flip."
     torch.manual_seed(seed)
     label = torch.randint(0, 3, size)
     image, marks, valid = WeakView(wanted, (1., 1.), float(flip))(label.to(torch.uint8).expand(3, *size), label)
@@ -124,7 +124,7 @@ def test_the_table_says_what_fvcore_counts(architecture):
 @examples(100)
 @given(st.data(), few_spaces)
 def test_another_path_never_costs_less(data, space):
-    "Where a cell has none, it passes its input along `keep`: then `keep` is the edge to open first, for another would take the input elsewhere."
+    "A cell without open edges passes its input along `keep`. There only `keep` is opened, because another edge would move the input elsewhere."
     kept = set(data.draw(weighed(space)))
     edge = data.draw(st.sampled_from(space.gated()))
     assume(edge.kind in ("keep", *space.operations) or trace_route(space, kept).get(edge[:2], "absent") != ())
@@ -210,7 +210,7 @@ def test_held_to_an_architecture_the_supernet_is_the_network_that_inherits_it(ar
 @examples(15)
 @given(st.data(), spaces, seeds)
 def test_images_of_a_batch_do_not_meet(data, space, seed):
-    "Each with gates of its own, some of them shut: what an image gets is what it gets alone; what does not reach a cell has gates of 0."
+    "Each image has its own gates, some of them closed: it gets the same logits as alone, and gates of 0 in cells that it does not reach."
     network = random_network(lambda: build_supernet(space), seed)
     images = torch.randn(3, 3, 40, 57)
     held = [gates_from_edges(space, data.draw(weighed(space))) for _ in images]
@@ -222,7 +222,7 @@ def test_images_of_a_batch_do_not_meet(data, space, seed):
     for edge, gate in gates_by_edge(space, seen).items(): assert all(edge[:2] in route[k] or gate[k] == 0 for k in range(3))
 
 
-# -- There and back
+# -- Writing and reading
 
 @examples(80)
 @given(architectures())
@@ -250,7 +250,7 @@ def test_a_record_comes_back_from_its_file(folder, name, parameters, metrics, ti
 
 
 class Named(PairDataset):
-    "A data set of names alone."
+    "A dataset that has only ids."
     def __init__(self, ids): super().__init__(SegmentationSpec("names", ("a", "b"), ((0, 0, 0), (9, 9, 9))), ids)
 
 
@@ -282,7 +282,7 @@ KINDS = list({f"{kind}": kind for cls in (SearchConfig, RetrainConfig, EvaluateC
 @examples(200)
 @given(st.data(), st.sampled_from(KINDS))
 def test_what_python_prints_the_command_reads(data, kind):
-    "A value of every type that a parameter has, as a word and back, and through JSON."
+    "A value of every parameter type, through the command line and through JSON."
     value = data.draw(st.one_of([VALUES[option] for option in (typing.get_args(kind) if kind not in VALUES else (kind,))]))
     Toy = dataclasses.make_dataclass("Toy", [("field", kind)])
     assert from_parameters(Toy, {"field": parse_value(str(value), kind)}).field == value
@@ -294,7 +294,7 @@ def test_what_python_prints_the_command_reads(data, kind):
 @examples(40)
 @given(st.integers(2, 4), st.integers(0, 30), st.integers(0, 30), seeds)
 def test_a_shuffled_picture_is_put_back(n, height, width, seed):
-    "With tiles that fill their cells; rows and columns that no cell has are zero."
+    "Tiles fill their cells; rows and columns outside the cells are zero."
     draw, permutations = torch.Generator().manual_seed(seed), permutation_set(n)
     images = torch.randn(2, 3, 4 * n + height, 4 * n + width, generator=draw)
     shuffled, which = cut_and_shuffle(images, permutations, draw, tile_share=1., grey_p=0., normalise=False)
@@ -350,7 +350,7 @@ def test_weights_come_back_from_their_file(folder, architecture, seed):
     assert alike(again.state_dict(), network.state_dict()) and not again.training
 
 
-# -- Schedules and scores
+# -- Schedules and metrics
 
 @examples(100)
 @given(st.floats(0, 1), st.floats(0, 1), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), st.sampled_from(["sigmoid", "linear"]))
@@ -369,18 +369,18 @@ def test_the_rate_of_learning_is_never_over_its_peak_nor_nothing(steps, data, wa
 @examples(60)
 @given(st.integers(2, 6), st.integers(1, 6), st.integers(1, 3), seeds, st.booleans())
 def test_scores_are_those_of_sets_of_pixels_and_the_truth_scores_one(classes, there, batch, seed, void):
-    "Of all classes, only the first `there` are in labels and predictions: the others have no IoU."
+    "Only the first `there` classes occur in labels and predictions; the others have no IoU."
     draw = torch.Generator().manual_seed(seed)
     truth, guess = (torch.randint(min(there, classes), (batch, 5, 7), generator=draw) for _ in range(2))
     labels = truth.masked_fill(torch.rand(truth.shape, generator=draw) < .5, 255) if void else truth
     assume((labels != 255).any())
     def metrics(prediction): return Metrics(confusion_matrix(prediction, labels, classes), tuple(map(str, range(classes))))
-    def iou(k): # by sets of pixels
+    def iou(k): # from sets of pixels
         said, so = (guess == k) & (labels != 255), labels == k
         return int((said & so).sum()) / int((said | so).sum()) if (said | so).any() else None
     known = [value for value in map(iou, range(classes)) if value is not None]
     assert int(metrics(guess).confusion.sum()) == int((labels != 255).sum()) and metrics(truth).pixel_accuracy == 1
-    if len(known) < 2: # one class of several has no mean
+    if len(known) < 2: # there is no mean over one of several classes
         assert math.isnan(metrics(guess).miou)
         return
     assert metrics(guess).miou == pytest.approx(sum(known) / len(known), abs=1e-6)

@@ -1,7 +1,7 @@
-"""Every way to stop a run, at every moment, in Python and as a command: nothing is lost but the steps since the last checkpoint.
+"""Every way to stop a run, at every moment, in Python and as a command: only the steps since the last checkpoint are lost.
 
-Each run is stopped once and made again by the same words; what it leaves is compared with a run that nobody disturbed.
-A fourth of the cases are made here, every way, moment and stop among them; `make stops` makes all and writes the table to runs/stops.md.
+Each run is stopped once and repeated by the same call; its files are compared with those of an uninterrupted run.
+A fourth of the cases run here, with every way, moment and stop among them; `make stops` runs all and writes the table to runs/stops.md.
 """
 import contextlib, os, re, resource, signal, sys, time
 from pathlib import Path
@@ -25,7 +25,7 @@ def in_python(folder):
 
 
 def as_command(folder):
-    "What `selfsupnas search` does, with a notebook that draws nothing."
+    "As `selfsupnas search`, with a notebook without figures."
     from selfsupnas.cli import run_stage
     sys.exit(run_stage("search", SMALL, folder, source=Path(folder).parent/"search.ipynb"))
 
@@ -43,7 +43,7 @@ MOMENTS = {"before the first checkpoint": begun, "while one is written": half_wr
 
 
 def workers(process):
-    "The processes that do the work: of a command, its kernel."
+    "The processes that do the work; for a command, its kernel."
     own = psutil.Process(process.pid)
     return [child for child in own.children() if any("ipykernel" in word for word in child.cmdline())] or [own]
 
@@ -54,11 +54,11 @@ def click(process, folder): os.kill(process.pid, signal.SIGINT)
 def double_click(process, folder):
     for _ in range(2):
         with contextlib.suppress(ProcessLookupError): os.kill(process.pid, signal.SIGINT)
-        time.sleep(.2) # as a hand does
+        time.sleep(.2) # the pause of a double click
 
 
 def fill(process, folder):
-    "From now on no file of the working process may grow beyond some bytes, as on a full disk."
+    "From now on, files of the working process are cut off at 300 bytes, as on a full disk."
     for worker in workers(process): worker.rlimit(resource.RLIMIT_FSIZE, (300, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -71,7 +71,7 @@ STOPS = {"click": click, "double click": double_click, "SIGTERM": lambda process
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
-    "The folder of a run that nobody disturbed."
+    "The folder of an uninterrupted run."
     here = tmp_path_factory.mktemp("whole")
     process = start(in_python, here/"log", str(here/"run"))
     process.join()
@@ -81,7 +81,7 @@ def whole(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table():
-    "A row for each stop; SELFSUPNAS_STOPS names a file that they are written to."
+    "A row for each stop; written to the file that SELFSUPNAS_STOPS names."
     rows = []
     yield rows
     if file := os.environ.get("SELFSUPNAS_STOPS"):
@@ -90,7 +90,7 @@ def table():
 
 
 def short_notebook(path):
-    "The parameters and the search of the run notebook, without its metrics."
+    "Write the run notebook up to the search, without its metrics."
     cells = [cell for cell in nbformat.read(ROOT/"nbs"/"runs"/"search.ipynb", 4).cells if cell.cell_type == "code"][:3]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
 
@@ -108,14 +108,14 @@ def test_a_stopped_run_goes_on(way, moment, stop, whole, start, table, tmp_path)
     working = workers(process)
     STOPS[stop](process, folder)
     process.join()
-    psutil.wait_procs(working, 600) # a kernel outlives a command that was killed by a second
+    psutil.wait_procs(working, 600) # a kernel ends about a second after its killed command
     said = log.read_text()
     left, ended = newest(folder), process.exitcode
-    if not (folder/"search-record.json").exists(): # else it had just ended by itself
+    if not (folder/"search-record.json").exists(): # otherwise the run ended before the stop
         assert ended != 0, said[-2000:]
         if "click" in stop: assert ended == 130
         if stop == "SIGTERM": assert ended in (143, -signal.SIGTERM)
-    # a second signal may meet a bar's destructor, where Python can only note it and goes on
+    # a second signal may reach a progress bar's destructor, where Python prints it and continues
     noted = re.sub(r"Exception ignored in: <function tqdm\.__del__.*?\nKeyboardInterrupt: ?\n", "", said, flags=re.S)
     if stop != "full disk": assert "Traceback" not in noted, said[-3000:]
     process = start(WAYS[way], log, str(folder))

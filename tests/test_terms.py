@@ -1,6 +1,5 @@
 "One step by every recipe, against the same computed by hand; batch norm by groups; what a schedule weighs; what a teacher remembers."
 import copy, dataclasses, itertools, json, math
-from pathlib import Path
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import torch
 
 import selfsupnas
 from selfsupnas.cli import main
-from selfsupnas.core import RENAMED, RunRecord, from_parameters
+from selfsupnas.core import RENAMED, from_parameters
 from selfsupnas.space.architecture import load_architecture
 from selfsupnas.space.gate import gates_of
 from selfsupnas.space.grid import Edge

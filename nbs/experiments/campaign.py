@@ -663,7 +663,8 @@ def main(argv=None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try: failed = {"compare": compare, "sweep": sweep}[args.command](args)
     except KeyboardInterrupt as e:
-        print(f"campaign.py {args.command}: stopped; the same command resumes", file=sys.stderr)
+        print(f"campaign.py {args.command}: stopped; repeat the command to continue",
+              file=sys.stderr)
         return 128 + (e.args or (signal.SIGINT,))[0]
     except (ValueError, TypeError, OSError, ImportError, FolderInUse) as e:
         print(f"campaign.py {args.command}: {e}", file=sys.stderr)

@@ -74,12 +74,12 @@ def image_size(dataset: PairDataset, crop: tuple | None) -> tuple:
 
 # %% ../../nbs/train/02_batches.ipynb #80b3c604
 def warn_of_unused(*datasets: PairDataset):
-    "Warn once of files beside the images and masks of a run that are not used."
+    "Warn once of files beside the images and masks of a run that are not read."
     unused = {kind: [path for d in datasets for path in d.unused().get(kind, ())]
               for dataset in datasets for kind in dataset.unused() if kind != HIDDEN}
     if not unused: return
     base = datasets[0].base
-    warnings.warn(f"unused files in {base}: {'; '.join(describe_unused(unused, base))}. See "
+    warnings.warn(f"not read in {base}: {'; '.join(describe_unused(unused, base))}; see "
                   "`selfsupnas data`", stacklevel=3)
 
 def training_sets(config: TrainingConfig) -> tuple:
