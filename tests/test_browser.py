@@ -113,7 +113,7 @@ def page(jupyter, browser):
 @pytest.fixture(scope="module")
 def explorers(jupyter, browser):
     "The notebook of explorers, opened, all cells run."
-    page = opened(browser, f"{jupyter}/lab/workspaces/explorers/tree/70_widgets.ipynb", "widgets")
+    page = opened(browser, f"{jupyter}/lab/workspaces/explorers/tree/05_widgets.ipynb", "widgets")
     run_all(page)
     shot(page.locator(".jp-Notebook").first, "explorers")
     yield page

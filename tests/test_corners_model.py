@@ -789,9 +789,9 @@ def test_every_frozen_dataclass_has_a_hash_that_takes_its_fields():
     "Frozen dataclasses with a dict or list field define their hash."
     import dataclasses, importlib, pkgutil, typing
     import selfsupnas
-    for found in pkgutil.iter_modules(selfsupnas.__path__):
-        if found.name.startswith("_"): continue
-        module = importlib.import_module(f"selfsupnas.{found.name}")
+    for found in pkgutil.walk_packages(selfsupnas.__path__, "selfsupnas."):
+        if found.name.split(".")[-1].startswith("_"): continue
+        module = importlib.import_module(found.name)
         for cls in vars(module).values():
             if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__): continue
             if not (cls.__dataclass_params__.frozen and cls.__dataclass_params__.eq): continue
