@@ -70,9 +70,10 @@ def rename_keys(data): # plain data: dicts, lists, numbers, strings
     if not isinstance(data, dict): return data
     return {RENAMED.get(key, key): rename_keys(value) for key, value in data.items()}
 
-def rename_record(data: dict) -> dict: # data: the content of a record file
+def rename_record(data): # the content of a record file
     """A run record with the names of this version: of version 0.1 everything is renamed, of later
-    ones the parameters."""
+    ones the parameters. What is no object is returned as it is."""
+    if not isinstance(data, dict): return data
     stage = data.get("stage")
     if isinstance(stage, str): data = {**data, "stage": RENAMED_STAGES.get(stage, stage)}
     if "figures" in data: return rename_keys(data)
