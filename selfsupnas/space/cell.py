@@ -123,7 +123,7 @@ class Cell(nn.Module):
 class GatedCell(Cell):
     """A cell of the supernet: a gate scales each edge (and each searched candidate) by image, and
     what is closed is not computed."""
-    together = False # batch shared with other processes, see selfsupnas.distributed.synchronise
+    synchronised = False # batch shared with other processes, see selfsupnas.distributed.synchronise
 
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate has a value for each candidate, too
@@ -137,8 +137,8 @@ class GatedCell(Cell):
     def any_sample(self, images: torch.Tensor, # (B,n) bool on the CPU
                    device) -> list:
         "For each of n columns: is any image True? In shared training, an image of any process."
-        together = self.together and self.training
-        return any_sample(images.to(device) if together else images, together)
+        synchronised = self.synchronised and self.training
+        return any_sample(images.to(device) if synchronised else images, synchronised)
 
     def apply_candidates(self, features, # (n,C,h,w)
                          gates): # (n,operations)

@@ -63,7 +63,7 @@ def index_add_rows(parts: list, # of (rows (number of True, ...), images (n,) bo
 class Gate(nn.Module):
     """Soft conditional gate: (B,channels,H,W) -> (B,edges) in [0, 1). Source: Li et al., CVPR 2020;
     the leak and the factor are ours."""
-    together = False # batch shared with other processes, see selfsupnas.distributed.synchronise
+    synchronised = False # batch shared with other processes, see selfsupnas.distributed.synchronise
 
     def __init__(self, channels: int, # of the cell's input
                  edges: int, # outgoing edges, 1 to 3
@@ -87,7 +87,7 @@ class Gate(nn.Module):
         single = False
         if self.training and size[0] * size[1] == 1:
             count = len(x)
-            if self.together: count = int(all_reduce_sum(torch.tensor(count, device=x.device)))
+            if self.synchronised: count = int(all_reduce_sum(torch.tensor(count, device=x.device)))
             single = count == 1
         if not single and min(x.shape[-2:]) >= self.shrink:
             x = F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
