@@ -51,7 +51,7 @@ $(VENV)/.installed: settings.ini setup.py
 	  "     source $(BIN)/activate          then: jupyter lab nbs/00_tour.ipynb, or: selfsupnas --help" \
 	  "     make test                          run the quick tests: at most 10 minutes"
 
-demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble or camvid; ARGS='-p steps 100'
+demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble or camvid; ARGS='--steps 100'
 	@echo "== demo: selfsupnas demo --data $(DATA) $(ARGS)"
 	selfsupnas demo --data $(DATA) $(ARGS)
 
@@ -59,12 +59,12 @@ demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble
 compare: env ## only labels against the full objective, 3 seeds, on the committed architecture: nbs/experiments/records
 	@echo "== compare: $(ARMS) with seeds $(SEEDS), $(WORKERS) at a time, into $(COMPARE)"
 	run_arm() {
-	  case $$1 in labels) off="-p w_jig 0 -p w_semi 0";; jigsaw) off="-p w_semi 0";; consistency) off="-p w_jig 0";; both) off="";; esac
+	  case $$1 in labels) off="--w-jig 0 --w-semi 0";; jigsaw) off="--w-semi 0";; consistency) off="--w-jig 0";; both) off="";; esac
 	  to=$(COMPARE)/$$1-$$2
 	  test -e $$to/evaluate/evaluate-record.json && return
 	  echo "== compare: $$to"
-	  { selfsupnas retrain --folder $$to/retrain -p architecture $(FOUND)/search/architecture.json -p split_folder $(FOUND)/search/split -p seed $$2 $$off
-	    selfsupnas evaluate --folder $$to/evaluate -p network $$to/retrain -p baselines '()'; } >$$to.log 2>&1 || { tail -5 $$to.log; exit 255; }
+	  { selfsupnas retrain --folder $$to/retrain --architecture $(FOUND)/search/architecture.json --split-folder $(FOUND)/search/split --seed $$2 $$off
+	    selfsupnas evaluate --folder $$to/evaluate --network $$to/retrain --baselines; } >$$to.log 2>&1 || { tail -5 $$to.log; exit 255; }
 	}
 	export -f run_arm
 	mkdir -p $(COMPARE)
@@ -75,34 +75,34 @@ compare: env ## only labels against the full objective, 3 seeds, on the committe
 budgets: env ## do searches reach their budgets? mu 0.2, 0.4, 0.6, short searches of 12 layers
 	@echo "== budgets: into runs/budgets"
 	for mu in 0.2 0.4 0.6; do echo $$mu; done | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I MU bash -c \
-	  'test -e runs/budgets/MU/search-record.json || selfsupnas search --folder runs/budgets/MU -p layers 12 -p steps 300 -p budget MU'
+	  'test -e runs/budgets/MU/search-record.json || selfsupnas search --folder runs/budgets/MU --layers 12 --steps 300 --budget MU'
 
 rivals: env ## derived architectures of 3 searches against 10 random ones of equal cost, from scratch; after make demo
 	@echo "== rivals: of $(FRONT), into runs/rivals"
-	split="-p split_folder $(FRONT)/split"
+	split="--split-folder $(FRONT)/split"
 	run_once() { test -e $$1 || selfsupnas $$2 --folder $$(dirname $$1) "$${@:3}"; }
-	for t in 0 1; do run_once runs/rivals/front-$$t/pareto-record.json pareto -p search $(FRONT) -p budgets '(0.5,)' -p initialise scratch -p steps 600 -p random 5 -p seed $$t; done
-	for s in 1 2; do run_once runs/searches/$$s/search-record.json search $$split -p seed $$s; done
+	for t in 0 1; do run_once runs/rivals/front-$$t/pareto-record.json pareto --search $(FRONT) --budgets 0.5 --initialise scratch --steps 600 --random 5 --seed $$t; done
+	for s in 1 2; do run_once runs/searches/$$s/search-record.json search $$split --seed $$s; done
 	ln -sfn $(abspath $(FRONT)) runs/searches/0
 	for s in 0 1 2; do for t in 0 1; do
-	  run_once runs/rivals/derived/$$s-$$t/retrain-record.json retrain $$split -p architecture runs/searches/$$s/architecture.json -p steps 600 -p seed $$t
+	  run_once runs/rivals/derived/$$s-$$t/retrain-record.json retrain $$split --architecture runs/searches/$$s/architecture.json --steps 600 --seed $$t
 	done; done
 
 pareto: env ## one search, three budgets, against random and hand-crafted networks; after make demo
 	@echo "== pareto: of $(FRONT), into runs/pareto"
-	selfsupnas pareto --folder runs/pareto -p search $(FRONT) -p budgets '(0.3, 0.5, 0.7)' -p random 2 \
-	  -p baselines "('lraspp_mobilenet_v3_large', 'unet_resnet18')"
+	selfsupnas pareto --folder runs/pareto --search $(FRONT) --budgets 0.3 0.5 0.7 --random 2 \
+	  --baselines lraspp_mobilenet_v3_large unet_resnet18
 
-# Hours to days. Runs that have a record are skipped, stopped runs continue; ARGS="-p only '0.125/searched-*'" selects some.
+# Hours to days. Runs that have a record are skipped, stopped runs continue; ARGS="--only '0.125/searched-*'" selects some.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
-	python nbs/experiments/campaign.py compare --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
+	python nbs/experiments/campaign.py compare --folder runs/camvid --records nbs/experiments/records/camvid --workers $(WORKERS) $(ARGS)
 
 bench-quick: env ## a small make camvid in about 30 minutes: 1 fraction, 1 seed, 200 steps, two rivals
 	@echo "== bench-quick: into runs/bench-quick"
-	python nbs/experiments/campaign.py compare --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
-	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
-	  -p arms "('both', 'labels')" -p open False -p random 1 -p searches '()' $(ARGS)
+	python nbs/experiments/campaign.py compare --folder runs/bench-quick --workers $(WORKERS) --fractions 0.125 --seeds 0 --steps 200 --search-steps 300 \
+	  --lrs 1e-3 3e-3 --trial-steps 30 --rivals deeplabv3_resnet50 deeplabv3plus_resnet18 --semi-rivals \
+	  --arms both labels --no-open --random 1 --searches $(ARGS)
 
 # Parts that have a record are skipped. The memory part needs Linux or a GPU.
 bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' selects some; ARGS='--device cuda --precision bf16'

@@ -14,8 +14,9 @@ def lazily(package: str, homes: dict):
 
 
 __getattr__, __dir__ = lazily(__name__, {
-    "stages.searching": "SearchConfig search",
-    "stages.retraining": "RetrainConfig retrain",
-    "stages.evaluation": "EvaluateConfig evaluate",
-    "stages.pareto_front": "ParetoConfig pareto",
+    "stages.configs": "SearchConfig RetrainConfig EvaluateConfig ParetoConfig",
+    "stages.searching": "search",
+    "stages.retraining": "retrain",
+    "stages.evaluation": "evaluate",
+    "stages.pareto_front": "pareto",
     "zoo": "load"})

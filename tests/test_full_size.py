@@ -16,7 +16,7 @@ from selfsupnas.space.cell import SparseFeatures
 from selfsupnas.space.cost import count_cost
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import build_supernet, feature_sizes
-from selfsupnas.stages.searching import SearchConfig, check_budget, make_space
+from selfsupnas.stages.searching import SearchConfig, check_budget
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.tasks.teacher import EMATeacher
@@ -35,7 +35,7 @@ def data(tmp_path_factory): return load_training_data(dataclasses.replace(SMALL,
 
 
 @pytest.fixture(scope="module")
-def space(data): return make_space(SMALL, data.train.spec.num_classes)
+def space(data): return SMALL.space(data.train.spec.num_classes)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_an_estimate_agrees_with_itself_and_with_what_was_measured(name, stage):
     assert 0 < e.run <= e.open <= 1.001 * config.steps * e.step and (stage == "retrain" or e.run < e.open)
     assert 1 < record.metrics["peak_bytes"] / e.memory < 1.5
     assert record.metrics["multiply_adds"] == pytest.approx(e.step, rel=.05)
-    if stage == "search": check_budget(view_table(make_space(config, SETS[config.data]["spec"].num_classes), config.crop, config.gate), config.budget)
+    if stage == "search": check_budget(view_table(config.space(SETS[config.data]["spec"].num_classes), config.crop, config.gate), config.budget)
 
 
 def test_an_estimate_needs_a_size(space):

@@ -17,7 +17,7 @@ from selfsupnas.train.step import objective
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.distributed import local_device
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
-from selfsupnas.stages.searching import SearchConfig, load_supernet, make_space, search
+from selfsupnas.stages.searching import SearchConfig, load_supernet, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.train.loop import build_training_parts, seed_step, step_weights, train
 
@@ -48,7 +48,7 @@ def one_pass(config, data, device):
     state.AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=device == "cpu")
     torch.manual_seed(0)
-    parts = build_training_parts(build_supernet(make_space(config, data.train.spec.num_classes), gate=config.gate), config, accelerator)
+    parts = build_training_parts(build_supernet(config.space(data.train.spec.num_classes), gate=config.gate), config, accelerator)
     parts["multitask"].train()
     batches = {name: to_device(b, accelerator.device) for name, b in next(make_batches(config, data)).items()}
     weights = step_weights(config, 1., None)
@@ -107,7 +107,7 @@ def test_what_was_stopped_goes_on(config, precision):
         told = dataclasses.replace(config, folder=config.folder + folder)
         def model():
             torch.manual_seed(0)
-            return build_supernet(make_space(told, data.train.spec.num_classes), gate=told.gate)
+            return build_supernet(told.space(data.train.spec.num_classes), gate=told.gate)
         def watch(rows):
             if rows[-1]["step"] == stop: raise KeyboardInterrupt
         try: return train(model(), told, data, watch=watch).history
@@ -140,7 +140,7 @@ def test_batches_are_pinned_and_arrive(config):
 
 
 def test_latency_is_measured_where_it_will_run(config):
-    table = measure_costs(make_space(config, 5), (64, 80), "latency", device=local_device())
+    table = measure_costs(config.space(5), (64, 80), "latency", device=local_device())
     assert table.full > 0
 
 
@@ -150,6 +150,6 @@ def test_memory_that_gives_out_is_explained(config):
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         with pytest.raises(MemoryError, match="lower one of these"):
-            train(build_supernet(make_space(config, data.train.spec.num_classes), gate="conditional"),
+            train(build_supernet(config.space(data.train.spec.num_classes), gate="conditional"),
                   dataclasses.replace(config, size=(768, 768), batch_labelled=32), load_training_data(dataclasses.replace(config, size=(768, 768))))
     finally: torch.cuda.set_per_process_memory_fraction(1.)

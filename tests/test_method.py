@@ -11,7 +11,7 @@ from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.data.loaders import to_device
 from selfsupnas.train.step import build_multitask_model, objective
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.stages.searching import SearchConfig, split_in_halves, load_supernet, make_space, make_phases, search
+from selfsupnas.stages.searching import SearchConfig, split_in_halves, load_supernet, make_phases, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.loop import train
@@ -77,7 +77,7 @@ def terms_of(config, weights):
     return multitask, teacher, losses
 
 
-def search_space(config, data): return make_space(config, data.train.spec.num_classes)
+def search_space(config, data): return config.space(data.train.spec.num_classes)
 
 
 def reached_by(multitask, term):

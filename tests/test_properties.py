@@ -12,7 +12,7 @@ from selfsupnas.stages.evaluation import EvaluateConfig
 from selfsupnas.space.budget import expected_cost, measure_costs, realised_cost, static_cost
 from selfsupnas.train.checkpoint import checkpoint_paths, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, save_weights, step_of
 from selfsupnas.train.config import learning_rate, ramp_up
-from selfsupnas.core import RunRecord, from_parameters
+from selfsupnas.core import RunRecord, from_parameters, parse_value
 from selfsupnas.space.cost import count_flops
 from selfsupnas.space.derivation import derive
 from selfsupnas.metrics import Metrics, confusion_matrix
@@ -28,7 +28,6 @@ from selfsupnas.stages.retraining import RetrainConfig
 from selfsupnas.stages.searching import SearchConfig
 from selfsupnas.space.supernet import gates_by_edge, gates_from_edges, build_supernet
 from selfsupnas.data.splits import LabelSplit, label_count, load_split, save_split
-from selfsupnas.cli import parse_value
 
 FAST = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def examples(count): return settings(max_examples=count, **FAST)

@@ -3,14 +3,14 @@ import json, re, shlex
 
 import campaign
 import pytest
+import tyro
 import yaml
 from conftest import ROOT
 
 from selfsupnas.train.batches import check_shares
-from selfsupnas.cli import make_parser
-from selfsupnas.core import from_parameters
 from selfsupnas.distributed import World
-from selfsupnas.cli import STAGES, parse_parameters, stage_config
+from selfsupnas.cli import STAGES, DataOptions, DemoOptions, ExportOptions, ReportOptions, main, parse_options
+from selfsupnas.stages.configs import RetrainConfig
 
 INDEX = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf8"))
 README = (ROOT/"README.md").read_text("utf8")
@@ -73,9 +73,12 @@ SWEEPS = [line for line in SHELL if "campaign.py" in line]
 def test_its_commands_are_understood(command):
     "Each is parsed to the end; where 8 processes share a batch, they can."
     launcher, _, words = command.partition("selfsupnas ")
-    words = make_parser().parse_args(shlex.split(words))
-    if words.stage in STAGES:
-        config = from_parameters(stage_config(words.stage), parse_parameters(stage_config(words.stage), words.pairs))
+    command, *words = shlex.split(words)
+    options = {"demo": DemoOptions, "data": DataOptions, "report": ReportOptions, "export": ExportOptions}.get(command)
+    if "--help" in words: assert main([command, *words]) == 0
+    elif options: tyro.cli(options, args=words, return_unknown_args=command == "demo")
+    else:
+        config = STAGES[command](**parse_options(command, words))
         if launcher: check_shares(config, World(0, 8))
 
 
@@ -90,17 +93,15 @@ def test_its_sweeps_are_understood(command):
 def test_there_are_commands(): assert len(COMMANDS) >= 9 and SWEEPS and any(c.startswith("torchrun") for c in COMMANDS)
 
 
-OPTIONS = sorted(set(re.findall(r"`(-p [^`]+)`", TEXT)))
+OPTIONS = sorted(set(re.findall(r"`(--[^`]+)`", TEXT)))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_its_options_are_those_of_retrain(options):
-    config = stage_config("retrain")
-    pairs = make_parser().parse_args(["retrain", *shlex.split(options)]).pairs
-    from_parameters(config, parse_parameters(config, pairs))
+    RetrainConfig(**parse_options("retrain", shlex.split(options)))
 
 
-def test_there_are_options(): assert any("mean_teacher" in o for o in OPTIONS) and any("w_jig 0" in o for o in OPTIONS)
+def test_there_are_options(): assert any("mean_teacher" in o for o in OPTIONS) and any("w-jig 0" in o for o in OPTIONS)
 
 
 def test_make_has_its_targets():

@@ -14,7 +14,7 @@ from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.core import RunRecord, from_parameters
 from selfsupnas.stages.retraining import retrain
 from selfsupnas.stages.searching import search
-from selfsupnas.cli import stage_config
+from selfsupnas.cli import STAGES
 from selfsupnas.data.voc import draw_voc
 
 RATES = ROOT/"nbs"/"experiments"/"records"/"rates"
@@ -45,7 +45,7 @@ class TestFile:
 
     def test_the_stage_takes_it(self, path):
         name, stage = named(path)
-        config = from_parameters(stage_config(stage), yaml.safe_load(path.read_text("utf8")))
+        config = from_parameters(STAGES[stage], yaml.safe_load(path.read_text("utf8")))
         assert config == recipe_config(name, stage)
         assert config.crop == SETS[config.data]["crop"] and isinstance(config.zoom, tuple)
 
@@ -56,8 +56,8 @@ class TestFile:
         values = {}
         for cell in notebook.cells:
             if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])): exec(cell.source, values)
-        fields = [f.name for f in dataclasses.fields(stage_config(stage))]
-        assert from_parameters(stage_config(stage), {k: values[k] for k in fields}) == recipe_config(name, stage)
+        fields = [f.name for f in dataclasses.fields(STAGES[stage])]
+        assert from_parameters(STAGES[stage], {k: values[k] for k in fields}) == recipe_config(name, stage)
 
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])

@@ -1,12 +1,12 @@
 "The house rules that a machine can check: import direction, run notebooks, sizes, outputs, import time."
-import ast, base64, dataclasses, importlib, re, subprocess, sys
+import ast, base64, dataclasses, importlib, inspect, re, subprocess, sys
 
 import pytest
 from conftest import ROOT
 from imports import CHAPTERS, MODULES, NOTEBOOKS, cells, is_exported, module_of, package_imports, wrong_imports
 
 from selfsupnas.core import from_parameters
-from selfsupnas.cli import STAGES, field_docs, stage_config
+from selfsupnas.cli import STAGES
 
 OUTSIDE = sorted((ROOT/"nbs"/"experiments").glob("*.py")) # plain files, no part of the package
 HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill", "onnx", "onnxruntime", "onnxscript", "huggingface_hub", "tensorboard", "submitit", "torchvision")
@@ -89,7 +89,7 @@ def test_prose_comes_before_code(path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_parameters_cell_mirrors_the_dataclass(stage):
-    path, cls = ROOT/"nbs"/"runs"/f"{stage}.ipynb", stage_config(stage)
+    path, cls = ROOT/"nbs"/"runs"/f"{stage}.ipynb", STAGES[stage]
     tagged = [source for source, cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1
     values = {}
@@ -98,7 +98,8 @@ def test_the_parameters_cell_mirrors_the_dataclass(stage):
     assert values == {f.name: f.default for f in dataclasses.fields(cls)}
     assert from_parameters(cls, values) == cls()
     comments = {line.split(" = ")[0]: line.partition(" # ")[2] for line in tagged[0].splitlines()}
-    assert comments == field_docs(cls), "the same explanations"
+    docs = {m[1]: m[2] for base in reversed(cls.__mro__[:-1]) for m in re.finditer(r"^    (\w+): .*? # (.*)$", inspect.getsource(base), re.M)}
+    assert comments == docs, "the same explanations"
 
 
 def test_every_run_notebook_has_a_stage():

@@ -78,6 +78,6 @@ def test_a_preset_is_loaded_without_the_checkout(python, tmp_path):
 
 
 def test_its_command_lists_parameters(python, tmp_path):
-    done = run([python.with_name("selfsupnas"), "search", "--parameters"], tmp_path)
+    done = run([python.with_name("selfsupnas"), "search", "--help"], tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("folder", "seed", "steps", "label_fraction"): assert re.search(rf"^  {name} ", done.stdout, re.M)
+    for name in ("folder", "seed", "steps", "label-fraction"): assert f"--{name} " in done.stdout

@@ -24,7 +24,6 @@ from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed
 from selfsupnas.data.loaders import to_device
 from selfsupnas.export import export_onnx, fold_batch_norm, max_relative_difference, load_onnx
 from selfsupnas.metrics import check_logits, confusion_matrix
-from selfsupnas.cli import parse_parameters
 from selfsupnas.rivals import build_baseline, random_architecture
 from selfsupnas.space.budget import measure_costs, realised_cost, static_cost
 from selfsupnas.space.cell import GatedCell, SparseFeatures, scale_features
@@ -573,14 +572,14 @@ def main(argv=None) -> int:
                             help=f"of the parts; default: {f.default}", **shape)
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
                         metavar=("NAME", "VALUE"), help="a parameter of removal and loader, see "
-                        "selfsupnas search --parameters")
+                        "selfsupnas search --help")
     options = vars(parser.parse_args(argv))
     parts, pairs = options.pop("parts"), options.pop("pairs")
     try:
         if [part for part in parts if part in OF_SEARCHES]:
             if len(parts) > 1 or options:
                 parser.error("removal and loader are measured alone, with parameters by -p")
-            config = from_parameters(SearchConfig, parse_parameters(SearchConfig, pairs))
+            config = from_parameters(SearchConfig, dict(pairs), texts=True)
             print(parts[0], OF_SEARCHES[parts[0]](config).timings)
         elif pairs: parser.error("-p is for removal and loader")
         else:

@@ -1,6 +1,6 @@
 """Many runs of the stages: a comparison with rivals, ablations and seeds, or a grid of parameters.
 
-    python nbs/experiments/campaign.py compare --folder runs/camvid -p workers 2
+    python nbs/experiments/campaign.py compare --folder runs/camvid --workers 2
     python nbs/experiments/campaign.py sweep search --grid seed=0,1,2 --grid budget=0.3,0.5
     python nbs/experiments/campaign.py sweep search --grid seed=0,1 --slurm partition=gpu
 
@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+import tyro
 
-from selfsupnas.cli import align_table
-from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, progress_bar,
-                             write_json)
+from selfsupnas.cli import (FRACTIONS, STAGES, align_table, check_inputs, option_words,
+                            replace_pairs)
+from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, parse_value,
+                             progress_bar, write_json)
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.splits import make_split, save_split
 from selfsupnas.metrics import miou_text
-from selfsupnas.cli import check_inputs, describe, parse_parameters, parse_value, stage_config
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
@@ -41,6 +42,19 @@ from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_
 from selfsupnas.viz.tables import comparison_table, summarise, to_markdown
 
 # ---- A comparison as parameters
+
+# parameters of each arm that differ from the defaults
+ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
+        "both": {},
+        "light": dict(w_jig=0., w_semi=.3),
+        # soft targets instead of pseudo-labels, which suppress rare classes
+        "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.),
+        # only labels, initialised with the weights of the search
+        "inherit": dict(w_jig=0., w_semi=0., initialise="inherit")}
+# further searches: their parameters, and the arms of their networks
+SEARCHES = {"searched_again": (dict(seed=1), ("labels",)),
+            "searched_by_labels": (ARMS["labels"], ("labels",)),
+            "searched_by_jigsaw": (dict(w_sup=0., w_semi=0.), ("labels", "inherit"))}
 
 @dataclass
 class CampaignConfig:
@@ -58,8 +72,7 @@ class CampaignConfig:
     channels: int = 48 # C0 of the grid
     budget: float = 0.5 # of the search
     search_steps: int = 800 # of every search
-    searches: tuple[str, ...] = ("searched_again", "searched_by_labels", "searched_by_jigsaw")
-    # further searches, by the names of their networks; see SEARCHES
+    searches: tuple[str, ...] = tuple(SEARCHES) # further searches, by the names of their networks
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
     trial_steps: int = 100 # of each trial
     rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with only labels
@@ -87,19 +100,6 @@ class CampaignConfig:
                              f"{', '.join(SEARCHES)}")
         for name in ("fractions", "seeds", "lrs", "arms"):
             if not getattr(self, name): raise ValueError(f"{name} must not be empty")
-
-# parameters of each arm that differ from the defaults
-ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
-        "both": {},
-        "light": dict(w_jig=0., w_semi=.3),
-        # soft targets instead of pseudo-labels, which suppress rare classes
-        "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.),
-        # only labels, initialised with the weights of the search
-        "inherit": dict(w_jig=0., w_semi=0., initialise="inherit")}
-# further searches: their parameters, and the arms of their networks
-SEARCHES = {"searched_again": (dict(seed=1), ("labels",)),
-            "searched_by_labels": (ARMS["labels"], ("labels",)),
-            "searched_by_jigsaw": (dict(w_sup=0., w_semi=0.), ("labels", "inherit"))}
 
 # ---- The plan, which grows: trainings need a learning rate, architectures a search
 
@@ -324,7 +324,7 @@ def command_words(folder: Path, stage: str, parameters: dict) -> list:
     words = [stage, "--folder", str(folder)]
     if (folder/f"{stage}-record.json").exists(): parameters = {**parameters, "overwrite": True}
     for key, value in parameters.items():
-        words += ["-p", key, "null" if value is None else str(value)]
+        words += option_words(key, str(value))
     return words
 
 def assign_gpu(slot: int) -> dict:
@@ -583,7 +583,7 @@ def cancel(job: Job): job.job.cancel()
 
 def plan_sweep(args) -> tuple:
     "The grid and the runs of a sweep; every point is checked before the first run starts."
-    cls, lines = stage_config(args.stage), [grid_line(text) for text in args.grid]
+    cls, lines = STAGES[args.stage], [grid_line(text) for text in args.grid]
     kinds = typing.get_type_hints(cls)
     def read(name, text): return parse_value(text, kinds.get(name, str))
     grid = {name: [read(name, text) for text in values] for name, values in lines}
@@ -615,15 +615,10 @@ def sweep(args) -> list:
     if table := sweep_table(config, runs, grid): print(align_table(table))
     return failed
 
-def compare(args) -> list:
-    """Make the runs of a comparison and print its table, or list its parameters; returns the names
-    of failed runs."""
-    if args.parameters:
-        print("Parameters of a comparison, to be set with -p NAME VALUE:",
-              describe(CampaignConfig), sep="\n")
-        return []
-    pairs = args.pairs + ([("folder", args.folder)] if args.folder else [])
-    config = from_parameters(CampaignConfig, parse_parameters(CampaignConfig, pairs))
+def compare(words: list) -> list:
+    """Make the runs of a comparison and print its table; returns the names of failed runs."""
+    config = tyro.cli(CampaignConfig, prog="campaign.py compare", registry=FRACTIONS,
+                      args=replace_pairs(words, "campaign.py compare"))
     failed, results = run_campaign(config), compared(config.folder, config.records)
     if results: print(align_table(comparison_table(results)))
     return failed
@@ -634,11 +629,7 @@ def make_parser() -> argparse.ArgumentParser:
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     text = "method, rivals, ablations, seeds; can be stopped and resumed"
-    command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
-    command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
-                         metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
-    command.add_argument("--folder", help="folder of the results; default: runs/campaign")
-    command.add_argument("--parameters", action="store_true", help="list them and stop")
+    commands.add_parser("compare", help=text, add_help=False) # its options are read by tyro
     text = "a stage at each point of a grid of parameters; can be stopped and resumed"
     command = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
     command.add_argument("stage", metavar="STAGE", choices=tuple(METRICS), help="search, retrain")
@@ -659,9 +650,10 @@ def interrupt(number: int, frame):
 
 def main(argv=None) -> int:
     "The command; returns its status: 0, 1 (a run failed), 2 (invalid arguments) or 130 (stopped)."
-    args = make_parser().parse_args(argv)
+    args, words = make_parser().parse_known_args(argv)
+    if words and args.command != "compare": make_parser().parse_args(argv) # refuses them
     signal.signal(signal.SIGTERM, interrupt)
-    try: failed = {"compare": compare, "sweep": sweep}[args.command](args)
+    try: failed = compare(words) if args.command == "compare" else sweep(args)
     except KeyboardInterrupt as e:
         print(f"campaign.py {args.command}: stopped; repeat the command to continue",
               file=sys.stderr)

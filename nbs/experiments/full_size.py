@@ -25,7 +25,7 @@ from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, feature_sizes
 from selfsupnas.stages.retraining import RetrainConfig
-from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_space, make_table
+from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.batches import load_training_data
@@ -313,7 +313,7 @@ def recipe_config(name: str, stage: str) -> SearchConfig | RetrainConfig:
 def recipe_estimate(name: str, stage: str) -> Estimate:
     "The estimate for a recipe; retraining assumes a network that costs the whole budget."
     searched = recipe_config(name, "search")
-    space = make_space(searched, SETS[searched.data]["spec"].num_classes)
+    space = searched.space(SETS[searched.data]["spec"].num_classes)
     return estimate(recipe_config(name, stage), space, 1. if stage == "search" else searched.budget)
 
 def measure_recipe(name: str, stage: str, # as in `recipe_config`

@@ -2,7 +2,8 @@
 from selfsupnas import lazily
 
 __getattr__, __dir__ = lazily(__name__, {
-    "searching": "SearchConfig SearchResult load_search load_supernet search",
-    "retraining": "RetrainConfig RetrainResult load_network load_retrain retrain",
-    "evaluation": "EvaluateConfig EvaluateResult evaluate load_evaluation",
-    "pareto_front": "ParetoConfig ParetoResult load_pareto pareto"})
+    "configs": "SearchConfig RetrainConfig EvaluateConfig ParetoConfig",
+    "searching": "SearchResult load_search load_supernet search",
+    "retraining": "RetrainResult load_network load_retrain retrain",
+    "evaluation": "EvaluateResult evaluate load_evaluation",
+    "pareto_front": "ParetoResult load_pareto pareto"})

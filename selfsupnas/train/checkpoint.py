@@ -199,7 +199,7 @@ def load_weights(network: torch.nn.Module, path) -> torch.nn.Module:
     return network.eval()
 
 # %% ../../nbs/train/04_checkpoint.ipynb #8783782c
-class FolderInUse(RuntimeError):
+class FolderInUse(OSError):
     "Another run holds the folder."
 
 @contextlib.contextmanager

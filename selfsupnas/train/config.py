@@ -4,24 +4,17 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'STATISTICS', 'ramp_up', 'learning_rate', 'check_schedules', 'check_training', 'check_precision',
-           'TrainingConfig']
+           'RunConfig', 'DataConfig', 'OptimiserConfig', 'ViewConfig', 'SupervisedConfig', 'JigsawConfig',
+           'ConsistencyConfig', 'MachineConfig', 'TrainingConfig']
 
 # %% ../../nbs/train/01_config.ipynb #c0f44003
-import importlib.util, math, sys
+import importlib.util, math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
-
-from ..tasks.consistency import CONSISTENCY
 from ..core import SEEDS, check_fields, file_digest
-from ..data.datasets import data_digest
 from ..space.grid import STRIDES
-from ..tasks.jigsaw import JIGSAW_HEADS
-from ..tasks.losses import class_weights_from
-from ..tasks.permutations import permutation_set
-from ..data.splits import label_count
-from ..tasks.teacher import BUFFERS
 
 # %% ../../nbs/train/01_config.ipynb #cell-06
 def ramp_up(share: float, # of the steps done, 0 to 1
@@ -98,21 +91,15 @@ def check_training(config):
                  ranges=dict(seed=SEEDS, jigsaw_n=(2, 8), temperature=(0.01, 100)),
                  rising=dict(zoom=(0.01, 100), jigsaw_zoom=(0.01, 100), ramp=(0, 1),
                              jigsaw_ramp=(0, 1), jigsaw_decay=(0, 1), cutmix_area=(0.001, 1),
-                             cutout_area=(0.001, 1)),
-                 choices=dict(consistency=CONSISTENCY, optimiser=("adamw", "sgd"),
-                              consistency_images=("unlabelled", "labelled"), statistics=STATISTICS,
-                              squares=("averaged", "summed"), ema_buffers=BUFFERS,
-                              threshold_kind=("global", "relative", "class"),
-                              bad_loss=("stop", "skip"), precision=("no", "fp16", "bf16"),
-                              jigsaw_head=JIGSAW_HEADS, jigsaw_stride=STRIDES))
+                             cutout_area=(0.001, 1)))
     for name in ("drop_path", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
     if not config.clip > 0: raise ValueError(f"clip must be over 0, not {config.clip}")
     check_schedules(config)
-    label_count(config.label_fraction, sys.maxsize) # raises ValueError for a bad share
-    try: config.class_weights is None or class_weights_from(torch.ones(2), config.class_weights)
-    except ValueError as e: raise ValueError(f"class_weights: {e}") from None
+    if not 0 < config.label_fraction <= 1:
+        raise ValueError("label_fraction must be above 0 and at most 1, not "
+                         f"{config.label_fraction!r}")
     if config.ohem_threshold is not None and not 0 < config.ohem_threshold <= 1:
         raise ValueError(f"ohem_threshold must be in (0, 1], or None, not {config.ohem_threshold}")
     largest = min(5000, math.factorial(config.jigsaw_n**2))
@@ -120,8 +107,9 @@ def check_training(config):
         raise ValueError(f"jigsaw_permutations must be from 2 to {largest} with jigsaw_n="
                          f"{config.jigsaw_n}, not {config.jigsaw_permutations}")
     if config.w_jig and config.jigsaw_share < 1:
-        permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
-        if not (permutations == torch.arange(config.jigsaw_n**2)).all(1).any():
+        from selfsupnas.tasks.permutations import permutation_set
+        permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations).tolist()
+        if list(range(config.jigsaw_n**2)) not in permutations:
             raise ValueError(f"jigsaw_share={config.jigsaw_share} needs the identity, which is not "
                              f"among the {len(permutations)} permutations of jigsaw_n="
                              f"{config.jigsaw_n}: take 1, or fewer jigsaw_permutations")
@@ -133,8 +121,9 @@ def check_training(config):
                           "pip install 'selfsupnas[tensorboard]'")
 
 # %% ../../nbs/train/01_config.ipynb #ebbce104
-def check_precision(precision: str, device: torch.device):
+def check_precision(precision: str, device): # device: torch.device or its name
     "Raise ValueError for a precision that the device does not support."
+    import torch
     on_gpu = torch.device(device).type == "cuda"
     if precision == "fp16" and not on_gpu:
         raise ValueError("precision fp16 needs a GPU, but there is none: take 'no' or 'bf16'")
@@ -143,79 +132,117 @@ def check_precision(precision: str, device: torch.device):
 
 # %% ../../nbs/train/01_config.ipynb #f761021c
 @dataclass
-class TrainingConfig:
-    "Parameters of a training stage."
+class RunConfig:
+    "The run: its folder, its seed, and what happens to an earlier run in the folder."
     folder: str = "runs/train" # folder that the run writes to
+    seed: int = 0 # of all random numbers; sums on a GPU still differ in their last digits
+    resume: bool = True # from the newest checkpoint of the folder; False: refuse a folder with one
+    overwrite: bool = False # replace another run, or a finished one, in the folder
+
+# %% ../../nbs/train/01_config.ipynb #8a0cbe68
+@dataclass
+class DataConfig:
+    "Images, and which of them have labels that may be used."
     data: str = "streetscenes" # or bluemarble, camvid, cityscapes, voc, folder...: selfsupnas.data
     root: str | None = None # folder of the data; None: the environment variable SELFSUPNAS_DATA
     size: tuple[int, int] | None = None # (height, width) to resize images to; None: as they are
     crop: tuple[int, int] | None = None # (height, width) of a training view; None: as the image
-    zoom: tuple[float, float] = (0.75, 2.0) # random zoom of a view; published: 0.5 to 2
-    category_ratio: float = 1.0 # largest share of a class; other views are redrawn (elsewhere 0.75)
     label_fraction: float = 1 / 40 # share of the training images whose labels are used
     split_folder: str | None = None # with (un)labeled.txt; None: drawn by label_fraction and seed
     skip_unreadable: bool = False # skip damaged files and name them; False: they stop the run
     cache_gb: float = 4.0 # memory for decoded images of a set, 1e9 bytes; others are decoded again
-    seed: int = 0 # of all random numbers; sums on a GPU still differ in their last digits
+    workers: int = 0 # processes that prepare views
+
+# %% ../../nbs/train/01_config.ipynb #ac9dfb31
+@dataclass
+class OptimiserConfig:
+    "Steps, batches, optimiser, and the teacher's average."
     steps: int = 500 # optimiser steps (published: 190,000 of batch 8)
     batch_labelled: int = 8 # labelled images a step
     batch_unlabelled: int = 8 # unlabelled images a step
     batch_jigsaw: int = 12 # jigsaws a step, from images of both kinds; their labels are not used
-    optimiser: str = "adamw" # or sgd (published: sgd with lr 0.05)
+    optimiser: Literal["adamw", "sgd"] = "adamw" # published: sgd with lr 0.05
     lr: float = 3e-3 # peak learning rate
     weight_decay: float = 1e-4 # not applied to batch norm and biases
     warmup: float = 0.05 # share of the steps in which lr rises; then polynomial decay of power 0.9
     clip: float = 5.0 # largest gradient norm
-    w_sup: float = 1.0 # weight of the supervised loss; 0, with w_semi=0: no label is used
-    sup_start: float = 0.0 # share of the steps that train on jigsaws alone, without any label
-    w_strong: float = 0.0 # weight of a supervised loss on strong views of the labelled images
-    class_weights: str | None = None # of the supervised loss: inverse_log or median_frequency
-    ohem_threshold: float | None = None # supervise pixels below this probability only; None: all
-    w_jig: float = 0.5 # weight of the jigsaw loss; 0 removes it
-    w_semi: float = 1.0 # weight of the consistency loss; 0 removes it
-    ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps
-    statistics: str = "shared" # views that share batch norm: all; or clean, separate: see step
-    jigsaw_ramp: tuple[float, float] = (0.0, 0.0) # w_jig rises between these shares of the steps
-    jigsaw_decay: tuple[float, float] = (1.0, 1.0) # w_jig falls to 0 between these shares
-    jigsaw_share: float = 1.0 # share of jigsaws that are shuffled; the others keep their order
-    jigsaw_n: int = 2 # tiles along a side
-    jigsaw_head: str = "permutation" # or position: which tile each place shows
-    jigsaw_permutations: int | None = None # permutation set; None: 24, 72, 240 for n = 2, 3, 4
-    jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # random zoom of a view that becomes a jigsaw
-    jigsaw_stride: int = 8 # stride of the fused feature that the head reads: 8 or 16
-    consistency: str = "fixmatch" # or mean_teacher, unimatch, cps
-    consistency_images: str = "unlabelled" # or labelled: a control without unlabelled images
-    squares: str = "averaged" # squared errors of mean_teacher: mean over the classes; or summed
-    temperature: float = 1.0 # of the teacher's softmax in mean_teacher; below 1 sharpens it
-    threshold: float = 0.8 # confidence threshold of pseudo-labels
-    threshold_kind: str = "global" # or relative: to confidence on labels; class: one for each class
-    adaptive_threshold: bool = False # the global threshold follows the teacher's confidence
+    drop_path: float = 0.0 # largest probability of dropping an operation (published: 0.3)
+    ema_decay: float = 0.98 # of the teacher, which is the result (published, long runs: 0.996)
+    ema_horizon: float | None = None # share of the steps that it averages, instead of ema_decay
+    ema_start: float = 0.0 # share of the steps at which it restarts as a copy of the student
+    ema_buffers: Literal["copied", "averaged"] = "copied" # running statistics of the teacher
+
+# %% ../../nbs/train/01_config.ipynb #7b8f8f4c
+@dataclass
+class ViewConfig:
+    "Weak and strong views of an image."
+    zoom: tuple[float, float] = (0.75, 2.0) # random zoom of a view; published: 0.5 to 2
+    category_ratio: float = 1.0 # largest share of a class; other views are redrawn (elsewhere 0.75)
     cutmix_p: float = 0.5 # share of strong views that receive a box from another image
     cutmix_area: tuple[float, float] = (0.02, 0.4) # smallest and largest area of that box (share)
     cutout_p: float = 0.0 # share of strong views with a blank box that the loss ignores
     cutout_area: tuple[float, float] = (0.02, 0.4) # smallest and largest area of that box (share)
-    jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.25) # of strong views: brightness,
-    # contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.25) # of strong views, see below
     jitter_p: float = 0.8 # share of strong views with colour jitter
     grey_p: float = 0.2 # share of strong views without colour
     blur_p: float = 0.5 # share of strong views that are blurred
-    blur: tuple[float, float] | None = (0.1, 2.0) # in pixels; None: up to 2 at a crop of 320, in
-    # proportion at smaller ones
-    ema_decay: float = 0.98 # of the teacher, which is the result (published, long runs: 0.996)
-    ema_horizon: float | None = None # share of the steps that it averages, instead of ema_decay
-    ema_start: float = 0.0 # share of the steps at which it restarts as a copy of the student
-    ema_buffers: str = "copied" # running statistics of the teacher: the student's; or averaged
-    drop_path: float = 0.0 # largest probability of dropping an operation (published: 0.3)
-    precision: str = "no" # or bf16; or fp16, on a GPU only
+    blur: tuple[float, float] | None = (0.1, 2.0) # pixels; None: up to 2 at 320, or in proportion
+
+# %% ../../nbs/train/01_config.ipynb #50c3f970
+@dataclass
+class SupervisedConfig:
+    "The supervised loss, and the batch norm that all losses share."
+    w_sup: float = 1.0 # weight of the supervised loss; 0, with w_semi=0: no label is used
+    sup_start: float = 0.0 # share of the steps that train on jigsaws alone, without any label
+    w_strong: float = 0.0 # weight of a supervised loss on strong views of the labelled images
+    class_weights: Literal["inverse_log", "median_frequency"] | None = None # of the supervised loss
+    ohem_threshold: float | None = None # supervise pixels below this probability only; None: all
+    statistics: Literal["shared", "clean", "separate"] = "shared" # which views share batch norm
+
+# %% ../../nbs/train/01_config.ipynb #28981dd5
+@dataclass
+class JigsawConfig:
+    "The pretext task."
+    w_jig: float = 0.5 # weight of the jigsaw loss; 0 removes it
+    jigsaw_ramp: tuple[float, float] = (0.0, 0.0) # w_jig rises between these shares of the steps
+    jigsaw_decay: tuple[float, float] = (1.0, 1.0) # w_jig falls to 0 between these shares
+    jigsaw_share: float = 1.0 # share of jigsaws that are shuffled; the others keep their order
+    jigsaw_n: int = 2 # tiles along a side
+    jigsaw_head: Literal["permutation", "position"] = "permutation" # position: one tile a place
+    jigsaw_permutations: int | None = None # permutation set; None: 24, 72, 240 for n = 2, 3, 4
+    jigsaw_zoom: tuple[float, float] = (1.0, 1.25) # random zoom of a view that becomes a jigsaw
+    jigsaw_stride: Literal[4, 8, 16, 32] = 8 # of the fused feature that the head reads
+
+# %% ../../nbs/train/01_config.ipynb #8321f43b
+@dataclass
+class ConsistencyConfig:
+    "The loss on unlabelled images."
+    w_semi: float = 1.0 # weight of the consistency loss; 0 removes it
+    ramp: tuple[float, float] = (0.1, 0.4) # w_semi rises between these shares of the steps
+    consistency: Literal["fixmatch", "mean_teacher", "unimatch", "cps"] = "fixmatch" # kind
+    consistency_images: Literal["unlabelled", "labelled"] = "unlabelled" # labelled: a control
+    squares: Literal["averaged", "summed"] = "averaged" # of mean_teacher: over the classes
+    temperature: float = 1.0 # of the teacher's softmax in mean_teacher; below 1 sharpens it
+    threshold: float = 0.8 # confidence threshold of pseudo-labels
+    threshold_kind: Literal["global", "relative", "class"] = "global" # see selfsupnas.tasks.teacher
+    adaptive_threshold: bool = False # the global threshold follows the teacher's confidence
+
+# %% ../../nbs/train/01_config.ipynb #7ac5ce8e
+@dataclass
+class MachineConfig:
+    "Precision, memory, log and checkpoints."
+    precision: Literal["no", "fp16", "bf16"] = "no" # fp16: on a GPU only
     recompute: bool = False # compute cells again for the gradient: less memory, a third more time
-    workers: int = 0 # processes that prepare views
     logs: int = 20 # log rows and checkpoints of a run
     checkpoints: int = 2 # newest checkpoints to keep, beside the best
     tensorboard: bool = False # also write log rows as event files for TensorBoard
-    bad_loss: str = "stop" # or skip: a step whose loss or gradient is not finite changes nothing
-    resume: bool = True # from the newest checkpoint of the folder; False: refuse a folder with one
-    overwrite: bool = False # replace another run, or a finished one, in the folder
+    bad_loss: Literal["stop", "skip"] = "stop" # skip: a step that is not finite changes nothing
 
+# %% ../../nbs/train/01_config.ipynb #3c818e35
+@dataclass
+class TrainingConfig(MachineConfig, ConsistencyConfig, JigsawConfig, SupervisedConfig, ViewConfig,
+                     OptimiserConfig, DataConfig, RunConfig):
+    "Parameters of a training stage: those of all groups."
     def __post_init__(self): check_training(self)
     def output_files(self) -> tuple: return () # names of the files that a finished run leaves
 
@@ -227,6 +254,7 @@ class TrainingConfig:
 
     def inputs(self) -> dict:
         "Digests of the files a run builds on, by the parameter that names them; None: unknown."
+        from selfsupnas.data.datasets import data_digest
         digests = {"root": data_digest(self.data, self.root, ("train", "val"))}
         if not self.split_folder: return digests
         files = sorted(Path(self.split_folder).glob("*.txt"))

@@ -28,7 +28,7 @@ from .routes import draw_gates, draw_route, gate_bar, plot_route
 from .curves import plot_history
 from .routes import plot_image_routes
 from ..stages.searching import (GateStatistics, SearchConfig, derive_candidates,
-                                         inherited_network, make_space, plain_images)
+                                         inherited_network, plain_images)
 from ..show import new_figure, overlay
 from ..space.supernet import gates_by_edge
 from ..data.splits import classes_present, make_split
@@ -110,7 +110,7 @@ def draw_progress(config: TrainingConfig, # of the search or retraining
     "PNG of the learning curves and, for a search, of the mean gates of the last log row."
     figures = [plot_history(rows, budget=getattr(config, "budget", None))]
     if gates := rows[-1].get("gates"):
-        space = make_space(config, num_classes=2) # the edges do not depend on the classes
+        space = config.space(num_classes=2) # the edges do not depend on the classes
         figures.append(plot_route(space, dict(zip(space.gated(), gates))))
     return as_png(figures, dpi)
 
