@@ -22,7 +22,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift notebook-tests notebooks imports docs hooks clean
+.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks imports docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -136,7 +136,7 @@ export HOME=$$(mktemp -d) CUDA_VISIBLE_DEVICES= MPLBACKEND=Agg OMP_NUM_THREADS=1
 export TMPDIR=$$HOME SELFSUPNAS_CACHE="$(abspath $(VENV))/cache"
 endef
 
-test: env drift ## the quick tests: at most 10 minutes on 2 cores
+test: env drift lint ## the quick tests: at most 10 minutes on 2 cores
 	@echo "== test: the quick tests of tests/, $(WORKERS) at a time; make test-long runs the others and all notebooks"
 	$(ALONE)
 	python -m pytest -q -n $(WORKERS) --dist loadfile -o tmp_path_retention_policy=failed tests
@@ -173,6 +173,10 @@ drift: env ## export and clean the notebooks; fails if a file changes
 	    "Check the changes with git diff, commit them, and run again." >&2
 	  exit 1
 	fi
+
+lint: env ## check the notebooks and tests for mistakes by ruff: ruff.toml
+	@echo "== lint: ruff check nbs tests"
+	ruff check nbs tests
 
 notebook-tests: env ## run every notebook from top to bottom
 	@echo "== notebooks: running each from top to bottom, $(WORKERS) at a time"
@@ -236,5 +240,5 @@ hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 
 clean: ## remove caches and build files, but not .venv and runs/
 	@echo "== clean: removing caches and build files"
-	rm -rf build dist _docs _proc .pytest_cache .hypothesis
+	rm -rf build dist _docs _proc .pytest_cache .hypothesis .ruff_cache
 	find . -path "./.venv*" -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

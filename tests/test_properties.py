@@ -333,7 +333,7 @@ def alike(a, b): return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype an
 @examples(10)
 @given(parts=st.dictionaries(st.sampled_from("abc"), states, min_size=1), parameters=objects, step=st.integers(0, 10**7), keep=st.integers(1, 3))
 def test_a_checkpoint_comes_back_and_the_newest_stay(folder, parts, parameters, step, keep):
-    for k in range(4): path = save_checkpoint(folder/"kept", step + k, {name: Part(state) for name, state in parts.items()}, parameters, keep, best=k == 0)
+    for k in range(4): save_checkpoint(folder/"kept", step + k, {name: Part(state) for name, state in parts.items()}, parameters, keep, best=k == 0)
     back = {name: Part() for name in parts}
     assert load_checkpoint(folder/"kept", back, parameters) == step + 3 and all(alike(back[name].state, parts[name]) for name in parts)
     assert [step_of(p) for p in checkpoint_paths(folder/"kept")] == [step + 3 - k for k in range(keep)] and read_checkpoint(folder/"kept"/"best.pt")["step"] == step

@@ -1,4 +1,4 @@
-"The house rules that a machine can check: import direction, run notebooks, sizes, outputs, import time."
+"The house rules that ruff does not know (`make lint`): import direction, run notebooks, sizes, outputs, import time."
 import ast, base64, dataclasses, importlib, inspect, re, subprocess, sys
 
 import pytest
@@ -18,7 +18,6 @@ def name(path): return str(path.relative_to(ROOT/"nbs"))
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_a_module_imports_only_from_what_comes_before(path):
     for source, _ in cells(path):
-        assert not re.search(r"^\s*from\s+\S+\s+import\s+\*", source, re.M), "a star import"
         if not is_exported(source): continue
         for module in package_imports(source): assert module in MODULES, f"{path.name} imports {module}, which no notebook exports"
         assert wrong_imports(path, source) == []
@@ -46,7 +45,8 @@ def test_a_module_and_what_it_exports_never_share_a_name():
 
 
 def test_no_module_imports_what_it_does_not_use():
-    for path in [*sorted((ROOT/"selfsupnas").rglob("[!_]*.py")), *OUTSIDE]:
+    "Ruff reads whole notebooks: there, a demonstration may be the only user of what is exported."
+    for path in sorted((ROOT/"selfsupnas").rglob("[!_]*.py")):
         tree = ast.parse(path.read_text("utf8"))
         imported = {(a.asname or a.name).split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
         assert imported <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}, path.name
@@ -67,18 +67,9 @@ def test_the_package_imports_nothing_from_the_experiments():
 
 
 @pytest.mark.parametrize("path", OUTSIDE, ids=name)
-def test_a_file_of_the_experiments_fits_a_screen(path):
-    "The limits of a cell: 100 columns, a definition of 60 lines; no star import, and a docstring that says what the file is for."
-    text = path.read_text("utf8")
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree) and not [line for line in text.splitlines() if len(line) > 100]
-    assert not [a for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.name == "*"]
+def test_a_definition_of_the_experiments_fits_a_screen(path):
+    tree = ast.parse(path.read_text("utf8"))
     assert [node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno >= 60] == []
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_a_line_fits_a_screen(path):
-    assert not [line for source, _ in cells(path) for line in source.splitlines() if len(line) > 100], "wider than 100 columns"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

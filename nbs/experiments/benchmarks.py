@@ -9,7 +9,7 @@ record is skipped. The speed of a shared machine may change by a factor of two w
 calls are timed in turns in one process, and a result is the median of the ratios over the turns.
 `speed.ipynb` shows the results.
 """
-import argparse, dataclasses, json, subprocess, sys, tempfile, time
+import argparse, dataclasses, json, subprocess, sys, tempfile, time, timeit
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import timer
 
 from full_size import step_flops, step_memory, view_table
 from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed_memory
@@ -139,12 +140,9 @@ def in_turns(calls: dict, # name -> function without arguments
              config: SpeedConfig) -> dict:
     """Seconds of each round by name. The calls are timed in turns after a warm-up; short calls are
     repeated, and a GPU is synchronised."""
+    # torch's `Timer` would add a call or two to each turn; `timeit` alone disables the collector
     def seconds(call, repeats):
-        synchronise = torch.cuda.synchronize if config.device != "cpu" else lambda: None
-        synchronise(); start = time.perf_counter()
-        for _ in range(repeats): call()
-        synchronise()
-        return (time.perf_counter() - start) / repeats
+        return timeit.timeit(call, "import gc; gc.enable()", timer, repeats) / repeats
     once = {name: seconds(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, min(20, int(config.turn / s))) for name, s in once.items()}
     turns = [{name: seconds(call, repeats[name]) for name, call in calls.items()}

@@ -46,7 +46,7 @@ def survey(dataset:PairDataset) -> Survey:
     "Read each pair once at its original size; only a few are in memory at a time."
     has_label = set(dataset.labelled_ids)
     def inspect(i): # returns size, histogram, turned, error message
-        try: (image, mask), turned = dataset.read(i), dataset.turned(i)
+        try: (_, mask), turned = dataset.read(i), dataset.turned(i)
         except (ValueError, OSError) as e: return None, None, False, str(e)
         counts = np.bincount(mask.ravel(), minlength=256)
         return mask.shape, counts*(dataset.ids[i] in has_label), turned, None
