@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'STYLE', 'Summary', 'check_record', 'read_records', 'nested_value', 'record_value', 'check_seeds',
-           'number_of', 'summarise', 'cell_text', 'table_cells', 'to_markdown', 'to_html', 'comparison_table',
-           'summary_figure', 'PageRun', 'page_runs', 'flatten_dict', 'rename_first_row', 'section_rows', 'value_text',
-           'picture_table', 'write_page']
+           'number_of', 'summarise', 'cell_text', 'table_cells', 'to_markdown', 'to_html', 'summary_figure', 'PageRun',
+           'page_runs', 'flatten_dict', 'rename_first_row', 'section_rows', 'value_text', 'picture_table', 'write_page']
 
 # %% ../../nbs/viz/04_tables.ipynb #fdc274ef
 import base64, html, json, math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from ..core import rename_record, atomic_write
 from ..show import new_figure
@@ -230,32 +229,6 @@ def to_html(rows:list, # dicts, from `summarise`
                                 for side, text in zip(sides, cells)) + "</tr>"
     body = "\n".join(row_html("td", cells) for cells in texts)
     return f"<table>\n<thead>{row_html('th', headers)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-# %% ../../nbs/viz/04_tables.ipynb #d0f156d8
-def comparison_table(results:list, # from `compared` in nbs/experiments/campaign.py
-                     keep:Callable=None, # row -> is it shown?; None: all rows
-                     latency:bool=True, # False for latencies measured on a busy machine
-                    ) -> str:
-    """A Markdown table of test and validation mIoU over seeds, GFLOPs, parameters and latency,
-    sorted by fraction and test mIoU."""
-    rows = summarise(results, ["fraction", "network", "arm"],
-                     ["test_miou", "val_miou", "gflops", "parameter_count", "latency_ms"])
-    def identity(row): # the same for all label fractions
-        return row["network"], row["gflops"].values[0], row["parameter_count"].values[0]
-    latencies = {}
-    for row in rows: latencies.setdefault(identity(row), []).extend(row["latency_ms"].values)
-    for row in rows: # other work only adds to a latency, so a network has the least of its runs
-        row.update(latency=min(latencies[identity(row)]), gflops=row["gflops"].mean,
-                   millions=row["parameter_count"].mean / 1e6)
-    rows = sorted(filter(keep, rows), key=lambda row: (row["fraction"], -row["test_miou"].mean))
-    columns = {"fraction": "label fraction", "network": "network", "arm": "trained with",
-               "test_miou": "test mIoU", "val_miou": "val mIoU",
-               "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)",
-               "latency": "latency (ms, batch 1)"}
-    formats = {"fraction": ".3f", "test_miou": ".1%", "val_miou": ".1%", "gflops": ".3f",
-               "millions": ".3f", "latency": ".0f"}
-    if not latency: del columns["latency"], formats["latency"]
-    return to_markdown(rows, columns, formats)
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-43
 def summary_figure(rows:list, # dicts, from `summarise`
