@@ -4,7 +4,7 @@ from pathlib import Path
 
 import campaign
 import pytest
-from campaign import (CampaignConfig, Run, best_lr, command_words, compared, drive, main, make_routes, make_splits, missing_stages, outcome, assign_gpu, plan, record_of, run_campaign)
+from campaign import (CampaignConfig, Run, best_lr, command_words, compared, comparison_table, drive, main, make_routes, make_splits, missing_stages, outcome, assign_gpu, plan, record_of, run_campaign)
 from conftest import wait_until
 
 from selfsupnas.core import RunRecord
@@ -308,3 +308,19 @@ def test_the_committed_records_are_enough(config, done, tmp_path):
     elsewhere = CampaignConfig(**{**config.__dict__, "folder": str(tmp_path)})
     make_routes(elsewhere)
     assert len(plan(elsewhere)) == 9 and not any(missing_stages(elsewhere, run) for run in plan(elsewhere))
+
+
+# -- The table
+
+def result(network, seed, miou, gflops):
+    "An entry of `compared` with made-up metrics."
+    return {"stage": "compared", "name": network, "seed": seed, "file": f"{network}-{seed}", "parameters": {"fraction": .125, "network": network, "arm": "labels"},
+            "metrics": {"test_miou": miou, "val_miou": miou, "gflops": gflops, "parameter_count": 2_000_000}, "timings": {"latency_ms": 20 + 2 * seed}}
+
+
+def test_the_best_network_is_first():
+    results = [result("small", 0, .30, .1), result("large", 0, .38, 10.), result("small", 1, .34, .1)]
+    lines = comparison_table(results).splitlines()
+    assert "large" in lines[2] and "32.0 ± 2.8 (n=2)" in lines[3] and lines[3].endswith("| 2.000 | 20 |"), "mean and spread of 30 and 34; the less of 20 and 22 ms"
+    assert comparison_table(results, latency=False).splitlines()[3].endswith("| 2.000 |")
+    assert comparison_table(results, lambda row: row["network"] == "large").splitlines()[2:] == lines[2:3]

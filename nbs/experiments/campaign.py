@@ -39,7 +39,7 @@ from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
 from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_interrupts
-from selfsupnas.viz.tables import comparison_table, summarise, to_markdown
+from selfsupnas.viz.tables import summarise, to_markdown
 
 # ---- A comparison as parameters
 
@@ -311,6 +311,31 @@ def compared(folder, more=None) -> list:
                                   "minutes": trained.timings["training"] / 60,
                                   "step_ms": trained.timings["step_ms"]}})
     return results
+
+def comparison_table(results:list, # from `compared`
+                     keep:Callable=None, # row -> is it shown?; None: all rows
+                     latency:bool=True, # False for latencies measured on a busy machine
+                    ) -> str:
+    """A Markdown table of test and validation mIoU over seeds, GFLOPs, parameters and latency,
+    sorted by fraction and test mIoU."""
+    rows = summarise(results, ["fraction", "network", "arm"],
+                     ["test_miou", "val_miou", "gflops", "parameter_count", "latency_ms"])
+    def identity(row): # the same for all label fractions
+        return row["network"], row["gflops"].values[0], row["parameter_count"].values[0]
+    latencies = {}
+    for row in rows: latencies.setdefault(identity(row), []).extend(row["latency_ms"].values)
+    for row in rows: # other work only adds to a latency, so a network has the least of its runs
+        row.update(latency=min(latencies[identity(row)]), gflops=row["gflops"].mean,
+                   millions=row["parameter_count"].mean / 1e6)
+    rows = sorted(filter(keep, rows), key=lambda row: (row["fraction"], -row["test_miou"].mean))
+    columns = {"fraction": "label fraction", "network": "network", "arm": "trained with",
+               "test_miou": "test mIoU", "val_miou": "val mIoU",
+               "gflops": "GFLOPs (1e9 multiply-adds)", "millions": "parameters (million)",
+               "latency": "latency (ms, batch 1)"}
+    formats = {"fraction": ".3f", "test_miou": ".1%", "val_miou": ".1%", "gflops": ".3f",
+               "millions": ".3f", "latency": ".0f"}
+    if not latency: del columns["latency"], formats["latency"]
+    return to_markdown(rows, columns, formats)
 
 # ---- Processes: one per stage, several at a time
 
