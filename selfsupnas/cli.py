@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'FRACTIONS', 'WORDS', 'EXAMPLES', 'STAGE_FUNCTIONS', 'DEMO'
            'given_parameters', 'parse_options', 'check_inputs', 'check_evaluate', 'check_pareto',
            'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'interrupt_kernels',
            'run_stage', 'run_in_folder', 'run_without_notebook', 'plan_demo', 'metric_lines', 'align_table', 'demo',
-           'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions', 'DemoOptions', 'run_demo',
-           'run_data', 'run_report', 'run_export', 'run_command', 'refuse_command', 'main']
+           'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions', 'DemoOptions',
+           'read_options', 'run_demo', 'run_data', 'run_report', 'run_export', 'run_command', 'refuse_command', 'main']
 
 # %% ../nbs/08_cli.ipynb #37f9edbf
 import ast, dataclasses, importlib, logging, os, signal, sys, threading, time
@@ -461,24 +461,28 @@ class DemoOptions:
     folder: str | None = None # of the results; None: runs/demo-DATA
 
 # %% ../nbs/08_cli.ipynb #cfb6b8b8
+def read_options(cls, command: str, words: list):
+    return tyro.cli(cls, prog=f"selfsupnas {command}", args=words,
+                    config=(tyro.conf.PositionalMetavarFromFieldName,))
+
 def run_demo(words: list) -> int:
     options, rest = tyro.cli(DemoOptions, prog="selfsupnas demo", args=words,
                              return_unknown_args=True)
     return demo(options.data, options.folder or f"runs/demo-{options.data}", rest)
 
 def run_data(words: list) -> int:
-    options = tyro.cli(DataOptions, prog="selfsupnas data", args=words)
+    options = read_options(DataOptions, "data", words)
     return inspect_data(options.name, options.root, options.split or None,
                         options.folder or f"runs/data-{options.name}", options.samples)
 
 def run_report(words: list) -> int:
-    options = tyro.cli(ReportOptions, prog="selfsupnas report", args=words)
+    options = read_options(ReportOptions, "report", words)
     from selfsupnas.viz.tables import write_page
     print(f"selfsupnas report: {write_page(options.runs, options.to)}")
     return 0
 
 def run_export(words: list) -> int:
-    options = tyro.cli(ExportOptions, prog="selfsupnas export", args=words)
+    options = read_options(ExportOptions, "export", words)
     from selfsupnas.export import export_run
     to = export_run(options.run, options.to, options.program, options.onnx, options.evaluate,
                     options.licence, options.root)
