@@ -77,7 +77,7 @@ def test_what_the_stage_before_makes_must_be_there(refused):
 
 
 def test_the_demo_keeps_its_wiring(refused):
-    for name in ("architecture", "network", "folder"): assert name in refused("demo", "-p", name, "elsewhere")
+    for name in ("architecture", "network"): assert name in refused("demo", f"--{name}", "elsewhere")
 
 
 def test_the_demo_takes_a_split_in_place_of_a_fraction(tmp_path):
