@@ -63,14 +63,14 @@ def place(finished, tmp_path, monkeypatch):
 
 
 def command(*words):
-    "A command that is refused: status 2, one line on stderr, no new file."
+    "A command that is refused: status 2, no new file."
     def do(capsys):
         before = listing()
         try: status = main(list(words))
-        except SystemExit as e: status = e.code # words that argparse refuses
+        except SystemExit as e: status = e.code
         out, err = capsys.readouterr()
         assert status == 2 and "Traceback" not in err and "running" not in out and listing() == before
-        return err.strip().splitlines()[-1]
+        return " ".join(re.findall(r"[^│\s]+", err)) # in one line, without the frame of tyro
     return do
 
 
@@ -247,13 +247,13 @@ def read_architecture(): return load_architecture(A)
 
 FAULTS = {
     "The command line": {
-        "no stage": (command(), "required: STAGE"),
-        "an unknown stage": (command("serch"), "invalid choice: 'serch'.*search"),
-        "an unknown option": (command("search", "--steps", "3"), "unrecognized arguments: --steps 3"),
-        "a parameter without a value": (command("search", "-p", "steps"), "expected 2 arguments"),
-        "an unknown parameter": (given("search", stpes="5"), "unknown parameter stpes .*known: folder, data"),
-        "a parameter of another stage": (given("evaluate", steps="5"), "unknown parameter steps for EvaluateConfig"),
-        "a parameter that the demo sets itself": (command("demo", "-p", "network", "retrain"), "unknown parameter network for the demo"),
+        "an unknown stage": (command("serch"), "no such command.*did you mean search"),
+        "an unknown option": (command("search", "--stpes", "3"), "--stpes.*--steps"),
+        "a parameter without a value": (command("search", "--steps"), "--steps"),
+        "a former parameter without a value": (command("search", "-p", "steps"), "-p needs a name and a value"),
+        "an unknown parameter": (given("search", stpes="5"), "--stpes.*--steps"),
+        "a parameter of another stage": (given("evaluate", steps="5"), "--steps"),
+        "a parameter that the demo sets itself": (command("demo", "--network", "retrain"), "the demo has no parameter network"),
         "a folder that is a file": (after(lambda: Path("new").write_text(""), given("search")), "cannot write to new: File exists; take another --folder"),
         "a folder below a file": (after(lambda: Path("new").write_text(""), command("search", "--folder", "new/run")), "cannot write to new/run: Not a directory"),
         "a read-only folder": (read_only(given("search")), "cannot write to new: Read-only file system"),
@@ -276,12 +276,10 @@ FAULTS = {
         "a command that is gone, sweep": (command("sweep", "search", "--grid", "seed=0,1"), "selfsupnas sweep: .*nbs/experiments/campaign.py sweep"),
     },
     "Parameters of another type": {
-        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name} must be {re.escape(right)}, not ") for stage, name, value, right in (
-            ("search", "seed", "one", "int"), ("search", "seed", "1.5", "int"), ("search", "seed", "True", "int"), ("search", "steps", "1e3", "int"),
-            ("search", "lr", "fast", "float"), ("search", "resume", "maybe", "bool"), ("search", "size", "64", "tuple[int, int] | None"),
-            ("search", "size", "(64,)", "tuple[int, int] | None"), ("search", "crop", "('64', 80)", "tuple[int, int] | None"), ("search", "zoom", "(1, 2, 3)", "tuple[float, float]"),
-            ("search", "operations", "identity", "tuple[str, ...]"), ("search", "jigsaw_permutations", "many", "int | None"), ("pareto", "budgets", "0.5", "tuple[float, ...]"),
-            ("pareto", "budgets", "('half',)", "tuple[float, ...]"), ("evaluate", "batch_size", "8.5", "int"), ("evaluate", "baselines", "(3,)", "tuple[str, ...]"))},
+        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"--(no-)?{name.replace('_', '-')}\b") for stage, name, value in (
+            ("search", "seed", "one"), ("search", "seed", "1.5"), ("search", "seed", "True"), ("search", "steps", "1e3"), ("search", "lr", "fast"), ("search", "resume", "maybe"),
+            ("search", "size", "64"), ("search", "size", "(64,)"), ("search", "crop", "('a', 80)"), ("search", "zoom", "(1, 2, 3)"), ("search", "jigsaw_permutations", "many"),
+            ("pareto", "budgets", "('half',)"), ("evaluate", "batch_size", "8.5"), ("evaluate", "flip", "3"))},
         "in Python: SearchConfig(steps='5')": (raises(TypeError, lambda: SearchConfig(steps="5")), "SearchConfig.steps must be int, not '5'"),
         "in Python: RetrainConfig(size=64)": (raises(TypeError, lambda: RetrainConfig(size=64)), "RetrainConfig.size must be "),
         "a run notebook by itself, seed = 'x'": (raises(TypeError, by_notebook("search", seed="x")), "SearchConfig.seed must be int, not 'x'"),
@@ -306,7 +304,7 @@ FAULTS = {
         **{f"in Python: SearchConfig({name}=nan)": (raises(ValueError, lambda name=name: SearchConfig(**{name: float("nan")})), f"{name} must be finite, not nan")
            for name in ("lr", "w_jig", "budget", "threshold", "label_fraction")},
         "in Python: SearchConfig(zoom=(1, inf))": (raises(ValueError, lambda: SearchConfig(zoom=(1, float("inf")))), "zoom must be finite"),
-        "class weights of no kind": (given("search", class_weights="rare"), "class_weights: kind must be 'inverse_log' or 'median_frequency', got 'rare'"),
+        "class weights of no kind": (given("search", class_weights="rare"), "--class-weights.*median_frequency"),
         "a probability over 1 for hard pixels": (given("search", ohem_threshold="2"), "ohem_threshold must be in .0, 1., or None, not 2"),
         "cells of a hand-crafted network that run again": (given("retrain", architecture="unet_resnet18", w_jig="0", recompute="True"), "no routing network: recompute must be False"),
         "no operation": (given("search", operations="()"), "operations is empty"),
@@ -325,7 +323,7 @@ FAULTS = {
         "a rate of learning at which all is lost": (raises(FloatingPointError, lambda: run_search("new", lr=1e30, clip=1e30, steps=8, warmup=0.)), "is not finite at step .*Lower lr"),
     },
     "Names that are unknown": {
-        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name} must be (one|some) of .*{right}.*, not ") for stage, name, value, right in (
+        **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name} must be (one|some) of .*{right}.*, not |--{name.replace('_', '-')}.*{right}") for stage, name, value, right in (
             ("search", "consistency", "fixmatsch", "fixmatch"), ("search", "optimiser", "adam", "adamw"), ("search", "gate", "hard", "conditional"), ("search", "cost", "watts", "flops"),
             ("search", "update", "never", "alternating"), ("search", "budget_of", "hoped", "realised"), ("search", "jigsaw_head", "magic", "position"), ("search", "jigsaw_stride", "5", "8"),
             ("search", "bad_loss", "ignore", "skip"), ("search", "precision", "int8", "bf16"), ("search", "operations", "('conv_9x9',)", "conv_3x3"), ("retrain", "initialise", "magic", "inherit"),

@@ -1,5 +1,5 @@
 "Properties of any search space, image, batch, architecture, permutation and value; hypothesis searches for counterexamples, with the same examples in each run."
-import dataclasses, functools, itertools, json, math, string, typing
+import dataclasses, functools, itertools, json, math, string, types, typing
 
 import pytest
 import torch
@@ -282,7 +282,8 @@ KINDS = list({f"{kind}": kind for cls in (SearchConfig, RetrainConfig, EvaluateC
 @given(st.data(), st.sampled_from(KINDS))
 def test_what_python_prints_the_command_reads(data, kind):
     "A value of every parameter type, through the command line and through JSON."
-    value = data.draw(st.one_of([VALUES[option] for option in (typing.get_args(kind) if kind not in VALUES else (kind,))]))
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    value = data.draw(st.one_of([st.sampled_from(typing.get_args(option)) if typing.get_origin(option) is typing.Literal else VALUES[option] for option in options]))
     Toy = dataclasses.make_dataclass("Toy", [("field", kind)])
     assert from_parameters(Toy, {"field": parse_value(str(value), kind)}).field == value
     assert from_parameters(Toy, json.loads(json.dumps({"field": value}))).field == value
