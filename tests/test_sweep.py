@@ -3,7 +3,7 @@ import functools, subprocess, sys
 from pathlib import Path
 
 import pytest
-from campaign import COMMAND, Job, SweepConfig, grid_line, main, make_executor, make_parser, members, plan_sweep, reason, run_sweep, sweep_table
+from campaign import COMMAND, Job, SweepConfig, grid_line, main, make_executor, make_parser, members, plan_sweep, run_sweep, sweep_table
 from conftest import wait_until
 
 from selfsupnas.core import RunRecord
