@@ -90,6 +90,7 @@ def replace_pairs(words: list, where: str) -> list: # where: of the note on stde
                   file=sys.stderr)
     return new + rest
 
+# %% ../nbs/08_cli.ipynb #68013c1d
 def split_options(words: list) -> dict:
     "The words of each option by its parameter's name."
     options, name = {}, ""
@@ -127,6 +128,7 @@ def check_inputs(stage:str, config, # an instance of the stage's dataclass
     check = {"evaluate": check_evaluate, "pareto": check_pareto}.get(stage, check_training_inputs)
     check(stage, config, later)
 
+# %% ../nbs/08_cli.ipynb #0c7b0272
 def check_evaluate(stage: str, config, later: bool):
     from selfsupnas.stages.evaluation import check_labels, open_evaluation
     from selfsupnas.data.datasets import load_dataset
@@ -159,6 +161,7 @@ def check_pareto(stage: str, config, later: bool):
                         searched.gate)
     for budget in config.budgets: refuse_budget(budget, least)
 
+# %% ../nbs/08_cli.ipynb #5dc864bd
 def check_training_inputs(stage: str, config, later: bool):
     "Check the inputs of search and retrain."
     from selfsupnas.data.datasets import CAMVID_SPEC, STREETSCENES_SIZE
