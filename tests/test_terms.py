@@ -8,9 +8,11 @@ from torch.nn import functional as F
 from selfsupnas.data.augment import cutmix_boxes
 from selfsupnas.train.batches import load_training_data, make_batches, make_streams, present
 from selfsupnas.train.config import STATISTICS, TrainingConfig
+from selfsupnas.space.budget import budget_loss, expected_cost, measure_costs, realised_cost
 from selfsupnas.space.grid import SearchSpace
-from selfsupnas.tasks.jigsaw import cut_and_shuffle
-from selfsupnas.train.step import LossWeights, Objective, build_multitask_model, run_passes
+from selfsupnas.tasks.jigsaw import JigsawHead, cut_and_shuffle
+from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, consistency_term,
+                                   jigsaw_term, run_passes, supervised_term)
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig, retrain
 from selfsupnas.stages.searching import SearchConfig, search
@@ -339,3 +341,53 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     once, again = (recalibrate_batch_norm(copy.deepcopy(rival), images) for _ in range(2))
     for (name, a), b in zip(once.named_buffers(), again.buffers()): assert torch.equal(a, b), name
     assert [m.p for m in once.modules() if isinstance(m, torch.nn.Dropout)] == [.5]
+
+
+# ---- each term alone, on a network that is none of ours
+
+def segmenter(outputs):
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+    torch.manual_seed(0)
+    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=outputs)
+
+
+def supervised_alone(net, config, batch):
+    return supervised_term([net(batch.labelled.image)], batch.labelled.label)
+
+
+def jigsaw_alone(net, config, batch):
+    permutations = permutation_set(2)
+    shuffled, target = cut_and_shuffle(batch.jigsaw, permutations, torch.Generator().manual_seed(0))
+    return jigsaw_term(JigsawHead(40, 2, 24)(net.backbone(shuffled)["low"]), target, permutations)[0]
+
+
+def consistency_alone(net, config, batch):
+    views, teacher = UnlabelledViews(batch.unlabelled, config, torch.Generator().manual_seed(0)), EMATeacher(net)
+    student = {name: net(images)["out"] for name, images in views.images().items()}
+    loss, metrics = consistency_term(views, student, {"strong": teacher(batch.unlabelled.weak)["out"]}, 0.)
+    assert metrics.pseudo_share == 1
+    return loss
+
+
+def budget_alone(net, config, batch):
+    "A network that predicts the gates of the grid: an output for each edge."
+    space = SearchSpace(5, **SPACE)
+    table = measure_costs(space, (64, 80))
+    def cost(gates, share):
+        by_edge = dict(zip(space.edges(), gates["router"].T))
+        return Losses(cost=budget_loss(table, expected_cost(table, by_edge), realised_cost(table, by_edge), .3)), StepMetrics()
+    values = net(batch.labelled.image)["out"].mean((2, 3)).sigmoid()
+    return budget_term(cost, {"model.router": values}, 1.)[0].cost
+
+
+@pytest.mark.parametrize("term", [supervised_alone, jigsaw_alone, consistency_alone, budget_alone])
+def test_a_term_is_used_alone_on_any_segmenter(term, config):
+    data = load_training_data(config)
+    batch = next(make_batches(config, data)).to("cpu")
+    net = segmenter(len(SearchSpace(5, **SPACE).edges()) if term is budget_alone else data.train.spec.num_classes)
+    loss = term(net, config, batch)
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    part = net.backbone if term is jigsaw_alone else net.classifier
+    assert any(p.grad is not None and p.grad.any() for p in part.parameters())
