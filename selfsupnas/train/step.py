@@ -271,8 +271,8 @@ class LossWeights:
 class StepMetrics:
     "What the log shows beside the losses of a step; None: not measured."
     jig_accuracy: torch.Tensor | None = None # share of jigsaws that the head solves
-    pseudo_share: float | None = None # share of pixels over the confidence threshold
-    pseudo_accuracy: float | None = None # of the pseudo-labels, by the hidden truth
+    pseudo_share: torch.Tensor | None = None # share of pixels over the confidence threshold
+    pseudo_accuracy: torch.Tensor | None = None # of the pseudo-labels, by the hidden truth
     pseudo_counts: torch.Tensor | None = None # (4*K,), see `pixel_counts`
     threshold: float | None = None # confidence threshold that moves
     expected: torch.Tensor | None = None # cost of the gates, as a share of the full grid's
