@@ -103,8 +103,8 @@ def test_overwriting_is_said(place, stage):
 
 
 def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, monkeypatch, capsys):
-    import selfsupnas.train.loop as training
-    config, plain, calls = dataclasses.replace(SEARCH, steps=8, logs=4, overwrite=True), training.to_device, []
+    import selfsupnas.train.batches as drawn
+    config, plain, calls = dataclasses.replace(SEARCH, steps=8, logs=4, overwrite=True), drawn.to_device, []
     def stop_in_step(number):
         def moved(*args):
             calls.append(1)
@@ -113,10 +113,10 @@ def test_an_overwriting_run_that_is_stopped_goes_on_by_the_same_words(place, mon
         return moved
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setattr(training, "to_device", stop_in_step(5))
+        monkeypatch.setattr(drawn, "to_device", stop_in_step(5))
         with pytest.raises(KeyboardInterrupt, match="resume at step 5"): search(config)
     finally: signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(training, "to_device", plain)
+    monkeypatch.setattr(drawn, "to_device", plain)
     assert not Path("search/search-record.json").exists()
     with pytest.raises(ValueError, match="search has an unfinished run with other parameters, at step 5.*steps=8 .now 2."): search(SEARCH)
     with pytest.raises(ValueError, match="resume=False"): search(dataclasses.replace(config, overwrite=False, resume=False))

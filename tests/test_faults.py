@@ -493,12 +493,12 @@ def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, wh
 
 def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
     "With bad_loss='skip', no NaN enters the history, and the search ends."
-    import selfsupnas.train.loop as training
-    plain, calls = training.to_device, []
+    import selfsupnas.train.batches as drawn
+    plain, calls = drawn.to_device, []
     def poisoned(batch, device):
         calls.append(1)
         return {name: x * float("nan") if x.is_floating_point() and len(calls) in (4, 5, 6) else x for name, x in plain(batch, device).items()}
-    monkeypatch.setattr(training, "to_device", poisoned)
+    monkeypatch.setattr(drawn, "to_device", poisoned)
     found = run_search("new", bad_loss="skip", steps=4, logs=4)
     rows = json.loads(Path("new/history.json").read_text())
     assert rows == found.trained.history and [row["step"] for row in rows] == [1, 2, 3, 4] and json.loads(Path("new/bad-step-000001.json").read_text())["images"]

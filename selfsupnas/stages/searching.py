@@ -41,6 +41,7 @@ from ..space.network import StaticNetwork, inherit
 from ..tasks.permutations import permutation_set
 from ..distributed import broadcast, local_device
 from ..train.log import consistency_metrics
+from ..train.step import Losses, LossWeights, StepMetrics
 from ..space.supernet import RoutingNetwork, gates_by_edge, build_supernet
 from ..data.splits import LabelSplit, classes_present
 from ..train.loop import TrainResult, fit_metrics, load_trained, train
@@ -104,17 +105,15 @@ class BudgetLosses:
     def __init__(self, model: RoutingNetwork, table: CostTable, config: SearchConfig):
         self.model, self.table, self.config = model, table, config
 
-    def weights(self, share: float) -> dict: # of the steps done
-        "Weights of the losses by name."
+    def weights(self, share: float) -> LossWeights: # of the steps done
         c = self.config
-        return {"cost": c.w_cost * ramp_up(share, *c.cost_ramp, "linear"),
-                "binary": c.w_binary * ramp_up(share, *c.binary_ramp, "linear")}
+        return LossWeights(cost=c.w_cost * ramp_up(share, *c.cost_ramp, "linear"),
+                           binary=c.w_binary * ramp_up(share, *c.binary_ramp, "linear"))
 
     def __call__(self, gates: dict, # name -> (B,edges), from record_gates
                  share: float, # of the steps done
                  network: RoutingNetwork | None = None, # that has the gates; None: the model
-                ) -> tuple[dict, dict]:
-        "Losses (scalars) and metrics by name."
+                ) -> tuple[Losses, StepMetrics]:
         c, by_edge = self.config, gates_by_edge(self.table.space, gates)
         network = self.model if network is None else network
         expected, realised = expected_cost(self.table, by_edge), realised_cost(self.table, by_edge)
@@ -125,11 +124,12 @@ class BudgetLosses:
         if c.controlled and ramp:
             set_gate_threshold(network, follow_budget(threshold, realised_share, target,
                                                       c.budget_gain))
-        losses = {"cost": budget_loss(self.table, expected, realised, target, c.budget_of)}
-        if c.w_binary: losses["binary"] = binarization_loss(by_edge)
-        return losses, {"expected": expected.detach().mean() / self.table.full,
-                        "realised": realised_share, "gate_threshold": threshold,
-                        "gates": torch.stack([g.detach().mean() for g in by_edge.values()])}
+        losses = Losses(cost=budget_loss(self.table, expected, realised, target, c.budget_of),
+                        binary=binarization_loss(by_edge) if c.w_binary else None)
+        return losses, StepMetrics(
+            expected=expected.detach().mean() / self.table.full, realised=realised_share,
+            gate_threshold=threshold,
+            gates=torch.stack([g.detach().mean() for g in by_edge.values()]))
 
 def gate_threshold_of(model) -> float:
     "The gate threshold that all gates of a network share."
