@@ -40,6 +40,8 @@ def point_name(values: dict) -> str:
 
 def record_file(point: str) -> str: return f"{SWEEP['folder']}/{point}/{STAGE}/{STAGE}-record.json"
 
+if not GRID or not all(isinstance(values, list) and values for values in GRID.values()):
+    raise ValueError(f"grid must have a list of values for each parameter, not {GRID}")
 POINTS, MISSING = {}, [] # name -> parameters; names of the points without a record
 for values in itertools.product(*GRID.values()):
     point = dict(zip(GRID, values))
