@@ -43,7 +43,7 @@ $(VENV)/.installed: settings.ini setup.py
 	cache="$${PIP_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/pip}" # pip fails if it cannot write to its cache
 	mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || export PIP_NO_CACHE_DIR=1
 	python -m pip install --upgrade pip
-	python -m pip install --editable '.[dev,bluemarble,rivals,export,tensorboard,slurm]'
+	python -m pip install --editable '.[dev,bluemarble,rivals,export,tensorboard,workflow]'
 	python -c 'import torch, torchvision' || {
 	  echo "the versions of torch and torchvision do not match: remove $(VENV) and run make env again" >&2; exit 1; }
 	touch $@
@@ -154,7 +154,7 @@ test-oldest: ## the quick tests with the oldest versions (tests/oldest.txt), on 
 	@echo "== oldest: installing the versions of tests/oldest.txt into .venv-oldest"
 	test -x .venv-oldest/bin/python || python3.11 -m venv .venv-oldest
 	export PATH="$(CURDIR)/.venv-oldest/bin:$$PATH"
-	python -m pip install -c tests/oldest.txt --editable '.[dev,bluemarble,rivals,export,tensorboard,slurm]'
+	python -m pip install -c tests/oldest.txt --editable '.[dev,bluemarble,rivals,export,tensorboard,workflow]'
 	$(ALONE)
 	python -m pytest -q -n $(WORKERS) --dist loadfile -o tmp_path_retention_policy=failed tests
 	rm -rf "$$HOME"

@@ -22,6 +22,9 @@ def points(folder, **sweep):
 
 # -- The points
 
+def test_the_file_fits_a_screen(): assert max(map(len, SNAKEFILE.read_text().splitlines())) <= 100
+
+
 def test_a_grid_becomes_points_in_order(tmp_path):
     names = points(tmp_path/"new", grid={"seed": [0, 1], "label_fraction": [1 / 16, 1 / 8], "crop": [None, (64, 64)]}, parameters={"steps": 3})
     assert len(names["POINTS"]) == 8 and names["MISSING"] == list(names["POINTS"]) and list(tmp_path.iterdir()) == []

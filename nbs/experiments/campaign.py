@@ -1,8 +1,6 @@
-"""Many runs of the stages: a comparison with rivals, ablations and seeds, or a grid of parameters.
+"""A comparison of many runs: the method, rivals, ablations and seeds. For grids, see sweep.smk.
 
     python nbs/experiments/campaign.py compare --folder runs/camvid -p workers 2
-    python nbs/experiments/campaign.py sweep search --grid seed=0,1,2 --grid budget=0.3,0.5
-    python nbs/experiments/campaign.py sweep search --grid seed=0,1 --slurm partition=gpu
 
 The plan is plain data, and a run is done when its record exists: the same command resumes a stopped
 campaign. Each run is a separate process; a failed run does not stop others and is repeated only
@@ -18,8 +16,7 @@ Rules of a comparison:
   after a short training with the first fraction and seed 0.
 - The test split is read once per run, at its end; the plan depends only on trials.
 """
-import argparse, dataclasses, functools, itertools, json, os, re, shutil, signal, subprocess, sys
-import time, typing
+import argparse, dataclasses, functools, json, os, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,18 +24,17 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from selfsupnas.cli import align_table
+from selfsupnas.cli import align_table, describe, parse_parameters
 from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, progress_bar,
                              write_json)
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.splits import make_split, save_split
 from selfsupnas.metrics import miou_text
-from selfsupnas.cli import check_inputs, describe, parse_parameters, parse_value, stage_config
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
 from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_interrupts
-from selfsupnas.viz.tables import comparison_table, summarise, to_markdown
+from selfsupnas.viz.tables import comparison_table
 
 # ---- A comparison as parameters
 
@@ -117,16 +113,14 @@ def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None
              for place in (config.folder, config.records) if place]
     return next((RunRecord.load(path) for path in paths if path.exists()), None)
 
-def missing_stages(config: CampaignConfig, run: Run,
-                   free: tuple = PLACES, # parameters in which a record may differ
-                  ) -> list:
+def missing_stages(config: CampaignConfig, run: Run) -> list:
     """(stage, parameters) of the stages without a record, or with one older than that of the stage
     before; ValueError for a record with other parameters, because such runs are not comparable."""
     missing, before = [], ""
     for stage, parameters in run.stages:
         record = record_of(config, run.name, stage)
         for key, value in json.loads(json.dumps(parameters)).items():
-            if record and key not in free and record.parameters.get(key) != value:
+            if record and key not in PLACES and record.parameters.get(key) != value:
                 places = " and ".join(str(Path(place)/run.name)
                                       for place in (config.folder, config.records) if place)
                 raise ValueError(f"{run.name}: its {stage} record has {key} = "
@@ -365,8 +359,7 @@ def drive(look: Callable, # returns the current list of (run, its stages without
           start: Callable, # name of a run, stage, parameters, slot below `workers` -> process
           ended: Callable, # run, stage, exit status -> did it succeed?
           workers: int, what: str, # concurrent processes; title of the progress bar
-          pause: float = 1., # seconds between checks of the processes
-          stop: Callable = stop_stage) -> list:
+          pause: float = 1.) -> list: # seconds between checks of the processes
     "Run missing stages, `workers` at a time, each once; returns the names of failed runs."
     # running: name -> (run, stage, slot, process)
     running, failed, bar = {}, [], progress_bar(desc=what, unit="run")
@@ -388,7 +381,7 @@ def drive(look: Callable, # returns the current list of (run, its stages without
                 if not ended(run, stage, process.poll()): failed.append(run.name)
     finally:
         with deferred_interrupts(): # a second ctrl-C must not leave runs behind
-            for *_, process in running.values(): stop(process)
+            for *_, process in running.values(): stop_stage(process)
         bar.close()
 
 # ---- Running a comparison
@@ -454,166 +447,7 @@ def comparison_ended(config: CampaignConfig, run: Run, stage: str,
     print(f"compare: {run.name} {stage}: {outcome(record)}, {seconds:.0f} s", flush=True)
     return True
 
-# ---- A sweep: a run for each point of a parameter grid
-
-@dataclass
-class SweepConfig:
-    "Parameters of a sweep, apart from those of its stage."
-    folder: str = "runs/sweep" # of all runs
-    workers: int = 2 # runs at a time; a queue gets all of them at once
-    threads: int = 1 # of each run on this machine
-    records: str | None = None # folder with records of finished runs
-
-    def __post_init__(self):
-        if self.workers < 1 or self.threads < 1:
-            raise ValueError("workers and threads must be 1 or more")
-
-def grid_line(text: str) -> tuple:
-    """The name and the values (text) of a line such as seed=0,1,2; values in brackets may contain
-    commas. Raises ValueError."""
-    name, equals, values = text.partition("=")
-    words = [word.strip() for word in re.split(r",(?![^(]*\))", values)]
-    if not (equals and name.strip() and all(words)):
-        raise ValueError(f"a line of a grid must be NAME=VALUE,VALUE..., not {text!r}")
-    if len(set(words)) < len(words): raise ValueError(f"{text!r} has a value twice")
-    return name.strip(), words
-
-def members(stage: str,
-            grid: dict, # parameter -> values
-            shared: dict) -> list[Run]: # parameters of all runs
-    "A run for each combination of the grid's values, in order."
-    if not grid: raise ValueError("a sweep needs a grid, such as --grid seed=0,1,2")
-    twice = sorted(set(grid) & set(shared))
-    if twice: raise ValueError(f"{twice[0]} is in the grid and set for all runs")
-    runs = []
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values))
-        name = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                        for key, value in point.items())
-        runs.append(Run(re.sub(r"[^\w.,=+-]+", "-", name), ((stage, {**shared, **point}),)))
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError("two runs of this grid have the same name: their values are too close")
-    return runs
-
-# columns of the table for each stage, after the parameters of the grid
-METRICS = {"search": {"derived_inherited_val_miou": "val mIoU, inherited", "supernet_val_miou":
-                      "val mIoU, supernet", "realised_share": "realised cost / full",
-                      "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
-           "retrain": {"val_miou": "val mIoU", "gflops": "GFLOPs (1e9 multiply-adds)"}}
-
-def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool:
-    "Print the result of a run; returns whether it succeeded."
-    record = record_of(config, run.name, stage)
-    if status or record is None:
-        log = Path(config.folder)/run.name/stage/f"{stage}.log"
-        print(f"sweep: {run.name} FAILED: {reason(log, stage, status)}", flush=True)
-        return False
-    metrics = {name: record.metrics.get(name) for name in METRICS[stage]}
-    print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value
-                                             in metrics.items() if value is not None), flush=True)
-    return True
-
-def run_sweep(config: SweepConfig, runs: list[Run],
-              # start(config, name, stage, parameters, slot) -> process
-              start: Callable = start_stage,
-              pause: float = 1., # seconds between checks of the processes
-              stop: Callable = stop_stage) -> list:
-    """Make all runs without a record and return the names of failed runs; ValueError for a record
-    with other parameters."""
-    # paths identify a run here: two sweeps may differ only in architecture or split
-    def look(): return [(run, missing_stages(config, run, ("root", "logs"))) for run in runs]
-    return drive(look, functools.partial(start, config), functools.partial(sweep_ended, config),
-                 config.workers, "sweep", pause, stop)
-
-def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str:
-    """Markdown table of mean and spread over seeds of the metrics of a sweep, a row for each other
-    point of its grid; an empty string without records."""
-    stage = runs[0].stages[0][0]
-    pairs = [(run, record_of(config, run.name, stage)) for run in runs]
-    records = [{**vars(record), "name": stage, "file": run.name} for run, record in pairs if record]
-    if not records: return ""
-    by = [f"parameters.{name}" for name in grid if name != "seed"]
-    headers = {name: header for name, header in METRICS[stage].items()
-               if any(record["metrics"].get(name) is not None for record in records)}
-    rows = summarise(records, by, list(headers))
-    for row in rows: # tuples and booleans as on the command line
-        row.update({name: str(row[name]) for name in by})
-    columns = {name: name.split(".")[1] for name in by} | headers
-    return to_markdown(rows, columns, dict.fromkeys(headers, ".3f"))
-
-# ---- A sweep through a queue: submitit submits the runs to Slurm
-
-SHARED = ("cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node", "timeout_min")
-
-def make_executor(folder, # for the queue's own files
-                  options: dict): # of Slurm, such as partition; none with cluster: local
-    "Returns an executor of submitit; raises ImportError."
-    try: import submitit
-    except ImportError:
-        raise ImportError("--slurm needs submitit: pip install 'selfsupnas[slurm]'") from None
-    options = dict(options)
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=options.pop("cluster", "slurm"))
-    executor.update_parameters(name="selfsupnas", **{
-        name if name in SHARED else f"slurm_{name}": value for name, value in options.items()})
-    return executor
-
-class Job:
-    "A job of submitit with the interface of a process."
-    def __init__(self, job, log: Path): # log: file for the errors of a failed job
-        self.job, self.log = job, log
-
-    def poll(self) -> int | None: # None: not done; 0; 1: failed
-        if not self.job.done(): return None
-        if failed := self.job.exception() is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.log.write_text(self.job.stderr() or str(self.job.exception()), encoding="utf8")
-        return int(failed)
-
-def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict,
-           slot: int # not needed: the queue assigns GPUs
-          ) -> Job:
-    "Submit one stage of a run as a job."
-    folder = Path(config.folder).absolute()/name/stage
-    words = [sys.executable, *COMMAND, *command_words(folder, stage, parameters)]
-    return Job(executor.submit(subprocess.run, words, check=True), folder/f"{stage}.log")
-
-def cancel(job: Job): job.job.cancel()
-
 # ---- The command
-
-def plan_sweep(args) -> tuple:
-    "The grid and the runs of a sweep; every point is checked before the first run starts."
-    cls, lines = stage_config(args.stage), [grid_line(text) for text in args.grid]
-    kinds = typing.get_type_hints(cls)
-    def read(name, text): return parse_value(text, kinds.get(name, str))
-    grid = {name: [read(name, text) for text in values] for name, values in lines}
-    if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
-    shared = {name: read(name, text) for name, text in args.pairs}
-    for name in ("folder", "resume", "overwrite"):
-        if name in grid or name in shared:
-            raise ValueError(f"{name} is set by the sweep: use --folder for the whole sweep")
-    runs = []
-    for run in members(args.stage, grid, shared): # values may be valid only together
-        config = from_parameters(cls, run.stages[0][1])
-        check_inputs(args.stage, config)
-        values = {name: getattr(config, name) for name in run.stages[0][1]}
-        runs.append(run._replace(stages=((args.stage, values),)))
-    return grid, runs
-
-def sweep(args) -> list:
-    "Make the runs of a grid and print their table; returns the names of failed runs."
-    (grid, runs), pool = plan_sweep(args), {}
-    config = SweepConfig(args.folder, args.workers, args.threads)
-    if args.slurm is not None:
-        options = dict(option.partition("=")[::2] for option in args.slurm)
-        options = {name: int(value) if value.isdigit() else value
-                   for name, value in options.items()}
-        config.workers = len(runs)
-        executor = make_executor(Path(config.folder)/"queue", options)
-        pool = dict(start=functools.partial(submit, executor), stop=cancel)
-    failed = run_sweep(config, runs, **pool)
-    if table := sweep_table(config, runs, grid): print(align_table(table))
-    return failed
 
 def compare(args) -> list:
     """Make the runs of a comparison and print its table, or list its parameters; returns the names
@@ -639,18 +473,6 @@ def make_parser() -> argparse.ArgumentParser:
                          metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
     command.add_argument("--folder", help="folder of the results; default: runs/campaign")
     command.add_argument("--parameters", action="store_true", help="list them and stop")
-    text = "a stage at each point of a grid of parameters; can be stopped and resumed"
-    command = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
-    command.add_argument("stage", metavar="STAGE", choices=tuple(METRICS), help="search, retrain")
-    command.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE...")
-    command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
-                         metavar=("NAME", "VALUE"), help="set a parameter of all runs")
-    command.add_argument("--folder", default="runs/sweep", help="folder of the results")
-    command.add_argument("--workers", type=int, default=2, help="runs at a time on this machine")
-    command.add_argument("--threads", type=int, default=1, help="of each run")
-    command.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="submit the runs to "
-                         "Slurm with these options, such as partition=gpu gpus_per_node=1 "
-                         "timeout_min=600; all machines must share the folder")
     return parser
 
 def interrupt(number: int, frame):
@@ -661,7 +483,7 @@ def main(argv=None) -> int:
     "The command; returns its status: 0, 1 (a run failed), 2 (invalid arguments) or 130 (stopped)."
     args = make_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
-    try: failed = {"compare": compare, "sweep": sweep}[args.command](args)
+    try: failed = compare(args)
     except KeyboardInterrupt as e:
         print(f"campaign.py {args.command}: stopped; repeat the command to continue",
               file=sys.stderr)

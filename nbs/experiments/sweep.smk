@@ -10,7 +10,7 @@ without one are planned, so that no change of code, of times or of this file rep
 removes its record. A record with other parameters is an error. With several GPUs, each run has one
 of its own: set --cores to their number.
 """
-import itertools, os, re, sys
+import itertools, os, re, shlex, sys
 from pathlib import Path
 
 from selfsupnas.cli import align_table, check_inputs, stage_config
@@ -59,10 +59,14 @@ def command_words(wildcards) -> list:
 
 # ---- GPUs: each run locks one of several; a queue assigns its own
 
-def gpus() -> list:
+def lock_gpu() -> str:
+    "Shell text that waits for a free GPU and takes it; no text with one GPU or none."
     import torch
     every = ",".join(map(str, range(torch.cuda.device_count())))
-    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    locks = shlex.quote(f"{SWEEP['folder']}/gpu-")
+    return (f"until for gpu in {' '.join(gpus)}; do exec 9>{locks}$gpu.lock; flock -n 9 && break; "
+            "done; do sleep 1; done; export CUDA_VISIBLE_DEVICES=$gpu; " if len(gpus) > 1 else "")
 
 rule all:
     input: [record_file(name) for name in MISSING]
@@ -72,18 +76,8 @@ rule point:
     output: record_file("{point}")
     log: f"{SWEEP['folder']}/{{point}}/{STAGE}/{STAGE}.log"
     threads: SWEEP["threads"]
-    params: words=command_words, gpus=gpus() if len(gpus()) > 1 else [], locks=SWEEP["folder"]
-    shell:
-        """
-        while [ -n "{params.gpus}" ]; do
-          for gpu in {params.gpus}; do
-            exec 9>{params.locks:q}/gpu-$gpu.lock
-            if flock --nonblock 9; then export CUDA_VISIBLE_DEVICES=$gpu; break 2; fi
-          done
-          sleep 1
-        done
-        exec selfsupnas {params.words:q} >{log:q} 2>&1
-        """
+    params: gpu=lock_gpu(), words=command_words
+    shell: "{params.gpu}exec selfsupnas {params.words:q} >{log:q} 2>&1"
 
 # ---- What is printed at the end
 
