@@ -93,16 +93,14 @@ pareto: env ## one search, three budgets, against random and hand-crafted networ
 	selfsupnas pareto --folder runs/pareto -p search $(FRONT) -p budgets '(0.3, 0.5, 0.7)' -p random 2 \
 	  -p baselines "('lraspp_mobilenet_v3_large', 'unet_resnet18')"
 
-# Hours to days. Runs that have a record are skipped, stopped runs continue; ARGS="-p only '0.125/searched-*'" selects some.
+# Hours to days. Stages that have a record are skipped, stopped runs continue; ARGS=-n shows the plan, ARGS="only='0.125/searched-*'" selects some.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
-	python nbs/experiments/campaign.py compare --folder runs/camvid -p records nbs/experiments/records/camvid -p workers $(WORKERS) $(ARGS)
+	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --config folder=runs/camvid records=nbs/experiments/records/camvid $(ARGS)
 
 bench-quick: env ## a small make camvid in about 30 minutes: 1 fraction, 1 seed, 200 steps, two rivals
 	@echo "== bench-quick: into runs/bench-quick"
-	python nbs/experiments/campaign.py compare --folder runs/bench-quick -p workers $(WORKERS) -p fractions '(0.125,)' -p seeds '(0,)' -p steps 200 -p search_steps 300 \
-	  -p lrs '(1e-3, 3e-3)' -p trial_steps 30 -p rivals "('deeplabv3_resnet50', 'deeplabv3plus_resnet18')" -p semi_rivals '()' \
-	  -p arms "('both', 'labels')" -p open False -p random 1 -p searches '()' $(ARGS)
+	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --configfile nbs/experiments/bench-quick.yaml $(ARGS)
 
 # Parts that have a record are skipped. The memory part needs Linux or a GPU.
 bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' selects some; ARGS='--device cuda --precision bf16'

@@ -1,10 +1,7 @@
-"""A comparison of many runs: the method, rivals, ablations and seeds. For grids, see sweep.smk.
+"""The plan of a comparison: the method, its rivals, ablations and seeds; compare.smk runs it.
 
-    python nbs/experiments/campaign.py compare --folder runs/camvid -p workers 2
-
-The plan is plain data, and a run is done when its record exists: the same command resumes a stopped
-campaign. Each run is a separate process; a failed run does not stop others and is repeated only
-when the command is started again. A record with other parameters is an error.
+The plan is plain data, and a run is done when its record exists. A record with other parameters is
+an error.
 
 Rules of a comparison:
 - All runs of a fraction use the same split file, drawn from seed 0. The seeds vary initial weights,
@@ -16,25 +13,20 @@ Rules of a comparison:
   after a short training with the first fraction and seed 0.
 - The test split is read once per run, at its end; the plan depends only on trials.
 """
-import argparse, dataclasses, functools, json, os, shutil, signal, subprocess, sys, time
+import itertools, json, os, shlex, shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from selfsupnas.cli import align_table, describe, parse_parameters
-from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, progress_bar,
-                             write_json)
+from selfsupnas.core import SEEDS, RunRecord, check_fields, write_json
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.splits import make_split, save_split
-from selfsupnas.metrics import miou_text
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
-from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_interrupts
-from selfsupnas.viz.tables import comparison_table
 
 # ---- A comparison as parameters
 
@@ -64,12 +56,11 @@ class CampaignConfig:
     open: bool = True # also train the grid with all edges open?
     random: int = 6 # number of random architectures of equal cost; the first has all arms
     only: str = "*" # names of runs, as a shell pattern
-    workers: int = 2 # runs at a time
     threads: int = 1 # of each run
 
     def __post_init__(self):
         check_fields(self, least=dict(size=(33, 33), crop=(33, 33), steps=1, search_steps=1,
-                                      trial_steps=1, random=0, workers=1, threads=1),
+                                      trial_steps=1, random=0, threads=1),
                      ranges=dict(seeds=SEEDS))
         unknown = [name for name in (*self.rivals, *self.semi_rivals) if name not in BASELINES]
         if unknown:
@@ -183,45 +174,61 @@ def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str
                        dict(network=f"{config.folder}/{name}/retrain", root=config.root,
                             baselines=()))))
 
-def routes(config: CampaignConfig, fraction: float) -> list:
-    "Names of a fraction's networks of the grid; none before the search is done."
-    def exists(name): return (Path(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
-    names = ["searched", *(["open"] if config.open else []),
-             *(f"random-{i}" for i in range(config.random)),
-             *(name for name in config.searches if exists(name))]
-    return names if exists("searched") else []
+def grid_networks(config: CampaignConfig) -> list:
+    "Names of a fraction's networks of the grid."
+    return ["searched", *["open"] * config.open, *(f"random-{i}" for i in range(config.random)),
+            *config.searches]
 
 def semi_arms(config: CampaignConfig) -> list:
     "The arms with consistency and without jigsaw, which also apply to hand-crafted networks."
     return [arm for arm in config.arms if ARMS[arm].get("w_jig") == 0
             and ARMS[arm].get("w_semi", 1) > 0] or ["semi"]
 
+def arms_of(config: CampaignConfig, network: str) -> list:
+    "The arms of one network of the grid."
+    if network == "searched": return list(config.arms)
+    if network in SEARCHES: return list(SEARCHES[network][1])
+    return ([arm for arm in config.arms if arm != "inherit"] if network in ("open", "random-0")
+            else ["labels"])
+
+def whole_plan(config: CampaignConfig) -> dict:
+    """name -> (function that returns the Run, the (name, stage) that must be done before), in
+    order; a learning rate and an architecture are known only then."""
+    first, runs, rivals = config.fractions[0], {}, [*config.rivals, *config.semi_rivals]
+    def searched(fraction, network): # the search of a network of the grid
+        return (search_name(fraction, network if network in SEARCHES else "searched"), "search")
+    def add_search(fraction, network="searched"):
+        runs[search_name(fraction, network)] = (
+            lambda: search_run(config, fraction, network), [])
+    def add_trial(network, i):
+        needs = [] if network in BASELINES else [searched(first, network)]
+        runs[trial_name(config, network, config.lrs[i])] = (
+            lambda: trial_runs(config, network)[i], needs)
+    def add_compared(fraction, network, arm, seed):
+        of = network if network in BASELINES else "searched" # whose learning rate it has
+        needs = [(trial_name(config, of, lr), "retrain") for lr in config.lrs]
+        if network not in BASELINES:
+            needs += [searched(fraction, "searched"), searched(fraction, network)]
+        runs[f"{fraction:g}/{network}-{arm}/{seed}"] = (
+            lambda: compared_run(config, fraction, network, arm, seed, best_lr(config, of)), needs)
+    add_search(first)
+    for network in [*rivals, "searched"]:
+        for i in range(len(config.lrs)): add_trial(network, i)
+    for seed, fraction in itertools.product(config.seeds, config.fractions):
+        if seed == config.seeds[0]:
+            for network in ("searched", *config.searches): add_search(fraction, network)
+        networks = grid_networks(config)
+        pairs = ([("searched", arm) for arm in config.arms]
+                 + [(network, "labels") for network in config.rivals]
+                 + [(network, arm) for network in config.semi_rivals for arm in semi_arms(config)]
+                 + [(network, arm) for network in networks[1:] for arm in arms_of(config, network)])
+        for network, arm in pairs: add_compared(fraction, network, arm, seed)
+    return {name: run for name, run in runs.items() if fnmatch(name, config.only)}
+
 def plan(config: CampaignConfig) -> list[Run]:
-    "The runs that are known now, in order."
-    first = config.fractions[0]
-    runs = [search_run(config, first)]
-    rivals = list(dict.fromkeys([*config.rivals, *config.semi_rivals]))
-    for network in [*rivals, *routes(config, first)[:1]]: runs += trial_runs(config, network)
-    for seed in config.seeds:
-        for fraction in config.fractions:
-            if seed == config.seeds[0]:
-                if fraction != first: runs.append(search_run(config, fraction))
-                runs += [search_run(config, fraction, network) for network in config.searches]
-            searched, *further = routes(config, fraction) or [None]
-            pairs = ([(searched, arm) for arm in config.arms if searched]
-                     + [(network, "labels") for network in config.rivals])
-            pairs += [(network, arm) for network in config.semi_rivals
-                      for arm in semi_arms(config)]
-            for network in further:
-                arms = (SEARCHES[network][1] if network in SEARCHES
-                        else [arm for arm in config.arms if arm != "inherit"]
-                        if network in ("open", "random-0") else ["labels"])
-                pairs += [(network, arm) for arm in arms]
-            rates = {network: best_lr(config, network if network in BASELINES else "searched")
-                     for network, _ in pairs}
-            runs += [compared_run(config, fraction, network, arm, seed, rates[network])
-                     for network, arm in pairs if rates[network]]
-    return [run for run in runs if fnmatch(run.name, config.only)]
+    "The runs whose parameters are known now, in order."
+    return [run() for run, needs in whole_plan(config).values()
+            if all(record_of(config, *need) for need in needs)]
 
 # ---- Splits and architectures, which runs share
 
@@ -306,85 +313,28 @@ def compared(folder, more=None) -> list:
                                   "step_ms": trained.timings["step_ms"]}})
     return results
 
-# ---- Processes: one per stage, several at a time
-
-# arguments of Python for the command `selfsupnas`
-COMMAND = ("-c", "from selfsupnas.cli import main; raise SystemExit(main())")
+# ---- The command of a stage
 
 def command_words(folder: Path, stage: str, parameters: dict) -> list:
-    """The arguments of `selfsupnas` for one stage, which resumes from its checkpoint; an existing
-    record is older than that of the stage before and is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [stage, "--folder", str(folder)]
-    if (folder/f"{stage}-record.json").exists(): parameters = {**parameters, "overwrite": True}
-    for key, value in parameters.items():
-        words += ["-p", key, "null" if value is None else str(value)]
-    return words
+    "The arguments of `selfsupnas` for one stage, which resumes from its checkpoint."
+    pairs = [("-p", key, str(value)) for key, value in parameters.items()]
+    return [stage, "--folder", str(folder), *sum(pairs, ())]
 
-def assign_gpu(slot: int) -> dict:
-    "Environment variables that give each concurrent run a GPU; none if there is only one GPU."
+def lock_gpu(folder: str) -> str: # folder: for the lock files
+    "Shell text that waits for a free GPU and takes it; no text with one GPU or none."
     every = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
+    locks = shlex.quote(f"{folder}/gpu-")
+    return (f"until for gpu in {' '.join(gpus)}; do exec 9>{locks}$gpu.lock; flock -n 9 && break; "
+            "done; do sleep 1; done; export CUDA_VISIBLE_DEVICES=$gpu; " if len(gpus) > 1 else "")
 
-def start_stage(config, # has folder and threads
-                name: str, stage: str, parameters: dict,
-                slot: int = 0, # number among the concurrent runs
-               ) -> subprocess.Popen:
-    "Start one stage of a run as a process that prints to STAGE.log in its folder."
-    folder = Path(config.folder)/name/stage
-    words = command_words(folder, stage, parameters)
-    with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
-        return subprocess.Popen([sys.executable, *COMMAND, *words], stdout=log, stderr=log,
-                                start_new_session=True,
-                                env={**os.environ, **assign_gpu(slot),
-                                     "OMP_NUM_THREADS": str(config.threads)})
-
-def reason(log: Path, stage: str, status: int) -> str:
-    "Why a run failed, in one line: its last output, or its exit status."
-    text = log.read_text(encoding="utf8", errors="replace") if log.is_file() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    messages = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
-    last = (messages or lines or ["no output"])[-1]
-    if f"selfsupnas {stage}: running" in last:
-        last = f"it ended with status {status}" + " (killed; out of memory?)" * (status < 0)
+def reason(log: Path, stage: str) -> str:
+    "Why a run has no record, in one line: the last output of its command."
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
+    last = (own or lines or ["no output"])[-1]
+    if last.startswith(f"selfsupnas {stage}: running"): last = "it was killed (out of memory?)"
     return f"{last} (more in {log})"
-
-def stop_stage(process: subprocess.Popen):
-    "Stop a stage and its kernel after the current step is done and saved."
-    if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-
-def drive(look: Callable, # returns the current list of (run, its stages without a record)
-          start: Callable, # name of a run, stage, parameters, slot below `workers` -> process
-          ended: Callable, # run, stage, exit status -> did it succeed?
-          workers: int, what: str, # concurrent processes; title of the progress bar
-          pause: float = 1.) -> list: # seconds between checks of the processes
-    "Run missing stages, `workers` at a time, each once; returns the names of failed runs."
-    # running: name -> (run, stage, slot, process)
-    running, failed, bar = {}, [], progress_bar(desc=what, unit="run")
-    try:
-        while True:
-            runs = look()
-            todo = [(run, missing[0]) for run, missing in runs if missing
-                    and run.name not in (*running, *failed)]
-            for run, (stage, parameters) in todo[:workers - len(running)]:
-                slot = min({*range(workers)} - {k for _, _, k, _ in running.values()})
-                running[run.name] = run, stage, slot, start(run.name, stage, parameters, slot)
-            bar.total, bar.n = len(runs), sum(not missing for _, missing in runs)
-            bar.set_postfix_str(", ".join(running)); bar.refresh()
-            if not running: return failed
-            while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
-            for run, stage, _, process in [entry for entry in running.values()
-                                           if entry[-1].poll() is not None]:
-                del running[run.name]
-                if not ended(run, stage, process.poll()): failed.append(run.name)
-    finally:
-        with deferred_interrupts(): # a second ctrl-C must not leave runs behind
-            for *_, process in running.values(): stop_stage(process)
-        bar.close()
-
-# ---- Running a comparison
 
 def keep_records(config: CampaignConfig, run: Run):
     "Copy the records and architectures of a finished run to the folder of records."
@@ -394,106 +344,3 @@ def keep_records(config: CampaignConfig, run: Run):
                             for place in (config.folder, config.records))
             if source.exists() and not (copy.exists() and copy.read_bytes() == source.read_bytes()):
                 write_json(copy, json.loads(source.read_text(encoding="utf8")))
-
-def drop_checkpoints(config: CampaignConfig, run: Run):
-    "Remove the checkpoints of a finished run."
-    for stage, _ in run.stages:
-        folder = Path(config.folder)/run.name/stage
-        for path in (*checkpoint_paths(folder), folder/"best.pt"): path.unlink(missing_ok=True)
-
-def outcome(record: RunRecord) -> str:
-    "The main metric of a stage; of a search, that of its derived network with inherited weights."
-    metrics = record.metrics
-    if record.stage == "evaluate":
-        return f"{metrics['split']} mIoU {miou_text(next(iter(metrics['rows'].values()))['miou'])}"
-    if record.stage == "search" and not record.parameters.get("w_sup", 1): # no labels
-        return f"val jigsaw accuracy {metrics['jigsaw_val_accuracy']:.3f}"
-    miou = metrics.get("val_miou", metrics.get("derived_inherited_val_miou"))
-    return f"val mIoU {miou_text(miou)}"
-
-def run_campaign(config: CampaignConfig,
-                 start=start_stage, # start(config, name, stage, parameters, slot) -> process
-                 pause: float = 1., # seconds between checks of the processes
-                ) -> list:
-    """Make all runs without a record, `config.workers` at a time, and return the names of failed
-    runs; ValueError if `config.only` matches no run."""
-    make_splits(config)
-    make_routes(config)
-    if not plan(config):
-        known = plan(dataclasses.replace(config, only="*"))
-        raise ValueError(f"only={config.only!r} matches no run; there are now {len(known)}, from "
-                         f"{known[0].name} to {known[-1].name} (further runs are added when "
-                         "searches and trials are done)")
-    def look():
-        make_routes(config)
-        runs = [(run, missing_stages(config, run)) for run in plan(config)]
-        for run, missing in runs:
-            if missing: continue
-            keep_records(config, run)
-            drop_checkpoints(config, run)
-        return runs
-    return drive(look, functools.partial(start, config),
-                 functools.partial(comparison_ended, config), config.workers, "compare", pause)
-
-def comparison_ended(config: CampaignConfig, run: Run, stage: str,
-                     status: int) -> bool:
-    "Print the result of a stage of a run; returns whether it succeeded."
-    record = record_of(config, run.name, stage)
-    if status or record is None:
-        log = Path(config.folder)/run.name/stage/f"{stage}.log"
-        print(f"compare: {run.name} {stage} FAILED: {reason(log, stage, status)}", flush=True)
-        return False
-    seconds = sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))
-    print(f"compare: {run.name} {stage}: {outcome(record)}, {seconds:.0f} s", flush=True)
-    return True
-
-# ---- The command
-
-def compare(args) -> list:
-    """Make the runs of a comparison and print its table, or list its parameters; returns the names
-    of failed runs."""
-    if args.parameters:
-        print("Parameters of a comparison, to be set with -p NAME VALUE:",
-              describe(CampaignConfig), sep="\n")
-        return []
-    pairs = args.pairs + ([("folder", args.folder)] if args.folder else [])
-    config = from_parameters(CampaignConfig, parse_parameters(CampaignConfig, pairs))
-    failed, results = run_campaign(config), compared(config.folder, config.records)
-    if results: print(align_table(comparison_table(results)))
-    return failed
-
-def make_parser() -> argparse.ArgumentParser:
-    "The arguments of the command."
-    parser = argparse.ArgumentParser(prog="campaign.py", description=__doc__.splitlines()[0],
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "method, rivals, ablations, seeds; can be stopped and resumed"
-    command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
-    command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
-                         metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
-    command.add_argument("--folder", help="folder of the results; default: runs/campaign")
-    command.add_argument("--parameters", action="store_true", help="list them and stop")
-    return parser
-
-def interrupt(number: int, frame):
-    "Treat SIGTERM as ctrl-C, so that started processes are stopped first."
-    raise KeyboardInterrupt(number)
-
-def main(argv=None) -> int:
-    "The command; returns its status: 0, 1 (a run failed), 2 (invalid arguments) or 130 (stopped)."
-    args = make_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, interrupt)
-    try: failed = compare(args)
-    except KeyboardInterrupt as e:
-        print(f"campaign.py {args.command}: stopped; repeat the command to continue",
-              file=sys.stderr)
-        return 128 + (e.args or (signal.SIGINT,))[0]
-    except (ValueError, TypeError, OSError, ImportError, FolderInUse) as e:
-        print(f"campaign.py {args.command}: {e}", file=sys.stderr)
-        return 2
-    if failed:
-        print(f"campaign.py {args.command}: {len(failed)} failed: {', '.join(failed)}",
-              file=sys.stderr)
-    return int(bool(failed))
-
-if __name__ == "__main__": sys.exit(main())

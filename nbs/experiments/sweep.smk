@@ -97,8 +97,9 @@ def report(log=None):
         if Path(record_file(name)).exists() or not file.exists(): continue
         lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
         own = [line for line in lines if line.startswith(f"selfsupnas {STAGE}: ")]
-        print(f"sweep: {name} has no record: {(own or lines or ['no output'])[-1]} (see {file})",
-              file=sys.stderr)
+        last = (own or lines or ["no output"])[-1]
+        if last.startswith(f"selfsupnas {STAGE}: running"): last = "it was killed (out of memory?)"
+        print(f"sweep: {name} has no record: {last} (see {file})", file=sys.stderr)
     print(table(), file=sys.stderr)
 
 onsuccess: report()
