@@ -504,8 +504,8 @@ def run_command(command: str, words: list) -> int:
     return run_stage(command, parameters, config.folder)
 
 # %% ../nbs/08_cli.ipynb #247a743e
-# former commands -> arguments of campaign.py, which is in a checkout but not in the package
-MOVED = {"campaign": "compare", "sweep": "sweep"}
+# former commands -> workflows, which are in a checkout but not in the package
+MOVED = {"campaign": "compare.smk", "sweep": "sweep.smk"}
 HELP = """usage: selfsupnas COMMAND [OPTIONS]
 
 Neural architecture search for semantic segmentation, with a jigsaw pretext task and unlabelled
@@ -528,7 +528,7 @@ def refuse_command(command: str):
     if command in RENAMED_STAGES:
         raise ValueError(f"the command is `selfsupnas {RENAMED_STAGES[command]}` since version 0.2")
     if command in MOVED:
-        raise ValueError(f"this is now `python nbs/experiments/campaign.py {MOVED[command]}` in a "
+        raise ValueError(f"this is now `snakemake -s nbs/experiments/{MOVED[command]} -n` in a "
                          "checkout of selfsupnas")
     known = [*STAGES, *COMMANDS]
     raise ValueError(f"no such command; commands: {', '.join(known)}{suggestion(command, known)}")

@@ -272,8 +272,8 @@ FAULTS = {
         "an export into a file": (command("export", "retrain", "--to", "data/classes.txt"), "cannot write data/classes.txt/model.safetensors"),
         "an export with the metrics of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
         "a sheet of no samples": (command("data", "folder", "data", "--samples", "0"), "samples must be 1 or more, not 0"),
-        "a command that is gone, campaign": (given("campaign", steps="1"), "selfsupnas campaign: .*nbs/experiments/campaign.py compare"),
-        "a command that is gone, sweep": (command("sweep", "search", "--grid", "seed=0,1"), "selfsupnas sweep: .*nbs/experiments/campaign.py sweep"),
+        "a command that is gone, campaign": (given("campaign", steps="1"), "selfsupnas campaign: .*nbs/experiments/compare.smk"),
+        "a command that is gone, sweep": (command("sweep", "search", "--grid", "seed=0,1"), "selfsupnas sweep: .*nbs/experiments/sweep.smk"),
     },
     "Parameters of another type": {
         **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"--(no-)?{name.replace('_', '-')}\b") for stage, name, value in (
