@@ -146,7 +146,7 @@ def check_evaluate(stage: str, config, later: bool):
 def check_pareto(stage: str, config, later: bool):
     from selfsupnas.space.architecture import load_architecture
     from selfsupnas.stages.pareto_front import search_config
-    from selfsupnas.stages.searching import least_share, refuse_budget
+    from selfsupnas.stages.calibration import least_share, refuse_budget
     record = Path(config.search)/"search-record.json"
     if not record.is_file(): raise FileNotFoundError(
         f"no search in {config.search} ({record} is missing); set the folder of "
@@ -178,7 +178,7 @@ def check_training_inputs(stage: str, config, later: bool):
         if config.split_folder: load_split(config.split_folder, train)
         elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))
     if stage == "search" and config.cost != "latency": # latency is measured by the run
-        from selfsupnas.stages.searching import least_share, refuse_budget
+        from selfsupnas.stages.calibration import least_share, refuse_budget
         refuse_budget(config.budget, least_share(config.space(classes), size, config.cost,
                                                  config.gate))
 

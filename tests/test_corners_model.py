@@ -419,7 +419,8 @@ def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(fold
     from selfsupnas.rivals import all_open
     from selfsupnas.data.datasets import load_dataset
     from selfsupnas.stages.dynamic import run_dynamic
-    from selfsupnas.stages.searching import calibrate_gate_threshold, gate_statistics, inherited_network
+    from selfsupnas.stages.calibration import calibrate_gate_threshold, gate_statistics
+    from selfsupnas.stages.choice import inherited_network
     space = SearchSpace(3, 1, 4)
     net, table, val = build_supernet(space), measure_costs(space, (64, 80)), load_dataset("folder", "val", folder/"data")
     net.stem.eval()
@@ -454,7 +455,7 @@ def static_supernet(values):
 
 def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
     from selfsupnas.space.gate import CLOSED, gates_of
-    from selfsupnas.stages.searching import calibrate_gate_threshold
+    from selfsupnas.stages.calibration import calibrate_gate_threshold
     # above .3 the cell (1, 1) passes its input on, and the decoder must upsample it
     net, table, share = static_supernet({Edge(0, 0, "down"): .9, Edge(0, 0, "keep"): .1, Edge(1, 1, "up"): .3, Edge(1, 0, "keep"): .6, Edge(2, 0, "keep"): .95})
     images = torch.zeros(2, 3, 64, 80, dtype=torch.uint8)
@@ -471,7 +472,7 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
     from selfsupnas.data.augment import normalise
     from selfsupnas.space.budget import realised_cost
     from selfsupnas.space.gate import CLOSED, gates_of, set_gate_threshold, record_gates
-    from selfsupnas.stages.searching import calibrate_gate_threshold, costs_at_thresholds
+    from selfsupnas.stages.calibration import calibrate_gate_threshold, costs_at_thresholds
     from selfsupnas.space.supernet import gates_by_edge
     torch.manual_seed(0)
     space = SearchSpace(3, 3, 4, search_operations=True)
@@ -494,7 +495,9 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
 
 def cps_search(place, **changes):
     from selfsupnas.train.batches import load_training_data
-    from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
+    from selfsupnas.stages.searching import BudgetLosses
+    from selfsupnas.stages.configs import SearchConfig
+    from selfsupnas.stages.calibration import make_table
     from selfsupnas.train.loop import train
     settings = SearchConfig(**{**vars(config(place, consistency="cps", steps=4, logs=4)), "layers": 2, "channels": 4, "budget": .8, "cost_ramp": (0., 0.), "budget_gain": .2, **changes})
     data = load_training_data(settings)

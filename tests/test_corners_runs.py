@@ -19,7 +19,8 @@ from selfsupnas.core import RunRecord
 from selfsupnas.export import export_run
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.searching import SearchConfig, budget_note, load_search, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import budget_note, load_search, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 SEARCH = SearchConfig(folder="search", layers=2, channels=4, budget=1., **SMALL)

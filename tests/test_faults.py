@@ -26,7 +26,8 @@ from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.viz.tables import write_page
 from selfsupnas.data.files import SegmentationSpec, UnreadableFile
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
-from selfsupnas.stages.searching import SearchConfig, load_supernet, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import load_supernet, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 GRID = dict(layers=2, channels=4, budget=1.)

@@ -15,7 +15,8 @@ from selfsupnas.space.cell import SparseFeatures
 from selfsupnas.space.cost import count_cost
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import build_supernet, feature_sizes
-from selfsupnas.stages.searching import SearchConfig, check_budget
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.calibration import check_budget
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.tasks.teacher import EMATeacher

@@ -14,7 +14,8 @@ from selfsupnas.space.gate import fix_gates
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.distributed import local_device
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
-from selfsupnas.stages.searching import SearchConfig, load_supernet, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import load_supernet, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.train.loop import build_training_state, seed_step, step_weights, train
 

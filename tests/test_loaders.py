@@ -13,7 +13,7 @@ from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.retraining import load_network
-from selfsupnas.stages.searching import without_choice_images
+from selfsupnas.stages.choice import without_choice_images
 from selfsupnas.data.splits import save_split
 from selfsupnas.data.voc import draw_voc
 

@@ -10,7 +10,8 @@ from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.stages.searching import SearchConfig, split_in_halves, load_supernet, make_phases, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import split_in_halves, load_supernet, make_phases, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.loop import train

@@ -15,7 +15,8 @@ from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, 
                                    jigsaw_term, run_passes, supervised_term)
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import ClassThreshold, EMATeacher, RelativeThreshold
 from selfsupnas.train.loop import step_weights, train
@@ -310,7 +311,7 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     assert set(by_class) == set(done.data.train.spec.classes)
     known = [entry for entry in by_class.values() if entry["share"] is not None]
     assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
-    from selfsupnas.stages.searching import plain_images
+    from selfsupnas.stages.calibration import plain_images
     from selfsupnas.data.augment import normalise
     x = normalise(plain_images(RetrainConfig(folder="x", **small), done.data, 4)) # the stem's first norm, by hand
     first = done.trained.model.stem
@@ -324,7 +325,7 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     from selfsupnas.rivals import build_baseline
     from selfsupnas.distributed import SynchronisedNorm
     from selfsupnas.stages.retraining import recalibrated_metrics
-    from selfsupnas.stages.searching import plain_images, recalibrate_batch_norm
+    from selfsupnas.stages.calibration import plain_images, recalibrate_batch_norm
     from selfsupnas.train.loop import TrainResult
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)

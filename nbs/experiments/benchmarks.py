@@ -32,7 +32,9 @@ from selfsupnas.space.gate import fix_gates, record_gates
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, gate_name, gates_by_edge
-from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
+from selfsupnas.stages.searching import BudgetLosses
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.calibration import make_table
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.batches import load_training_data, make_batches
 from selfsupnas.train.loop import (build_training_state, forward_state, make_optimiser, seed_step,

@@ -20,20 +20,19 @@ import torch
 from torch import nn
 
 from ..data.augment import denormalise
-from .batches import (TrainingData, batch_ids, check_shares, make_batches,
-                                      present)
+from .batches import TrainingData, batch_ids, check_shares, make_batches, present
 from .checkpoint import (deferred_interrupts, load_checkpoint, load_weights,
-                                         newest_readable, run_identity, save_checkpoint,
-                                         stop_error, stop_message)
+                                         newest_readable, run_identity, save_checkpoint, stop_error,
+                                         stop_message)
 from .config import TrainingConfig, check_precision, learning_rate, ramp_up
 from ..core import (in_own_process, keep_freed_memory, progress_bar, rename_keys,
                              seed_everything)
 from ..metrics import ImageSubset, miou_of
-from .step import (Losses, LossWeights, MultiTaskModel, Objective,
-                                   UnlabelledViews, build_multitask_model, class_weights_of)
+from .step import (Losses, LossWeights, MultiTaskModel, Objective, UnlabelledViews,
+                                   build_multitask_model, class_weights_of)
 from ..tasks.permutations import permutation_set
-from ..distributed import (all_gather_dict, all_reduce_gradients, all_reduce_sum,
-                                    any_rank, broadcast, local_device, synchronise, world)
+from ..distributed import (all_gather_dict, all_reduce_gradients, all_reduce_sum, any_rank,
+                                    broadcast, local_device, synchronise, world)
 from .log import RunLog
 from ..data.splits import LabelSplit, save_split
 from ..tasks.teacher import (AdaptiveThreshold, ClassThreshold, EMATeacher,
