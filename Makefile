@@ -43,7 +43,7 @@ $(VENV)/.installed: settings.ini setup.py
 	cache="$${PIP_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/pip}" # pip fails if it cannot write to its cache
 	mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || export PIP_NO_CACHE_DIR=1
 	python -m pip install --upgrade pip
-	python -m pip install --editable '.[dev,bluemarble,rivals,export,tensorboard,slurm]'
+	python -m pip install --editable '.[dev,bluemarble,rivals,export,tensorboard,workflow]'
 	python -c 'import torch, torchvision' || {
 	  echo "the versions of torch and torchvision do not match: remove $(VENV) and run make env again" >&2; exit 1; }
 	touch $@
@@ -93,16 +93,14 @@ pareto: env ## one search, three budgets, against random and hand-crafted networ
 	selfsupnas pareto --folder runs/pareto --search $(FRONT) --budgets 0.3 0.5 0.7 --random 2 \
 	  --baselines lraspp_mobilenet_v3_large unet_resnet18
 
-# Hours to days. Runs that have a record are skipped, stopped runs continue; ARGS="--only '0.125/searched-*'" selects some.
+# Hours to days. Stages that have a record are skipped, stopped runs continue; ARGS=-n shows the plan, ARGS="only='0.125/searched-*'" selects some.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
-	python nbs/experiments/campaign.py compare --folder runs/camvid --records nbs/experiments/records/camvid --workers $(WORKERS) $(ARGS)
+	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --config folder=runs/camvid records=nbs/experiments/records/camvid $(ARGS)
 
 bench-quick: env ## a small make camvid in about 30 minutes: 1 fraction, 1 seed, 200 steps, two rivals
 	@echo "== bench-quick: into runs/bench-quick"
-	python nbs/experiments/campaign.py compare --folder runs/bench-quick --workers $(WORKERS) --fractions 0.125 --seeds 0 --steps 200 --search-steps 300 \
-	  --lrs 1e-3 3e-3 --trial-steps 30 --rivals deeplabv3_resnet50 deeplabv3plus_resnet18 --semi-rivals \
-	  --arms both labels --no-open --random 1 --searches $(ARGS)
+	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --configfile nbs/experiments/bench-quick.yaml $(ARGS)
 
 # Parts that have a record are skipped. The memory part needs Linux or a GPU.
 bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' selects some; ARGS='--device cuda --precision bf16'
@@ -154,7 +152,7 @@ test-oldest: ## the quick tests with the oldest versions (tests/oldest.txt), on 
 	@echo "== oldest: installing the versions of tests/oldest.txt into .venv-oldest"
 	test -x .venv-oldest/bin/python || python3.11 -m venv .venv-oldest
 	export PATH="$(CURDIR)/.venv-oldest/bin:$$PATH"
-	python -m pip install -c tests/oldest.txt --editable '.[dev,bluemarble,rivals,export,tensorboard,slurm]'
+	python -m pip install -c tests/oldest.txt --editable '.[dev,bluemarble,rivals,export,tensorboard,workflow]'
 	$(ALONE)
 	python -m pytest -q -n $(WORKERS) --dist loadfile -o tmp_path_retention_policy=failed tests
 	rm -rf "$$HOME"

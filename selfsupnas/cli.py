@@ -148,7 +148,7 @@ def check_evaluate(stage: str, config, later: bool):
 def check_pareto(stage: str, config, later: bool):
     from selfsupnas.space.architecture import load_architecture
     from selfsupnas.stages.pareto_front import search_config
-    from selfsupnas.stages.searching import least_share, refuse_budget
+    from selfsupnas.stages.calibration import least_share, refuse_budget
     record = Path(config.search)/"search-record.json"
     if not record.is_file(): raise FileNotFoundError(
         f"no search in {config.search} ({record} is missing); set the folder of "
@@ -181,7 +181,7 @@ def check_training_inputs(stage: str, config, later: bool):
         if config.split_folder: load_split(config.split_folder, train)
         elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))
     if stage == "search" and config.cost != "latency": # latency is measured by the run
-        from selfsupnas.stages.searching import least_share, refuse_budget
+        from selfsupnas.stages.calibration import least_share, refuse_budget
         refuse_budget(config.budget, least_share(config.space(classes), size, config.cost,
                                                  config.gate))
 
@@ -507,8 +507,8 @@ def run_command(command: str, words: list) -> int:
     return run_stage(command, parameters, config.folder)
 
 # %% ../nbs/08_cli.ipynb #247a743e
-# former commands -> arguments of campaign.py, which is in a checkout but not in the package
-MOVED = {"campaign": "compare", "sweep": "sweep"}
+# former commands -> workflows, which are in a checkout but not in the package
+MOVED = {"campaign": "compare.smk", "sweep": "sweep.smk"}
 HELP = """usage: selfsupnas COMMAND [OPTIONS]
 
 Neural architecture search for semantic segmentation, with a jigsaw pretext task and unlabelled
@@ -531,7 +531,7 @@ def refuse_command(command: str):
     if command in RENAMED_STAGES:
         raise ValueError(f"the command is `selfsupnas {RENAMED_STAGES[command]}` since version 0.2")
     if command in MOVED:
-        raise ValueError(f"this is now `python nbs/experiments/campaign.py {MOVED[command]}` in a "
+        raise ValueError(f"this is now `snakemake -s nbs/experiments/{MOVED[command]} -n` in a "
                          "checkout of selfsupnas")
     known = [*STAGES, *COMMANDS]
     raise ValueError(f"no such command; commands: {', '.join(known)}{suggestion(command, known)}")

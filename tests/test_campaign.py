@@ -1,18 +1,19 @@
-"""A comparison: its plan, with hand-written records; and a small one with real processes, stopped and resumed."""
-import dataclasses, functools, json, os, re, shutil, signal, subprocess, sys, time
+"""A comparison: its plan, with hand-written records; and a small one through Snakemake, stopped and resumed."""
+import dataclasses, importlib.util, json, os, signal, subprocess, sys
 from pathlib import Path
 
-import campaign
 import pytest
-from campaign import (CampaignConfig, Run, best_lr, command_words, compared, comparison_table, drive, main, make_routes, make_splits, missing_stages, outcome, assign_gpu, plan, record_of, run_campaign)
-from conftest import wait_until
+from campaign import CampaignConfig, best_lr, command_words, compared, comparison_table, lock_gpu, make_routes, make_splits, missing_stages, plan, whole_plan
+from conftest import ROOT, wait_until
 
 from selfsupnas.core import RunRecord
 from selfsupnas.rivals import all_open
 from selfsupnas.space.architecture import save_architecture
 from selfsupnas.space.grid import SearchSpace
 
-long = pytest.mark.long
+def long(test):
+    needs = pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason="needs snakemake: pip install 'selfsupnas[workflow]'")
+    return pytest.mark.long(needs(test))
 
 
 # -- The plan, without training anything
@@ -99,139 +100,29 @@ def test_a_route_that_changed_under_its_runs_is_an_error(planned):
     with pytest.raises(ValueError, match="searched.json differs"): make_routes(planned)
 
 
-@pytest.mark.parametrize("bad, named", [(dict(rivals=("deeplab",)), "deeplab"), (dict(arms=("all",)), "'all'"), (dict(seeds=()), "seeds"), (dict(workers=0), "workers"),
+@pytest.mark.parametrize("bad, named", [(dict(rivals=("deeplab",)), "deeplab"), (dict(arms=("all",)), "'all'"), (dict(seeds=()), "seeds"),
                                         (dict(searches=("searched",)), "'searched'")])
 def test_a_wrong_parameter_is_named(bad, named):
     with pytest.raises(ValueError, match=named): CampaignConfig(**bad)
 
 
-@pytest.mark.parametrize("pairs, named", [(("rivals", "('unet',)"), "no hand-crafted network 'unet'; known: "), (("steps", "0"), "steps must be 1 or more, not 0"),
-                                          (("fractions", "('all',)"), "--fractions"), (("stpes", "3"), "--steps")])
-def test_the_command_refuses_it_before_anything_is_made(tmp_path, monkeypatch, capsys, pairs, named):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as refused: main(["compare", "--folder", "new", "-p", *pairs])
-    err = " ".join(re.findall(r"[^│\s]+", capsys.readouterr().err))
-    assert refused.value.code == 2 and named in err and list(tmp_path.iterdir()) == []
+def test_the_whole_plan_is_known_from_the_start(planned):
+    whole, before = whole_plan(planned), plan(planned)
+    assert len(whole) > len(before)
+    leave_searches(planned), leave_trials(planned)
+    assert [run.name for run in plan(planned)] == list(whole) and [run().name for run, _ in whole.values()] == list(whole)
+    assert set(whole["0.025/random-0-labels/0"][1]) == {("0.025/found", "search"), *((f"0.025/trials/searched/{lr:g}", "retrain") for lr in planned.lrs)}
+    assert [need[0] for need in whole["0.025/searched_by_jigsaw-labels/0"][1]][-1] == "0.025/found_by_jigsaw"
 
 
-def test_the_command_lists_its_parameters(capsys):
-    with pytest.raises(SystemExit): main(["compare", "--help"])
-    out = capsys.readouterr().out
-    assert all(f"--{f.name}".replace("_", "-") in out for f in dataclasses.fields(CampaignConfig))
-
-
-# -- A few processes at a time
+# -- The commands
 
 def test_a_stage_is_told_its_parameters_and_goes_to_its_gpu(tmp_path, monkeypatch):
     assert command_words(tmp_path/"a", "retrain", {"lr": 1e-3, "crop": None}) == ["retrain", "--folder", str(tmp_path/"a"), "--lr", "0.001", "--crop", "None"]
-    (tmp_path/"a"/"retrain-record.json").touch()
-    assert command_words(tmp_path/"a", "retrain", {"lr": 1e-3})[-1] == "--overwrite"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert [assign_gpu(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "7", "2"]
+    assert "for gpu in 2 5 7;" in lock_gpu("runs")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    assert assign_gpu(3) == {}
-
-
-class Sleeper:
-    "A process that sleeps, and notes when it began and when it was seen to have ended."
-    def __init__(self, name, slot):
-        self.name, self.slot, self.begun = name, slot, time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep(.1); raise SystemExit({int(name == 'c')})"])
-
-    def poll(self): return self.process.poll()
-
-
-def test_two_run_at_a_time_and_a_failure_stops_no_other():
-    runs, made, spans = [Run(name, (("nap", {}),)) for name in "abcdefg"], [], {}
-    def left(): return [(run, [] if run.name in made else list(run.stages)) for run in runs]
-    def nap(name, stage, parameters, slot): return spans.setdefault(name, Sleeper(name, slot))
-    def woke(run, stage, status):
-        spans[run.name].ended = time.perf_counter()
-        if not status: made.append(run.name)
-        return not status
-    assert drive(left, nap, woke, workers=2, what="naps", pause=.01) == ["c"] and set(made) == set("abdefg")
-    events = sorted([(s.begun, 1) for s in spans.values()] + [(s.ended, -1) for s in spans.values()])
-    assert max(sum(change for _, change in events[:i + 1]) for i in range(len(events))) == 2 and {s.slot for s in spans.values()} == {0, 1}
-    begun = dict(spans)
-    assert drive(left, nap, woke, 2, "naps", pause=.01) == ["c"] and spans == begun and set(made) == set("abdefg"), "again, the failed run alone"
-
-
-class Ended:
-    "A process that has ended."
-    def __init__(self, returncode=0): self.returncode, self.pid = returncode, 0
-    def poll(self): return self.returncode
-    def wait(self): pass
-
-
-@pytest.fixture
-def pretended(tmp_path):
-    "A small comparison, and what stands in the place of a process: it writes records with made-up metrics."
-    config = CampaignConfig(folder=str(tmp_path/"runs"), records=str(tmp_path/"kept"), data="streetscenes", size=(64, 80), crop=None, fractions=(1 / 40,), seeds=(0,), layers=3,
-                            channels=8, rivals=("lraspp_mobilenet_v3_large",), semi_rivals=(), lrs=(1e-3,), arms=("labels",), random=1, open=False, searches=("searched_by_jigsaw",))
-    started = []
-    def pretend(config, name, stage, parameters, slot):
-        started.append((name, stage))
-        to = Path(config.folder)/name/stage
-        to.mkdir(parents=True, exist_ok=True)
-        for made in ("checkpoint-000800.pt", "best.pt", "network.safetensors", "mine.pt"): (to/made).touch()
-        if stage == "search": save_architecture(all_open(SearchSpace(11, config.layers, config.channels)), to/"architecture.json")
-        learned = parameters.get("w_sup", 1) or None # None: a search without labels has no mIoU
-        row = {"miou": .5, "iou": {}, "gflops": 1., "parameters": 1}
-        metrics = {"search": {"derived_inherited_val_miou": learned, "jigsaw_val_accuracy": .3}, "retrain": {"val_miou": .4}, "evaluate": {"split": "test", "rows": {"x": row}}}
-        RunRecord(stage, name, parameters, 0, metrics[stage], {"training": 1., "step_ms": 1., "latency": {"x": {"latency_ms": 1.}}}).save(to)
-        return Ended()
-    return config, pretend, started
-
-
-def test_a_search_goes_first_and_a_finished_run_keeps_no_checkpoint(pretended):
-    config, pretend, started = pretended
-    assert run_campaign(config, pretend, pause=0.) == []
-    assert started[0] == ("0.025/found", "search") and len(set(started)) == len(started)
-    assert not any(missing_stages(config, run) for run in plan(config))
-    assert {path.name for path in Path(config.folder).rglob("*") if path.suffix in (".pt", ".safetensors")} == {"network.safetensors", "mine.pt"}
-    assert len(compared(config.records)) == 5, "searched, random, the rival, by jigsaw twice"
-    assert [outcome(record_of(config, f"0.025/{name}", "search")) for name in ("found", "found_by_jigsaw")] == ["val mIoU 1.000", "val jigsaw accuracy 0.300"]
-
-
-def test_the_folder_of_records_is_enough(pretended):
-    "Started again nothing is made twice, also where only the records are left; the kept split is taken, not drawn again."
-    config, pretend, started = pretended
-    run_campaign(config, pretend, 0.)
-    count, split = len(started), "0.025/split/labeled.txt"
-    run_campaign(config, pretend, 0.)
-    first = (Path(config.folder)/split).read_text().splitlines()[0] + "\n"
-    shutil.rmtree(config.folder)
-    (Path(config.records)/split).write_text(first)
-    assert run_campaign(config, pretend, 0.) == [] and len(started) == count
-    assert (Path(config.folder)/split).read_text() == first
-    for wrong, named in ((dict(steps=9), "steps = 800, not 9"), (dict(only="searched-*"), "only='searched-")):
-        with pytest.raises(ValueError, match=named): run_campaign(dataclasses.replace(config, **wrong), pretend, 0.)
-
-
-def test_a_run_that_fails_stops_no_other_and_keeps_its_checkpoint(pretended, capsys):
-    config, pretend, _ = pretended
-    config = dataclasses.replace(config, records=None)
-    def failing(config, name, stage, parameters, slot):
-        assert slot in range(config.workers)
-        if "random-0" not in name: return pretend(config, name, stage, parameters, slot)
-        checkpoint = Path(config.folder)/name/stage/"checkpoint-000040.pt"
-        checkpoint.parent.mkdir(parents=True)
-        checkpoint.touch()
-        return Ended(1)
-    assert run_campaign(config, failing, 0.) == ["0.025/random-0-labels/0"] and capsys.readouterr().out.count("FAILED") == 1
-    assert len(compared(config.folder)) == 4
-    assert [path.name for path in Path(config.folder).rglob("checkpoint-*.pt")] == ["checkpoint-000040.pt"], "it resumes when it is started again"
-
-
-def test_the_command_prints_the_table_and_names_what_failed(pretended, monkeypatch, capsys):
-    config, pretend, _ = pretended
-    def failing(config, name, stage, parameters, slot): return pretend(config, name, stage, parameters, slot) if "random" not in name else Ended(1)
-    words = [word for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default for word in ("-p", f.name, str(value))]
-    for start, status in ((failing, 1), (pretend, 0)):
-        monkeypatch.setattr(campaign, "run_campaign", functools.partial(run_campaign, start=start, pause=0.))
-        assert main(["compare", *words]) == status
-        said = capsys.readouterr()
-        assert ("1 failed: 0.025/random-0-labels/0" in said.err) == bool(status) and "lraspp_mobilenet_v3_large" in said.out and "50.0 (n=1)" in said.out
+    assert lock_gpu("runs") == ""
 
 
 # -- In miniature, with real processes
@@ -244,24 +135,33 @@ def config(tmp_path_factory):
                           searches=("searched_by_jigsaw",))
 
 
+def snakemake(config, *words):
+    "A process of snakemake with the parameters of `config`."
+    folder = Path(config.folder).parent
+    (folder/"config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    file = ROOT/"nbs"/"experiments"/"compare.smk"
+    with open(folder/"snakemake.log", "a") as log:
+        return subprocess.Popen([sys.executable, "-m", "snakemake", "-s", file, "--configfile", "config.json", "--cores", "2", "--keep-going", *words], cwd=folder, stdout=log,
+                                stderr=log, start_new_session=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+
+
 @pytest.fixture(scope="module")
 def done(config):
     "Stopped after its first record, then run to its end."
-    words = [word for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default for word in ("-p", f.name, "null" if value is None else str(value))]
-    driver = subprocess.Popen([sys.executable, campaign.__file__, "compare", *words], stderr=subprocess.DEVNULL, start_new_session=True)
+    driver = snakemake(config)
     assert wait_until(lambda: any(not missing_stages(config, run) for run in plan(config)), lambda: driver.poll() is not None), "ended without a record"
-    os.killpg(driver.pid, signal.SIGTERM)
-    assert driver.wait(600) == 128 + signal.SIGTERM
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.wait(600) == 1
     before = {run.name: {stage: RunRecord.load(f"{config.folder}/{run.name}/{stage}/{stage}-record.json").created for stage, _ in run.stages}
               for run in plan(config) if not missing_stages(config, run)}
     assert before and len(before) < 9, "stopped on its way"
-    return run_campaign(config), before
+    return snakemake(config).wait(1800), before
 
 
 @long
 def test_nothing_is_made_twice_and_nothing_is_missing(config, done):
-    failed, before = done
-    assert failed == []
+    status, before = done
+    assert status == 0
     runs = plan(config)
     assert {run.name for run in runs} == {"0.025/found", "0.025/trials/searched/0.001", "0.025/trials/unet_resnet18/0.001", "0.025/searched-both/0",
                                           "0.025/unet_resnet18-labels/0", "0.025/unet_resnet18-semi/0", "0.025/found_by_jigsaw", "0.025/searched_by_jigsaw-labels/0",

@@ -18,7 +18,7 @@ from selfsupnas.data.datasets import FolderDataset, load_dataset, read_classes
 from selfsupnas.metrics import Metrics, confusion_figure, record_metrics, metrics_text
 from selfsupnas.data.files import image_file_size, read_image, read_mask
 from selfsupnas.train.log import RunLog, log_line
-from selfsupnas.stages.searching import SearchConfig
+from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.show import save_figure, show_samples
 from selfsupnas.data.splits import load_split
 from selfsupnas.cli import check_inputs

@@ -419,7 +419,8 @@ def test_gate_statistics_and_inherited_networks_leave_the_supernet_as_it_is(fold
     from selfsupnas.rivals import all_open
     from selfsupnas.data.datasets import load_dataset
     from selfsupnas.stages.dynamic import run_dynamic
-    from selfsupnas.stages.searching import calibrate_gate_threshold, gate_statistics, inherited_network
+    from selfsupnas.stages.calibration import calibrate_gate_threshold, gate_statistics
+    from selfsupnas.stages.choice import inherited_network
     space = SearchSpace(3, 1, 4)
     net, table, val = build_supernet(space), measure_costs(space, (64, 80)), load_dataset("folder", "val", folder/"data")
     net.stem.eval()
@@ -454,7 +455,7 @@ def static_supernet(values):
 
 def test_the_least_threshold_is_found_where_the_cost_rises_with_it():
     from selfsupnas.space.gate import CLOSED, gates_of
-    from selfsupnas.stages.searching import calibrate_gate_threshold
+    from selfsupnas.stages.calibration import calibrate_gate_threshold
     # above .3 the cell (1, 1) passes its input on, and the decoder must upsample it
     net, table, share = static_supernet({Edge(0, 0, "down"): .9, Edge(0, 0, "keep"): .1, Edge(1, 1, "up"): .3, Edge(1, 0, "keep"): .6, Edge(2, 0, "keep"): .95})
     images = torch.zeros(2, 3, 64, 80, dtype=torch.uint8)
@@ -471,7 +472,7 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
     from selfsupnas.data.augment import normalise
     from selfsupnas.space.budget import realised_cost
     from selfsupnas.space.gate import CLOSED, gates_of, set_gate_threshold, record_gates
-    from selfsupnas.stages.searching import calibrate_gate_threshold, costs_at_thresholds
+    from selfsupnas.stages.calibration import calibrate_gate_threshold, costs_at_thresholds
     from selfsupnas.space.supernet import gates_by_edge
     torch.manual_seed(0)
     space = SearchSpace(3, 3, 4, search_operations=True)
@@ -494,7 +495,9 @@ def test_shares_at_many_thresholds_are_those_of_one_after_the_other():
 
 def cps_search(place, **changes):
     from selfsupnas.train.batches import load_training_data
-    from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
+    from selfsupnas.stages.searching import BudgetLosses
+    from selfsupnas.stages.configs import SearchConfig
+    from selfsupnas.stages.calibration import make_table
     from selfsupnas.train.loop import train
     settings = SearchConfig(**{**vars(config(place, consistency="cps", steps=4, logs=4)), "layers": 2, "channels": 4, "budget": .8, "cost_ramp": (0., 0.), "budget_gain": .2, **changes})
     data = load_training_data(settings)
@@ -508,27 +511,25 @@ def test_the_budget_counts_both_networks_that_teach_each_other(folder):
     from selfsupnas.train.batches import make_batches
     from selfsupnas.space.budget import expected_cost, binarization_loss
     from selfsupnas.space.gate import gates_of, record_gates
-    from selfsupnas.data.loaders import to_device
-    from selfsupnas.train.step import build_multitask_model, objective
+    from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
     from selfsupnas.stages.searching import BudgetLosses
     from selfsupnas.space.supernet import gates_by_edge
     settings, data, table, net, _ = cps_search(folder, budget_of="expected")
     multitask = build_multitask_model(net, settings)
     for network, bias in ((net, 1.), (multitask.peer, .3)):
         for gate in gates_of(network).values(): nn.init.constant_(gate.logits.bias, bias)
-    batches = {name: to_device(b, "cpu") for name, b in next(make_batches(settings, data)).items()}
-    terms_of = BudgetLosses(net, table, settings)
+    batch = next(make_batches(settings, data)).to("cpu")
     with record_gates(net) as own, record_gates(multitask.peer) as others:
-        losses, metrics = objective(multitask, multitask, None, batches, {"sup": 1., "jig": 0., "semi": 1.}, settings, None, torch.Generator().manual_seed(0),
-                                   lambda gates, network=None: terms_of(gates, 1., network))
+        objective = Objective(settings, multitask, cost=BudgetLosses(net, table, settings))
+        losses, metrics = objective(batch, LossWeights(sup=1., semi=1.), torch.Generator().manual_seed(0))
     each = [gates_by_edge(table.space, gates) for gates in (own, others)]
     spent = [expected_cost(table, gates).mean() / table.full for gates in each]
     assert spent[1] < spent[0] - .1, "they differ"
-    torch.testing.assert_close(losses["cost"].double(), (spent[0] - .8) ** 2 + (spent[1] - .8) ** 2)
-    torch.testing.assert_close(losses["binary"], binarization_loss(each[0]) + binarization_loss(each[1]))
-    assert float(metrics["expected"]) == pytest.approx(spent[0].item())
+    torch.testing.assert_close(losses.cost.double(), (spent[0] - .8) ** 2 + (spent[1] - .8) ** 2)
+    torch.testing.assert_close(losses.binary, binarization_loss(each[0]) + binarization_loss(each[1]))
+    assert float(metrics.expected) == pytest.approx(spent[0].item())
     for network in (net, multitask.peer):
-        gradients = torch.autograd.grad(losses["cost"], [gate.logits.bias for gate in gates_of(network).values()], retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(losses.cost, [gate.logits.bias for gate in gates_of(network).values()], retain_graph=True, allow_unused=True)
         assert sum(g.abs().sum() for g in gradients if g is not None) > 0, "the budget moves its gates"
 
 
@@ -544,7 +545,7 @@ def test_each_of_two_networks_closes_by_its_own_cost(folder):
     for network, value in ((net, 0.), (peer, .9)): # all closed, and all open
         with fix_gates(network, gates_from_edges(table.space, dict.fromkeys(table.space.gated(), value))), record_gates(network) as gates: network(x)
         metrics = terms_of(gates, 1., network)[1]
-        expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (metrics["realised"] - settings.budget)))
+        expected = min(.95, max(CLOSED, CLOSED + settings.budget_gain * (metrics.realised - settings.budget)))
         assert gate_threshold_of(network) == pytest.approx(expected)
     assert gate_threshold_of(net) == pytest.approx(CLOSED) and gate_threshold_of(peer) > 2 * CLOSED
 
@@ -595,44 +596,46 @@ class Scaled:
 
 
 def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
-    from selfsupnas.train.step import MultiTaskModel
+    from selfsupnas.train.step import Losses, LossWeights, MultiTaskModel, StepMetrics
     from selfsupnas.train.log import RunLog, log_line
     from selfsupnas.tasks.teacher import AdaptiveThreshold, EMATeacher
-    from selfsupnas.train.loop import forward_state, take_step
+    from selfsupnas.train.loop import TrainingState, forward_state, take_step
     torch.manual_seed(0)
     multitask = MultiTaskModel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     accelerator = Scaled(multitask)
-    parts = {"multitask": multitask, "teacher": EMATeacher(multitask, .9), "log": RunLog(config(folder, precision="fp16", steps=8, logs=1)), "threshold": AdaptiveThreshold(.8)}
+    settings = config(folder, precision="fp16", steps=8, logs=1)
+    run = TrainingState(settings, accelerator, multitask, EMATeacher(multitask, .9), accelerator, RunLog(settings), AdaptiveThreshold(.8))
     factor = 1.
     multitask.model[0].weight.register_hook(lambda g: g * factor) # makes the gradient overflow
-    def state(): return copy.deepcopy((dict(multitask.state_dict()), dict(parts["teacher"].model.state_dict())))
+    def state(): return copy.deepcopy((dict(multitask.state_dict()), dict(run.teacher.model.state_dict())))
     def same(a, b): return all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one.values(), two.values()))
     rows = []
     for step, factor in enumerate([1., float("inf"), float("nan"), 1., float("inf"), float("inf"), float("inf"), 1.]):
-        old, scale, before = state(), accelerator.scaler.get_scale(), forward_state(parts)
+        old, scale, before = state(), accelerator.scaler.get_scale(), forward_state(run)
         loss = multitask.model(torch.rand(2, 3, 4, 4)).square().sum()
-        parts["threshold"].value += .01
-        bad = take_step(loss, accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, before)
+        run.threshold.value += .01
+        bad = take_step(loss, run, step, lambda name: True, before)
         finite = factor == 1
         assert bad is None and same(old, state()) != finite and (accelerator.scaler.get_scale() < scale) != finite
-        assert parts["threshold"].value == pytest.approx(before["threshold"]["value"] + .01 * finite)
+        assert run.threshold.value == pytest.approx(before.threshold["value"] + .01 * finite)
         assert all(p.grad is None for p in multitask.parameters())
-        if row := parts["log"].add(step, {"sup": loss}, {}, {"sup": 1.}, .1): rows.append(row)
-    assert parts["log"].overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in log_line(rows[-1])
-    other = RunLog(parts["log"].config)
-    other.load_state_dict(parts["log"].state_dict())
+        if row := run.log.add(step, Losses(sup=loss), StepMetrics(), LossWeights(sup=1.), .1): rows.append(row)
+    assert run.log.overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in log_line(rows[-1])
+    other = RunLog(run.log.config)
+    other.load_state_dict(run.log.state_dict())
     assert other.overflows == 5
     other.load_state_dict({"rows": [], "window": []}) # of an older checkpoint
     assert other.overflows == 0
     factor, found = float("inf"), []
     for step in range(6): # the scale falls to 2, then 1; below, an overflow is a fault of the gradient
-        found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), accelerator, parts, accelerator, lambda name: True, parts["log"].config, step, forward_state(parts)))
-    assert found[-1] == "the gradient" and None in found and parts["log"].overflows == 5 + found.count(None)
+        found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), run, step, lambda name: True, forward_state(run)))
+    assert found[-1] == "the gradient" and None in found and run.log.overflows == 5 + found.count(None)
 
 
 def test_a_run_without_a_scale_logs_no_overflows(folder):
     from selfsupnas.train.log import RunLog
-    assert "overflows" not in RunLog(config(folder, steps=1)).add(0, {}, {}, {}, .1)
+    from selfsupnas.train.step import Losses, LossWeights, StepMetrics
+    assert "overflows" not in RunLog(config(folder, steps=1)).add(0, Losses(), StepMetrics(), LossWeights(), .1)
 
 
 # ---- metrics

@@ -14,7 +14,8 @@ from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.files import UnreadableFile
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 from selfsupnas.data.splits import load_split
 from selfsupnas.data.voc import draw_voc
 

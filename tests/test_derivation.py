@@ -21,8 +21,10 @@ from selfsupnas.stages.pareto_front import ParetoConfig, pareto, load_pareto
 from selfsupnas.space.gate import set_gate_threshold
 from selfsupnas.space.grid import STEP, SearchSpace
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.searching import (ImageSubset, SearchConfig, choice_images, best_candidate, choose_route, inherited_network,
-                               load_supernet, plain_images, search, without_choice_images)
+from selfsupnas.stages.searching import ImageSubset, load_supernet, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.choice import choice_images, best_candidate, choose_route, inherited_network, without_choice_images
+from selfsupnas.stages.calibration import plain_images
 from conftest import draw_folder
 
 

@@ -26,7 +26,8 @@ from selfsupnas.stages.pareto_front import ParetoConfig, pareto
 from selfsupnas.viz.tables import write_page
 from selfsupnas.data.files import SegmentationSpec, UnreadableFile
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
-from selfsupnas.stages.searching import SearchConfig, load_supernet, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import load_supernet, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 GRID = dict(layers=2, channels=4, budget=1.)
@@ -272,8 +273,8 @@ FAULTS = {
         "an export into a file": (command("export", "retrain", "--to", "data/classes.txt"), "cannot write data/classes.txt/model.safetensors"),
         "an export with the metrics of another folder": (command("export", "retrain", "--evaluate", "search"), "no run record at search/evaluate-record.json"),
         "a sheet of no samples": (command("data", "folder", "data", "--samples", "0"), "samples must be 1 or more, not 0"),
-        "a command that is gone, campaign": (given("campaign", steps="1"), "selfsupnas campaign: .*nbs/experiments/campaign.py compare"),
-        "a command that is gone, sweep": (command("sweep", "search", "--grid", "seed=0,1"), "selfsupnas sweep: .*nbs/experiments/campaign.py sweep"),
+        "a command that is gone, campaign": (given("campaign", steps="1"), "selfsupnas campaign: .*nbs/experiments/compare.smk"),
+        "a command that is gone, sweep": (command("sweep", "search", "--grid", "seed=0,1"), "selfsupnas sweep: .*nbs/experiments/sweep.smk"),
     },
     "Parameters of another type": {
         **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"--(no-)?{name.replace('_', '-')}\b") for stage, name, value in (
@@ -493,12 +494,12 @@ def test_a_fault_is_answered_and_costs_nothing(place, capsys, answers, group, wh
 
 def test_a_batch_of_nan_costs_its_step_and_no_more(place, monkeypatch):
     "With bad_loss='skip', no NaN enters the history, and the search ends."
-    import selfsupnas.train.loop as training
-    plain, calls = training.to_device, []
+    import selfsupnas.train.batches as drawn
+    plain, calls = drawn.to_device, []
     def poisoned(batch, device):
         calls.append(1)
         return {name: x * float("nan") if x.is_floating_point() and len(calls) in (4, 5, 6) else x for name, x in plain(batch, device).items()}
-    monkeypatch.setattr(training, "to_device", poisoned)
+    monkeypatch.setattr(drawn, "to_device", poisoned)
     found = run_search("new", bad_loss="skip", steps=4, logs=4)
     rows = json.loads(Path("new/history.json").read_text())
     assert rows == found.trained.history and [row["step"] for row in rows] == [1, 2, 3, 4] and json.loads(Path("new/bad-step-000001.json").read_text())["images"]

@@ -35,7 +35,8 @@ from selfsupnas.viz.tables import Summary, summary_figure
 from selfsupnas.viz.routes import plot_closed, plot_cost_distribution, plot_image_routes, plot_operations
 from selfsupnas.viz.curves import plot_front
 from selfsupnas.data.toy.streetscenes import draw_scene
-from selfsupnas.stages.searching import GateStatistics, SearchConfig
+from selfsupnas.stages.calibration import GateStatistics
+from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.show import ERROR_COLOURS, colourise, error_map, legend, overlay, show_images, show_samples
 from selfsupnas.data.splits import make_split
 from selfsupnas.data.inspection import sample_sheet, survey

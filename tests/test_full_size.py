@@ -9,19 +9,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfsupnas.core import RunRecord
-from selfsupnas.data.loaders import to_device
 from selfsupnas.rivals import random_architecture
 from selfsupnas.space.budget import static_cost
 from selfsupnas.space.cell import SparseFeatures
 from selfsupnas.space.cost import count_cost
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import build_supernet, feature_sizes
-from selfsupnas.stages.searching import SearchConfig, check_budget
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.calibration import check_budget
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.batches import load_training_data, make_batches
-from selfsupnas.train.step import build_multitask_model, objective
+from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
 
 SMALL = SearchConfig(folder="runs/unused", size=(64, 80), layers=3, channels=16, batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, threshold=0.)
 KINDS = {name: dataclasses.replace(SMALL, consistency=name) for name in CONSISTENCY}
@@ -48,11 +48,9 @@ def one_step(data, space):
     def make(config, semi=True):
         multitask = build_multitask_model(build_supernet(space), config).train()
         teacher = EMATeacher(multitask)
-        batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
-        weights = {"sup": config.w_sup, "jig": config.w_jig, "semi": config.w_semi * semi, "strong": config.w_strong}
-        def loss():
-            losses, _ = objective(multitask, multitask, teacher, batches, weights, config, permutation_set(config.jigsaw_n), torch.Generator().manual_seed(0))
-            return sum(weights[name] * term for name, term in losses.items())
+        batch, objective = next(make_batches(config, data)).to("cpu"), Objective(config, multitask, teacher, permutation_set(config.jigsaw_n))
+        weights = LossWeights(sup=config.w_sup, jig=config.w_jig, semi=config.w_semi * semi, strong=config.w_strong)
+        def loss(): return objective(batch, weights, torch.Generator().manual_seed(0))[0].total(weights)
         return multitask, teacher, loss
     return make
 

@@ -6,20 +6,18 @@ import torch
 from accelerate import Accelerator, state
 from benchmarks import SpeedConfig, closed_gates
 
-from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.train.batches import load_training_data, make_batches, present
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.space.budget import measure_costs
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.space.gate import fix_gates
-from selfsupnas.data.loaders import to_device
 from selfsupnas.tasks.losses import pixel_cross_entropy
-from selfsupnas.train.step import objective
-from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.distributed import local_device
 from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
-from selfsupnas.stages.searching import SearchConfig, load_supernet, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import load_supernet, search
 from selfsupnas.space.supernet import build_supernet
-from selfsupnas.train.loop import build_training_parts, seed_step, step_weights, train
+from selfsupnas.train.loop import build_training_state, seed_step, step_weights, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")
 
@@ -48,15 +46,13 @@ def one_pass(config, data, device):
     state.AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=device == "cpu")
     torch.manual_seed(0)
-    parts = build_training_parts(build_supernet(config.space(data.train.spec.num_classes), gate=config.gate), config, accelerator)
-    parts["multitask"].train()
-    batches = {name: to_device(b, accelerator.device) for name, b in next(make_batches(config, data)).items()}
+    run = build_training_state(build_supernet(config.space(data.train.spec.num_classes), gate=config.gate), config, data, accelerator)
+    run.multitask.train()
     weights = step_weights(config, 1., None)
-    permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
-    terms, _ = objective(parts["multitask"], parts["multitask"], parts["teacher"], batches, weights, config, permutations, seed_step(0, 0))
-    sum(weights[name] * term for name, term in terms.items()).backward()
+    losses, _ = run.objective(next(make_batches(config, data)).to(accelerator.device), weights, seed_step(0, 0))
+    losses.total(weights).backward()
     state.AcceleratorState._reset_state(True)
-    return terms, {name: p.grad for name, p in parts["multitask"].named_parameters() if p.grad is not None}
+    return present(losses), {name: p.grad for name, p in run.multitask.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("kind", ["fixmatch", "mean_teacher", "cps"]) # unimatch draws which features it drops
@@ -134,8 +130,8 @@ def test_a_retrained_network_is_measured_alike_on_both(config, tmp_path):
 def test_batches_are_pinned_and_arrive(config):
     data = load_training_data(config)
     batch = next(make_batches(config, data))
-    assert all(x.is_pinned() for x in batch["labelled"].values() if isinstance(x, torch.Tensor))
-    moved, plain = (to_device(batch["labelled"], device) for device in ("cuda", "cpu"))
+    assert all(x.is_pinned() for x in present(batch.labelled).values())
+    moved, plain = (present(batch.to(device).labelled) for device in ("cuda", "cpu"))
     for name in plain: assert torch.allclose(moved[name].cpu(), plain[name], atol=1e-6), name
 
 

@@ -17,7 +17,8 @@ SMALL = dict(size=(64, 80), layers=3, channels=8, budget=.75, steps=STEPS, logs=
 
 
 def run_search(folder, architecture=None):
-    from selfsupnas.stages.searching import SearchConfig, search
+    from selfsupnas.stages.configs import SearchConfig
+    from selfsupnas.stages.searching import search
     search(SearchConfig(folder=folder, **SMALL))
 
 

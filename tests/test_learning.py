@@ -11,7 +11,8 @@ from selfsupnas.train.config import TrainingConfig
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 from selfsupnas.train.loop import train
 
 SIZE = 64, 96 # height, width

@@ -6,14 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.train.batches import load_training_data, make_batches, present
 from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.retraining import load_network
-from selfsupnas.stages.searching import without_choice_images
+from selfsupnas.stages.choice import without_choice_images
 from selfsupnas.data.splits import save_split
 from selfsupnas.data.voc import draw_voc
 
@@ -36,14 +36,15 @@ def batches(config): return list(make_batches(config, load_training_data(config)
 
 
 def same(a, b, but=()):
-    assert len(a) == len(b) and [list(x) for x in a] == [list(x) for x in b]
+    a, b = ([{"labelled": present(x.labelled), "unlabelled": present(x.unlabelled), "jigsaw": {"image": x.jigsaw}} for x in batches] for batches in (a, b))
+    assert len(a) == len(b)
     return all(torch.equal(x[name][key], y[name][key]) for x, y in zip(a, b) for name in x for key in x[name] if key not in but)
 
 
 @pytest.mark.parametrize("data", ["cityscapes_extra", "voc_aug"])
 def test_batches_do_not_depend_on_the_number_of_workers(root, tmp_path, data):
     alone, one, two = (batches(config_of(root, tmp_path, data, workers=n)) for n in (0, 1, 2))
-    assert set(alone[0]) == {"labelled", "unlabelled", "jigsaw"} and alone[0]["labelled"]["image"].shape == (3, 3, 48, 56)
+    assert set(present(alone[0])) == {"labelled", "unlabelled", "jigsaw"} and alone[0].labelled.image.shape == (3, 3, 48, 56)
     assert same(alone, one) and same(alone, two)
     assert not same(alone, batches(config_of(root, tmp_path, data, seed=1)))
 
@@ -68,7 +69,7 @@ def test_labels_of_unlabelled_images_reach_no_view(root, tmp_path):
     kept = dataclasses.replace(config, split_folder=str(save_split(data.split, tmp_path/"split")))
     after = list(make_batches(kept, load_training_data(kept)))
     assert same(before, after, but=("diagnosis_label",)) and not same(before, after)
-    assert all(set(x["jigsaw"]) == {"image"} for x in before)
+    assert all(x.jigsaw.shape[1] == 3 for x in before)
 
 
 def test_a_split_that_was_written_is_read_again(root, tmp_path):
@@ -87,7 +88,8 @@ def test_a_split_file_that_names_a_part_keeps_every_stream_to_it(root, tmp_path)
     part = load_training_data(dataclasses.replace(config, split_folder=str(tmp_path/"part")))
     read = part.train.read
     part.train.read = lambda i: (np.full_like(read(i)[0], 10 * i), read(i)[1])
-    shown = {name: {int(x) // 10 for b in make_batches(config, part) for x in b[name][key][:, 0, 0, 0]} for name, key in (("labelled", "image"), ("unlabelled", "weak"), ("jigsaw", "image"))}
+    shown = {name: {int(x) // 10 for b in make_batches(config, part) for x in images(b)[:, 0, 0, 0]}
+             for name, images in (("labelled", lambda b: b.labelled.image), ("unlabelled", lambda b: b.unlabelled.weak), ("jigsaw", lambda b: b.jigsaw))}
     assert shown == {"labelled": {2, 3}, "unlabelled": {5, 6, 7}, "jigsaw": {2, 3, 5, 6, 7}}
 
 

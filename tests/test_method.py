@@ -4,14 +4,14 @@ import dataclasses, subprocess, sys
 import pytest
 import torch
 
-from selfsupnas.train.batches import load_training_data, make_batches
+from selfsupnas.train.batches import load_training_data, make_batches, present
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.metrics import evaluate_segmenter
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto
-from selfsupnas.data.loaders import to_device
-from selfsupnas.train.step import build_multitask_model, objective
+from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.stages.searching import SearchConfig, split_in_halves, load_supernet, make_phases, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import split_in_halves, load_supernet, make_phases, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.loop import train
@@ -71,10 +71,9 @@ def terms_of(config, weights):
     torch.manual_seed(0)
     multitask = build_multitask_model(build_supernet(space), config)
     teacher = EMATeacher(multitask)
-    batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
-    losses, _ = objective(multitask, multitask, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
-                         permutation_set(config.jigsaw_n), torch.Generator().manual_seed(0))
-    return multitask, teacher, losses
+    objective = Objective(config, multitask, teacher, permutation_set(config.jigsaw_n))
+    losses, _ = objective(next(make_batches(config, data)).to("cpu"), LossWeights(**weights), torch.Generator().manual_seed(0))
+    return multitask, teacher, present(losses)
 
 
 def search_space(config, data): return config.space(data.train.spec.num_classes)
@@ -120,21 +119,21 @@ def test_alternating_turns_split_data_and_parameters(config):
 
 @pytest.mark.parametrize("variant", [dict(drop_path=0.3, adaptive_threshold=True), dict(consistency="unimatch"), dict(update="alternating", consistency="cps")], ids=str)
 def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
-    import selfsupnas.train.loop as training
+    import selfsupnas.train.batches as drawn
     config = dataclasses.replace(config, steps=6, logs=3, **variant)
     data = load_training_data(config)
     def run(config):
         torch.manual_seed(0)
         return train(build_supernet(search_space(config, data)), config, data, phases=make_phases(data, config))
-    whole, plain = run(dataclasses.replace(config, folder=config.folder + "-whole")), training.to_device
+    whole, plain = run(dataclasses.replace(config, folder=config.folder + "-whole")), drawn.to_device
     calls = []
     def interrupt(*args):
         calls.append(1)
         if len(calls) > 12: raise InterruptedError # three batches a step, so in the fifth of six steps
         return plain(*args)
-    monkeypatch.setattr(training, "to_device", interrupt)
+    monkeypatch.setattr(drawn, "to_device", interrupt)
     with pytest.raises(InterruptedError): run(config)
-    monkeypatch.setattr(training, "to_device", plain)
+    monkeypatch.setattr(drawn, "to_device", plain)
     resumed = run(config)
     assert resumed.history == whole.history
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()): assert torch.equal(a, b)

@@ -32,7 +32,9 @@ def run_case(name, folder):
     from selfsupnas.core import write_json
     from selfsupnas.metrics import evaluate_segmenter
     from selfsupnas.distributed import world
-    from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table, make_phases
+    from selfsupnas.stages.searching import BudgetLosses, make_phases
+    from selfsupnas.stages.configs import SearchConfig
+    from selfsupnas.stages.calibration import make_table
     from selfsupnas.space.supernet import build_supernet
     # in double precision, because small gated networks amplify rounding errors about threefold a step
     torch.set_default_dtype(torch.float64)
@@ -125,13 +127,15 @@ STAGE = dict(SMALL, **SHORT, seed=3)
 def stages(tmp_path_factory):
     "The search stage in this process, by notebook_launcher in a kernel, and by torchrun as a command."
     from selfsupnas.cli import run_notebook
-    from selfsupnas.stages.searching import SearchConfig, search
+    from selfsupnas.stages.configs import SearchConfig
+    from selfsupnas.stages.searching import search
     place = tmp_path_factory.mktemp("stages")
     search(SearchConfig(folder=str(place/"one"), **STAGE))
     code = f"""
 import socket
 from accelerate import notebook_launcher
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 def run():
     import torch
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from selfsupnas.space.operations import OPERATIONS
 from selfsupnas.data.files import PairDataset, SegmentationSpec
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig
-from selfsupnas.stages.searching import SearchConfig
+from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.space.supernet import gates_by_edge, gates_from_edges, build_supernet
 from selfsupnas.data.splits import LabelSplit, label_count, load_split, save_split
 

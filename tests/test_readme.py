@@ -1,7 +1,6 @@
 "README.md says what nbs/index.ipynb says, its table is that of the committed records, and what it tells a newcomer to type works."
 import json, re, shlex
 
-import campaign
 import pytest
 import tyro
 import yaml
@@ -66,7 +65,7 @@ def test_arms_and_networks_are_explained_before_the_table(page):
 
 
 COMMANDS = sorted({line for line in SHELL if re.match(r"(torchrun .*)?selfsupnas ", line)})
-SWEEPS = [line for line in SHELL if "campaign.py" in line]
+SWEEPS = [line for line in SHELL if line.startswith("snakemake ")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -84,10 +83,8 @@ def test_its_commands_are_understood(command):
 
 @pytest.mark.parametrize("command", SWEEPS)
 def test_its_sweeps_are_understood(command):
-    python, file, *words = shlex.split(command)
-    assert python == "python" and (ROOT/file).is_file()
-    grid, runs = campaign.plan_sweep(campaign.make_parser().parse_args(words))
-    assert len(runs) > len(grid) > 0
+    words = shlex.split(command)
+    assert (ROOT/words[words.index("-s") + 1]).is_file() and ("-n" in words or "--cores" in words)
 
 
 def test_there_are_commands(): assert len(COMMANDS) >= 9 and SWEEPS and any(c.startswith("torchrun") for c in COMMANDS)

@@ -342,7 +342,7 @@ def test_a_rival_is_measured_on_the_images_of_what_it_is_compared_with(place, tm
 def test_rivals_of_a_run_that_began_with_jigsaws_begin_with_labels(place, tmp_path):
     from selfsupnas.stages.evaluation import train_baseline
     from selfsupnas.stages.pareto_front import ParetoConfig, member_config
-    from selfsupnas.stages.searching import SearchConfig
+    from selfsupnas.stages.configs import SearchConfig
     searched = SearchConfig(data="folder", root=str(place/"data"), sup_start=.5, w_semi=0.)
     assert member_config(ParetoConfig(folder=str(tmp_path)), searched, "derived-0.5").sup_start == 0
     first = config(place, str(place/"search"), equal_cost=None, folder=str(tmp_path/"run"), sup_start=.5, w_semi=0.)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import draw_folder
 
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 
 pytestmark = pytest.mark.long
 STEPS = int(os.environ.get("SELFSUPNAS_SOAK", 150))

@@ -9,7 +9,7 @@ from selfsupnas.core import from_parameters
 from selfsupnas.cli import STAGES
 
 OUTSIDE = sorted((ROOT/"nbs"/"experiments").glob("*.py")) # plain files, no part of the package
-HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill", "onnx", "onnxruntime", "onnxscript", "huggingface_hub", "tensorboard", "submitit", "torchvision")
+HEAVY = ("matplotlib", "fvcore", "ipywidgets", "papermill", "onnx", "onnxruntime", "onnxscript", "huggingface_hub", "tensorboard", "snakemake", "torchvision")
 
 
 def name(path): return str(path.relative_to(ROOT/"nbs"))

@@ -1,149 +1,190 @@
-"A sweep: its grid and table without training, and small sweeps with real processes on this machine and through submitit's local queue."
-import functools, subprocess, sys
+"""The sweep of nbs/experiments/sweep.smk: its points, without Snakemake; its runs, through Snakemake with a command that only writes a record; a small one with real runs, killed twice."""
+import dataclasses, importlib.util, json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-from campaign import COMMAND, Job, SweepConfig, grid_line, main, make_executor, make_parser, members, plan_sweep, run_sweep, sweep_table
-from conftest import wait_until
+from conftest import ROOT, same_run, wait_until
 
 from selfsupnas.core import RunRecord
+from selfsupnas.stages.retraining import RetrainConfig
 
-TINY = ["-p", "steps", "2", "-p", "size", "(64, 80)", "-p", "layers", "3", "-p", "channels", "8", "-p", "batch_labelled", "2", "-p", "batch_unlabelled", "2",
-        "-p", "batch_jigsaw", "2", "-p", "logs", "1", "-p", "budget", "0.8"]
-
-
-def planned(*words): return plan_sweep(make_parser().parse_args(["sweep", "search", *words]))
-
-
-def test_a_grid_becomes_runs_in_order_with_values_of_the_right_type():
-    grid, runs = planned("--grid", "seed=0,1", "--grid", "label_fraction=1/16,1/8", "--grid", "crop=null,(64, 64)", "-p", "steps", "3")
-    assert grid == {"seed": [0, 1], "label_fraction": [1 / 16, 1 / 8], "crop": [None, (64, 64)]}
-    assert len(runs) == 8 and runs[0].name == "seed=0,label_fraction=0.0625,crop=None"
-    assert runs[-1].stages == (("search", {"steps": 3, "seed": 1, "label_fraction": 1 / 8, "crop": (64, 64)}),)
+SNAKEFILE = ROOT/"nbs"/"experiments"/"sweep.smk"
+TINY = dict(steps=4, size=[64, 80], layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=2, budget=.8)
+needs_snakemake = pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason="needs snakemake: pip install 'selfsupnas[workflow]'")
 
 
-@pytest.mark.parametrize("words, said", [
-    ((), "--grid"), (("--grid", "sede=1"), "sede"), (("--grid", "seed=1,x"), "seed must be int"), (("--grid", "seed=1,1"), "twice"), (("--grid", "seed"), "NAME=VALUE"),
-    (("--grid", "budget=0.5,2"), "budget"), (("--grid", "seed=1", "-p", "seed", "2"), "for all runs"), (("--grid", "folder=a,b"), "--folder"),
-    (("--grid", "seed=1", "--grid", "seed=2"), "two lines"), (("--grid", "data=camvid", "-p", "root", "nowhere"), "nowhere"), (("--grid", "seed=1", "--workers", "0"), "workers")])
-def test_a_mistake_anywhere_in_the_grid_ends_it_before_the_first_run(tmp_path, monkeypatch, capsys, words, said):
-    monkeypatch.chdir(tmp_path)
-    assert main(["sweep", "search", *words]) == 2
-    err = capsys.readouterr().err
-    assert said in err and err.startswith("campaign.py sweep: ") and list(tmp_path.iterdir()) == []
+def points(folder, **sweep):
+    "The names of a sweep's Snakefile before its first rule."
+    names = {"config": {"folder": str(folder), **sweep}}
+    exec(SNAKEFILE.read_text().partition("\nrule all:")[0], names)
+    return names
 
 
-def test_a_grid_is_named_by_its_points():
-    runs = members("search", {"seed": [0, 1], "budget": [0.3, 0.5]}, {"steps": 100})
-    assert [run.name for run in runs] == ["seed=0,budget=0.3", "seed=0,budget=0.5", "seed=1,budget=0.3", "seed=1,budget=0.5"]
-    assert runs[1].stages == (("search", {"steps": 100, "seed": 0, "budget": 0.5}),)
-    assert grid_line("crop=(96, 96),(128,160)") == ("crop", ["(96, 96)", "(128,160)"])
-    assert members("search", {"split_folder": ["splits/1_8"]}, {})[0].name == "split_folder=splits-1_8"
+# -- The points
+
+def test_the_file_fits_a_screen(): assert max(map(len, SNAKEFILE.read_text().splitlines())) <= 100
 
 
-@pytest.mark.parametrize("wrong", ["seed", "seed=", "=1", "seed=1,,2", "seed=1,1"])
-def test_what_is_no_line_of_a_grid(wrong):
-    with pytest.raises(ValueError, match="NAME=VALUE" if wrong != "seed=1,1" else "twice"): grid_line(wrong)
+def test_a_grid_becomes_points_in_order(tmp_path):
+    names = points(tmp_path/"new", grid={"seed": [0, 1], "label_fraction": [1 / 16, 1 / 8], "crop": [None, (64, 64)]}, parameters={"steps": 3})
+    assert len(names["POINTS"]) == 8 and names["MISSING"] == list(names["POINTS"]) and list(tmp_path.iterdir()) == []
+    assert list(names["POINTS"])[0] == "seed=0,label_fraction=0.0625,crop=None"
+    assert list(names["POINTS"].values())[-1] == {"steps": 3, "seed": 1, "label_fraction": 1 / 8, "crop": (64, 64)}
 
 
-@pytest.mark.parametrize("grid, shared, named", [({}, {}, "--grid"), ({"seed": [0]}, {"seed": 1}, "seed is in the grid"), ({"lr": [1e-3, 1.0000001e-3]}, {}, "same name")])
-def test_what_is_no_grid(grid, shared, named):
-    with pytest.raises(ValueError, match=named): members("search", grid, shared)
+def test_a_point_is_named_by_its_values(tmp_path):
+    assert list(points(tmp_path, grid={"seed": [0], "budget": [.3, .5]})["POINTS"]) == ["seed=0,budget=0.3", "seed=0,budget=0.5"]
+    assert points(tmp_path)["point_name"]({"split_folder": "splits/1_8"}) == "split_folder=splits-1_8"
 
 
-class Ended:
-    "A process that has ended."
-    def __init__(self, status): self.status = status
-    def poll(self): return self.status
+@pytest.mark.parametrize("grid, parameters, said", [
+    ({}, {}, "grid"), ({"seed": []}, {}, "seed"), ({"seed": 3}, {}, "seed"), ({"sede": [1]}, {}, "sede"), ({"seed": [1, "x"]}, {}, "seed"), ({"seed": [1, 1]}, {}, "seed=1"),
+    ({"lr": [1e-3, 1.0000001e-3]}, {}, "lr=0.001"), ({"budget": [.5, 2.]}, {}, "budget"), ({"seed": [1]}, {"seed": 2}, "seed"), ({"folder": ["a", "b"]}, {}, "folder"),
+    ({"data": ["camvid"]}, {"root": "nowhere"}, "nowhere")])
+def test_a_mistake_anywhere_in_the_grid_ends_it_before_the_first_run(tmp_path, grid, parameters, said):
+    with pytest.raises((ValueError, TypeError, OSError), match=said): points(tmp_path/"new", grid=grid, parameters=parameters)
+    assert list(tmp_path.iterdir()) == []
 
 
-def pretend(started, broken, config, name, stage, parameters, slot):
-    "Writes a record with made-up metrics, or fails."
-    started.append(name)
-    if name in broken: return Ended(1)
-    metrics = {"derived_inherited_val_miou": parameters["budget"] / 2 + parameters["seed"] / 100, "realised_share": parameters["budget"], "derived_gflops": 1.}
-    RunRecord(stage, name, parameters, parameters["seed"], metrics).save(Path(config.folder)/name/stage)
-    return Ended(0)
+def test_what_is_right_together_need_not_be_right_alone(tmp_path):
+    assert len(points(tmp_path, grid={"w_sup": [0., 1.]}, parameters={"w_semi": 0.})["POINTS"]) == 2
+    assert len(points(tmp_path, grid={"keep_operations": [1, 2]}, parameters={"search_operations": True})["POINTS"]) == 2
 
 
-def forbidden(*words): raise AssertionError("nothing is left to be made")
+def test_a_record_of_another_network_is_an_error(tmp_path):
+    def sweep(architecture): return points(tmp_path, stage="retrain", grid={"seed": [0]}, parameters={"architecture": architecture, "w_jig": 0.})["MISSING"]
+    assert sweep("unet_resnet18") == ["seed=0"]
+    config = RetrainConfig(folder=str(tmp_path/"seed=0"/"retrain"), architecture="unet_resnet18", w_jig=0.)
+    RunRecord("retrain", "seed=0", dataclasses.asdict(config), 0, {"val_miou": .5}, inputs=config.inputs()).save(config.folder)
+    assert sweep("unet_resnet18") == []
+    with pytest.raises(ValueError, match="architecture"): sweep("unet_resnet34")
 
 
-def test_only_what_has_no_record_is_made(tmp_path, capsys):
-    grid, config, started = {"seed": [0, 1], "budget": [0.3, 0.5]}, SweepConfig(str(tmp_path)), []
-    runs = members("search", grid, {"steps": 100})
-    assert sweep_table(config, runs, grid) == ""
-    assert run_sweep(config, runs, functools.partial(pretend, started, ["seed=1,budget=0.5"]), pause=0.) == ["seed=1,budget=0.5"] and len(started) == 4
-    out = capsys.readouterr().out
-    assert "sweep: seed=1,budget=0.5 FAILED" in out and "sweep: seed=0,budget=0.3: derived_inherited_val_miou 0.150" in out
-    assert run_sweep(config, runs, functools.partial(pretend, started, []), pause=0.) == [] and started[4:] == ["seed=1,budget=0.5"]
-    table = sweep_table(config, runs, grid)
-    rows = {line.split("|")[1].strip(): line for line in table.splitlines()}
-    assert "0.155" in rows["0.3"] and "0.255" in rows["0.5"] and "n=2" in rows["0.3"] and "val mIoU, supernet" not in table
-    with pytest.raises(ValueError, match="steps = 100, not 200"): run_sweep(config, members("search", grid, {"steps": 200}), forbidden, pause=0.)
+# -- Snakemake
+
+COMMAND = f"""#!{sys.executable}
+"Stands in the place of `selfsupnas`: writes a record with made-up metrics, or fails."
+import ast, dataclasses, os, sys, time
+from selfsupnas.core import RunRecord, from_parameters
+from selfsupnas.cli import STAGES
+stage, _, folder, *words = sys.argv[1:]
+values = {{name: ast.literal_eval(text) for name, text in zip(words[1::3], words[2::3])}}
+config = from_parameters(STAGES[stage], {{**values, "folder": folder}})
+time.sleep(float(os.environ.get("PAUSE", 0)))
+if os.environ.get("BROKEN", "none") in folder: sys.exit("selfsupnas search: failed: FloatingPointError: the loss is not finite")
+metrics = {{"derived_inherited_val_miou": config.budget / 2 + config.seed / 100, "realised_share": config.budget, "derived_gflops": 1.}}
+print("GPU", os.environ["CUDA_VISIBLE_DEVICES"], "from", time.time() - float(os.environ.get("PAUSE", 0)), "to", time.time())
+RunRecord(stage, folder, dataclasses.asdict(config), config.seed, metrics, inputs=config.inputs()).save(folder)
+"""
 
 
-def test_a_run_of_another_network_is_not_made_in_its_place(tmp_path):
-    config = SweepConfig(str(tmp_path))
-    one, other = (members("retrain", {"seed": [0]}, {"architecture": name}) for name in ("unet_resnet18", "unet_resnet34"))
-    RunRecord("retrain", "seed=0", one[0].stages[0][1], 0, {"val_miou": .5}).save(tmp_path/"seed=0"/"retrain")
-    assert run_sweep(config, one, forbidden, pause=0.) == []
-    with pytest.raises(ValueError, match="architecture"): run_sweep(config, other, forbidden, pause=0.)
+def arguments(tmp_path, sweep, *words):
+    "The command of a sweep of which only `sweep` differs from the file."
+    (tmp_path/"sweep.json").write_text(json.dumps(sweep))
+    return [sys.executable, "-m", "snakemake", "-s", str(SNAKEFILE), "--configfile", "sweep.json", *words]
 
 
-@pytest.mark.long
-def test_a_job_is_seen_as_a_process(tmp_path):
-    "With submitit's local queue: a command that succeeds, and an invalid one that gives a reason."
-    executor, log = make_executor(tmp_path/"queue", {"cluster": "local", "timeout_min": 5}), tmp_path/"wrong.log"
-    right, wrong = (Job(executor.submit(subprocess.run, [sys.executable, *COMMAND, "search", *words], check=True), log) for words in (["--parameters"], ["-p", "steps", "none"]))
-    assert wait_until(lambda: right.poll() is not None and wrong.poll() is not None)
-    assert (right.poll(), wrong.poll()) == (0, 1) and "--steps" in right.job.stdout()
-    assert "--steps" in log.read_text()
-
-
-def created(folder): return {path.parts[-3]: RunRecord.load(path).created for path in folder.glob("*/search/search-record.json")}
+def environment(*places, **variables):
+    path = os.pathsep.join(map(str, [*places, Path(sys.executable).parent, os.environ["PATH"]]))
+    return {**os.environ, "PATH": path, **variables}
 
 
 @pytest.fixture
-def single(monkeypatch): monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def pretended(tmp_path):
+    "pretended(sweep, *words, **variables) -> CompletedProcess of snakemake, with a command in the place of `selfsupnas`."
+    command = tmp_path/"bin"/"selfsupnas"
+    command.parent.mkdir()
+    command.write_text(COMMAND)
+    command.chmod(0o755)
+    def run(sweep, *words, **variables):
+        return subprocess.run(arguments(tmp_path, sweep, *words), cwd=tmp_path, env=environment(command.parent, **variables), capture_output=True, text=True, timeout=600)
+    return run
 
 
-def test_what_is_right_together_need_not_be_right_alone():
-    assert [run.stages[0][1]["w_sup"] for run in planned("--grid", "w_sup=0,1", "-p", "w_semi", "0")[1]] == [0., 1.]
-    assert len(planned("--grid", "keep_operations=1,2", "-p", "search_operations", "True")[1]) == 2
-
-
-@pytest.mark.long
-def test_a_sweep_goes_on_where_it_was_and_a_failing_run_stops_no_other(tmp_path, capsys, single):
-    folder = tmp_path/"sweep"
-    # at such a rate all is lost: this run fails, and the two after it are made
-    words = ["sweep", "search", "--grid", "lr=1e30,0.001,0.003", "--folder", str(folder), "--workers", "2", *TINY]
-    assert main(words) == 1
-    said = capsys.readouterr()
-    assert "1 failed: lr=1e+30" in said.err and set(made := created(folder)) == {"lr=0.001", "lr=0.003"}
-    assert "lr=1e+30 FAILED: selfsupnas search: failed: FloatingPointError" in said.out, "why, not only where"
-    rows = [line.split() for line in said.out.splitlines() if line.strip().startswith("0.")]
-    assert [row[0] for row in rows] == ["0.001", "0.003"] and "GFLOPs" in said.out and "(n=1)" in said.out
-    assert (folder/"lr=0.001"/"search"/"search.ipynb").exists(), "a run is an executed notebook"
-    words[2:4] = ["--grid", "lr=0.001,0.003"]
-    assert main(words) == 0 and created(folder) == made, "nothing is made twice"
-    assert main([*words, "-p", "w_jig", "0"]) == 2
-    assert "another folder" in capsys.readouterr().err
+def created(folder): return {path.parts[-3]: RunRecord.load(path).created for path in Path(folder).glob("*/*/*-record.json")}
 
 
 @pytest.mark.long
-def test_the_same_through_a_queue(tmp_path, capsys, single):
-    folder = tmp_path/"sweep"
-    words = ["sweep", "search", "--grid", "lr=1e30,0.001", "--grid", "seed=0,1", "--folder", str(folder), "--slurm", "cluster=local", "timeout_min=20", *TINY]
-    assert main(words) == 1
-    said = capsys.readouterr()
-    assert set(created(folder)) == {"lr=0.001,seed=0", "lr=0.001,seed=1"} and "2 failed" in said.err
-    assert "(n=2)" in said.out, "seeds are summarised"
-    assert said.out.count("FAILED: selfsupnas search: failed: FloatingPointError") == 2
-    assert any("is not finite" in path.read_text() for path in (folder/"queue").rglob("*.err")), "what a job said is kept"
+@needs_snakemake
+def test_only_what_has_no_record_is_made(tmp_path, pretended):
+    sweep, go = {"folder": "runs", "grid": {"seed": [0, 1], "budget": [.3, .5]}, "parameters": {"steps": 100}}, ("--cores", "2", "--keep-going")
+    plan = pretended(sweep, "-n")
+    assert plan.returncode == 0 and plan.stdout.count("rule point:") == 4 and not (tmp_path/"runs").exists()
+    first = pretended(sweep, *go, BROKEN="seed=1,budget=0.5")
+    assert first.returncode == 1 and set(made := created(tmp_path/"runs")) == {"seed=0,budget=0.3", "seed=0,budget=0.5", "seed=1,budget=0.3"}
+    assert "seed=1,budget=0.5 has no record: selfsupnas search: failed: FloatingPointError" in first.stderr, "why, not only where"
+    # other times and another rule do not repeat a point
+    for record in (tmp_path/"runs").rglob("*-record.json"): os.utime(record, (0, 0))
+    copy = tmp_path/"copy.smk"
+    copy.write_text(SNAKEFILE.read_text().replace("exec selfsupnas", "sleep 0; exec selfsupnas"))
+    second = pretended(sweep, *go, "-s", str(copy))
+    assert second.returncode == 0 and second.stderr.count("localrule point:") == 1, second.stderr
+    assert len(created(tmp_path/"runs")) == 4 and created(tmp_path/"runs").items() >= made.items()
+    rows = {line.split()[0]: line for line in second.stderr.splitlines() if line.startswith("  0.")}
+    assert "0.155" in rows["0.3"] and "0.255" in rows["0.5"] and "n=2" in rows["0.3"]
+    third = pretended({**sweep, "parameters": {"steps": 200}}, *go)
+    assert third.returncode == 1 and "steps" in third.stderr + third.stdout and len(created(tmp_path/"runs")) == 4
 
 
-def test_without_submitit_the_cure_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    assert main(["sweep", "search", "--grid", "seed=0", "--folder", str(tmp_path/"sweep"), "--slurm", "partition=gpu"]) == 2
-    assert "pip install 'selfsupnas[slurm]'" in capsys.readouterr().err
+@pytest.mark.long
+@needs_snakemake
+def test_each_run_has_a_gpu_of_its_own(tmp_path, pretended):
+    ran = pretended({"folder": "runs", "grid": {"seed": [0, 1, 2, 3]}}, "--cores", "4", CUDA_VISIBLE_DEVICES="2,5", PAUSE="2")
+    assert ran.returncode == 0, ran.stderr
+    spans = sorted((words[1], float(words[3]), float(words[5])) for words in (log.read_text().split() for log in (tmp_path/"runs").glob("*/search/search.log")))
+    assert [gpu for gpu, *_ in spans] == ["2", "2", "5", "5"]
+    for one, other in (spans[:2], spans[2:]): assert one[2] <= other[1] + .1, "one after the other"
+
+
+# -- Real runs
+
+def kill_all(process):
+    "kill -9 of a process and all its descendants, kernels included."
+    import psutil
+    for one in (everyone := [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]): one.suspend()
+    for one in everyone: one.kill()
+    process.wait()
+
+
+@pytest.mark.long
+@needs_snakemake
+def test_a_sweep_killed_twice_has_the_records_of_an_undisturbed_one(tmp_path):
+    def sweep(folder): return {"folder": folder, "grid": {"w_jig": [0., 1.], "seed": [0, 1]}, "parameters": TINY}
+    def start(folder, log, *words):
+        with open(tmp_path/log, "w") as file:
+            return subprocess.Popen(arguments(tmp_path, sweep(folder), "--cores", "2", "--keep-going", *words), cwd=tmp_path, env=environment(), stdout=file, stderr=file,
+                                    start_new_session=True)
+    def checkpoints(): return {path for path in (tmp_path/"killed").rglob("checkpoint-*.pt") if not list(path.parent.glob("*-record.json"))}
+    assert start("whole", "whole.log").wait(900) == 0, (tmp_path/"whole.log").read_text()
+
+    one = start("killed", "1.log")
+    assert wait_until(checkpoints, lambda: one.poll() is not None)
+    os.killpg(one.pid, signal.SIGINT) # ctrl-C
+    assert one.wait(300) == 1 and not created(tmp_path/"killed")
+    left = checkpoints()
+    assert left, "a stopped run keeps its checkpoint"
+
+    two = start("killed", "2.log")
+    assert wait_until(lambda: created(tmp_path/"killed"), lambda: two.poll() is not None)
+    kill_all(two)
+    before = created(tmp_path/"killed")
+    assert 0 < len(before) < 4
+
+    locked = start("killed", "3.log")
+    assert locked.wait(300) == 1 and "--unlock" in (tmp_path/"3.log").read_text()
+    assert start("killed", "4.log", "--unlock").wait(300) == 0
+    last = start("killed", "5.log")
+    assert last.wait(900) == 0, (tmp_path/"5.log").read_text()
+    assert len(created(tmp_path/"killed")) == 4 and created(tmp_path/"killed").items() >= before.items()
+    for folder in (tmp_path/"whole").glob("*/search"): same_run(tmp_path/"killed"/folder.parent.name/"search", folder)
+    assert any("resum" in path.with_name("search.log").read_text() for path in left), [path.with_name("search.log").read_text() for path in left]
+
+
+@pytest.mark.long
+@needs_snakemake
+def test_a_failing_run_stops_no_other_and_says_why(tmp_path):
+    words = arguments(tmp_path, {"folder": "runs", "grid": {"lr": [1e30, 1e-3]}, "parameters": {**TINY, "steps": 2, "logs": 1}}, "--cores", "2", "--keep-going")
+    ran = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 1 and set(created(tmp_path/"runs")) == {"lr=0.001"}
+    assert "lr=1e+30 has no record: selfsupnas search: failed: FloatingPointError" in ran.stderr and "GFLOPs" in ran.stderr
+    assert (tmp_path/"runs"/"lr=0.001"/"search"/"search.ipynb").exists(), "a run is an executed notebook"

@@ -4,7 +4,8 @@ import dataclasses, importlib.util, math, subprocess, sys
 import pytest
 
 from selfsupnas.train.config import TrainingConfig
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 
 SMALL = dict(size=(64, 80), steps=6, layers=3, channels=8, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=3, budget=0.8, ramp=(0., 0.), threshold=0.)
 
@@ -35,7 +36,8 @@ def test_event_files_hold_the_history(tmp_path):
 def test_nothing_is_written_or_loaded_unless_asked(tmp_path):
     code = f"""
 import sys
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 search(SearchConfig(folder={str(tmp_path)!r}, **{SMALL!r}))
 print("loaded:", [name for name in sys.modules if name.split(".")[0] in ("tensorboard", "tensorboardX")])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

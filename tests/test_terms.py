@@ -6,15 +6,17 @@ import torch
 from torch.nn import functional as F
 
 from selfsupnas.data.augment import cutmix_boxes
-from selfsupnas.train.batches import load_training_data, make_batches, make_streams
+from selfsupnas.train.batches import load_training_data, make_batches, make_streams, present
 from selfsupnas.train.config import STATISTICS, TrainingConfig
+from selfsupnas.space.budget import budget_loss, expected_cost, measure_costs, realised_cost
 from selfsupnas.space.grid import SearchSpace
-from selfsupnas.tasks.jigsaw import cut_and_shuffle
-from selfsupnas.data.loaders import to_device
-from selfsupnas.train.step import build_multitask_model, objective, run_passes
+from selfsupnas.tasks.jigsaw import JigsawHead, cut_and_shuffle
+from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, consistency_term,
+                                   jigsaw_term, run_passes, supervised_term)
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.searching import SearchConfig, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import ClassThreshold, EMATeacher, RelativeThreshold
 from selfsupnas.train.loop import step_weights, train
@@ -41,11 +43,10 @@ def one_step(config, threshold=None, **weights):
     teacher = EMATeacher(multitask)
     with torch.no_grad():
         for p in teacher.model.parameters(): p += .001 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    batches = {name: to_device(b, "cpu") for name, b in next(make_batches(config, data)).items()}
+    batch = next(make_batches(config, data)).to("cpu")
     with torch.no_grad():
-        losses, metrics = objective(multitask, multitask, teacher, batches, {"sup": 0, "jig": 0, "semi": 0, **weights}, config,
-                                   permutation_set(config.jigsaw_n), torch.Generator().manual_seed(5), threshold=threshold)
-    return losses, metrics, multitask, teacher, batches
+        losses, metrics = Objective(config, multitask, teacher, permutation_set(config.jigsaw_n), threshold=threshold)(batch, LossWeights(**weights), torch.Generator().manual_seed(5))
+    return losses, metrics, multitask, teacher, batch
 
 
 def mixed_by_hand(x, box, hole, blank):
@@ -78,21 +79,21 @@ RECIPES = {"averaged": dict(consistency="mean_teacher"), "summed": dict(consiste
 def test_the_consistency_term_is_what_a_hand_computes(config, name):
     config = dataclasses.replace(config, **RECIPES[name])
     threshold = {"relative": RelativeThreshold(config.threshold), "class": ClassThreshold(config.threshold, .5)}.get(config.threshold_kind)
-    losses, metrics, multitask, teacher, batches = one_step(config, threshold, semi=1)
-    batch, (box, hole) = batches["unlabelled"], drawn(config, batches["unlabelled"]["weak"], torch.Generator().manual_seed(5))
+    losses, metrics, multitask, teacher, step = one_step(config, threshold, semi=1)
+    batch, labelled, (box, hole) = step.unlabelled, step.labelled, drawn(config, step.unlabelled.weak, torch.Generator().manual_seed(5))
     with torch.no_grad():
-        view = mixed_by_hand(batch["strong"], box, hole, 0.)
-        student, taught = multitask.model(view).double().softmax(1), teacher.model.model(batch["weak"]).double()
-        own = multitask.model(batches["labelled"]["image"]).double().softmax(1)
-    goal, valid = mixed_by_hand(taught, box, None, 0.), mixed_by_hand(batch["valid"], box, hole, False)
+        view = mixed_by_hand(batch.strong, box, hole, 0.)
+        student, taught = multitask.model(view).double().softmax(1), teacher.model.model(batch.weak).double()
+        own = multitask.model(labelled.image).double().softmax(1)
+    goal, valid = mixed_by_hand(taught, box, None, 0.), mixed_by_hand(batch.valid, box, hole, False)
     tau = [config.threshold] * goal.shape[1]
     if config.threshold_kind == "relative":
-        sure = [own[b, :, i, j].max().item() for b, i, j in (batches["labelled"]["label"] != 255).nonzero().tolist()]
+        sure = [own[b, :, i, j].max().item() for b, i, j in (labelled.label != 255).nonzero().tolist()]
         tau = [config.threshold * sum(sure) / len(sure)] * goal.shape[1]
     if config.threshold_kind == "class":
         means = []
         for k in range(goal.shape[1]):
-            of_class = [p.max().item() for b, i, j in batch["valid"].nonzero().tolist() if (p := taught[b, :, i, j].softmax(0)).argmax() == k]
+            of_class = [p.max().item() for b, i, j in batch.valid.nonzero().tolist() if (p := taught[b, :, i, j].softmax(0)).argmax() == k]
             means.append((1 + sum(of_class) / len(of_class)) / 2 if of_class else 1.)
         tau = [config.threshold * m / max(means) for m in means]
     total, kept = 0., [0, 0]
@@ -103,49 +104,49 @@ def test_the_consistency_term_is_what_a_hand_computes(config, name):
         kept[over] += 1
         if config.consistency == "fixmatch": total -= math.log(p[k]) * over
         else: total += (p - q).square().sum().item() / (1 if config.squares == "summed" else len(p))
-    assert losses["semi"].item() == pytest.approx(total / valid.sum().item(), rel=1e-3)
-    assert metrics["pseudo_share"].item() == pytest.approx(kept[1] / sum(kept), abs=2e-4)
-    assert metrics["pseudo_counts"].view(4, -1).sum(1).tolist()[0] == valid.sum()
+    assert losses.semi.item() == pytest.approx(total / valid.sum().item(), rel=1e-3)
+    assert metrics.pseudo_share.item() == pytest.approx(kept[1] / sum(kept), abs=2e-4)
+    assert metrics.pseudo_counts.view(4, -1).sum(1).tolist()[0] == valid.sum()
     if config.consistency == "fixmatch": assert 0 < kept[1] < sum(kept), "the threshold divides the pixels"
 
 
 def test_strong_views_of_labelled_images_have_their_labels_mixed_alike(config):
     config = dataclasses.replace(config, w_strong=1., w_semi=0., cutmix_p=1., cutout_p=.6)
-    losses, _, multitask, _, batches = one_step(config, strong=1)
-    batch, (box, hole) = batches["labelled"], drawn(config, batches["labelled"]["image"], torch.Generator().manual_seed(5))
-    with torch.no_grad(): logits = multitask.model(mixed_by_hand(batch["strong"], box, hole, 0.))
-    labels = mixed_by_hand(batch["label"], box, hole, 255)
-    assert set(losses) == {"strong"}
-    torch.testing.assert_close(losses["strong"], F.cross_entropy(logits, labels, ignore_index=255), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(batch["strong"], batch["image"]) and "unlabelled" not in batches
+    losses, _, multitask, _, step = one_step(config, strong=1)
+    batch, (box, hole) = step.labelled, drawn(config, step.labelled.image, torch.Generator().manual_seed(5))
+    with torch.no_grad(): logits = multitask.model(mixed_by_hand(batch.strong, box, hole, 0.))
+    labels = mixed_by_hand(batch.label, box, hole, 255)
+    assert set(present(losses)) == {"strong"}
+    torch.testing.assert_close(losses.strong, F.cross_entropy(logits, labels, ignore_index=255), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(batch.strong, batch.image) and step.unlabelled is None
 
 
 @pytest.mark.parametrize("share", [0., .5])
 def test_a_share_of_jigsaws_keeps_its_order(config, share):
     config = dataclasses.replace(config, jigsaw_share=share, w_semi=0., batch_jigsaw=8)
-    losses, _, multitask, _, batches = one_step(config, jig=1)
+    losses, _, multitask, _, batch = one_step(config, jig=1)
     draws, permutations = torch.Generator().manual_seed(5), permutation_set(2)
     target = torch.randint(24, (8,), generator=draws)
     target[torch.rand(8, generator=draws) >= share] = 0 # the first is the order itself
     assert permutations[0].tolist() == [0, 1, 2, 3] and (share or not target.any())
-    shuffled, _ = cut_and_shuffle(batches["jigsaw"]["image"], permutations, draws, target)
+    shuffled, _ = cut_and_shuffle(batch.jigsaw, permutations, draws, target)
     with torch.no_grad(): logits = multitask.head(multitask.model.encode(shuffled)[1])
-    torch.testing.assert_close(losses["jig"], F.cross_entropy(logits, target), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.jig, F.cross_entropy(logits, target), rtol=1e-4, atol=1e-5)
     if share: assert 0 < (target == 0).sum() < 8
-    with pytest.raises(ValueError, match="share"): cut_and_shuffle(batches["jigsaw"]["image"], permutations[1:], draws, share=.5)
+    with pytest.raises(ValueError, match="share"): cut_and_shuffle(batch.jigsaw, permutations[1:], draws, share=.5)
 
 
 # ---- schedules
 
 def test_what_a_step_weighs(config):
     def at(share, **changes): return step_weights(dataclasses.replace(config, **changes), share, None)
-    assert at(.0) == {"sup": 1., "jig": .5, "semi": 1.} == at(1.), "as ever"
+    assert at(.0) == LossWeights(sup=1., jig=.5, semi=1.) == at(1.), "as ever"
     stages = dict(sup_start=.2, jigsaw_decay=(.2, .2), ramp=(.5, .5), w_strong=2.)
     assert [at(share, **stages) for share in (.0, .19, .2, .5)] == [
-        {"sup": 0., "strong": 0., "jig": .5, "semi": 0.}] * 2 + [{"sup": 1., "strong": 2., "jig": 0., "semi": 0.}, {"sup": 1., "strong": 2., "jig": 0., "semi": 1.}]
-    assert at(.3, jigsaw_decay=(.2, .4))["jig"] == pytest.approx(.25)
-    assert at(.1, jigsaw_ramp=(.0, .2))["jig"] == pytest.approx(.5 * math.exp(-5 / 4))
-    assert at(.325, ramp=(.15, .5))["semi"] == pytest.approx(math.exp(-5 / 4)) and at(.1, ramp=(.15, .5))["semi"] == 0
+        LossWeights(0., 0., .5, 0.)] * 2 + [LossWeights(1., 2., 0., 0.), LossWeights(1., 2., 0., 1.)]
+    assert at(.3, jigsaw_decay=(.2, .4)).jig == pytest.approx(.25)
+    assert at(.1, jigsaw_ramp=(.0, .2)).jig == pytest.approx(.5 * math.exp(-5 / 4))
+    assert at(.325, ramp=(.15, .5)).semi == pytest.approx(math.exp(-5 / 4)) and at(.1, ramp=(.15, .5)).semi == 0
 
 
 def test_a_stage_of_jigsaws_alone_moves_no_classifier(config):
@@ -155,9 +156,9 @@ def test_a_stage_of_jigsaws_alone_moves_no_classifier(config):
     seen, before = [], model.classifier.weight.clone()
     from selfsupnas.train import loop as training
     plain = training.take_step
-    def watched(loss, accelerator, parts, *more):
-        done = plain(loss, accelerator, parts, *more)
-        seen.append((torch.equal(parts["multitask"].model.classifier.weight, before), parts["multitask"].head.classify.weight.clone()))
+    def watched(loss, state, *more):
+        done = plain(loss, state, *more)
+        seen.append((torch.equal(state.multitask.model.classifier.weight, before), state.multitask.head.classify.weight.clone()))
         return done
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "take_step", watched)
@@ -182,9 +183,9 @@ def test_a_teacher_starts_again_as_a_copy_of_the_student(config):
 def test_a_teacher_starts_again_where_that_step_is_refused(config, monkeypatch):
     from selfsupnas.train import loop as training
     config, plain, seen = dataclasses.replace(config, ema_start=.5, bad_loss="skip"), training.take_step, []
-    def poisoned(loss, accelerator, parts, *more):
-        bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
-        seen.append((bad, all(torch.equal(a, b) for a, b in zip(parts["teacher"].model.parameters(), parts["multitask"].parameters()))))
+    def poisoned(loss, state, *more):
+        bad = plain(loss * (math.nan if len(seen) == 2 else 1), state, *more)
+        seen.append((bad, all(torch.equal(a, b) for a, b in zip(state.teacher.model.parameters(), state.multitask.parameters()))))
         return bad
     monkeypatch.setattr(training, "take_step", poisoned)
     data = load_training_data(config)
@@ -201,10 +202,10 @@ def test_averaged_statistics_come_back_after_a_step_that_is_not_finite(config, m
     from selfsupnas.train import loop as training
     config = dataclasses.replace(config, ema_buffers="averaged", bad_loss="skip", statistics="clean", threshold_kind="class")
     plain, seen = training.take_step, []
-    def poisoned(loss, accelerator, parts, *more):
-        kept = [b.clone() for b in parts["multitask"].buffers()], copy.deepcopy(parts["threshold"].state_dict()) if seen else None
-        bad = plain(loss * (math.nan if len(seen) == 2 else 1), accelerator, parts, *more)
-        seen.append((bad, kept, [b.clone() for b in parts["multitask"].buffers()]))
+    def poisoned(loss, state, *more):
+        kept = [b.clone() for b in state.multitask.buffers()], copy.deepcopy(state.threshold.state_dict()) if seen else None
+        bad = plain(loss * (math.nan if len(seen) == 2 else 1), state, *more)
+        seen.append((bad, kept, [b.clone() for b in state.multitask.buffers()]))
         return bad
     monkeypatch.setattr(training, "take_step", poisoned)
     data = load_training_data(config)
@@ -240,13 +241,13 @@ def test_perturbed_views_and_cells_that_run_again(statistics, again):
             images, part = torch.cat([views[n] for n in names]), 0.
             plain = 2 * len([n for n in names if n != "jigsaw"])
             out = loop(images, plain, 2 if "weak" in names else 0, statistics != "shared")
-            for n, x in zip([n for n in names if n != "jigsaw"], out["logits"].split(2) if plain else []):
+            for n, x in zip([n for n in names if n != "jigsaw"], out.logits.split(2) if plain else []):
                 torch.testing.assert_close(said.logits[n], x)
                 part = part + x.square().mean()
-            if "jigsaw" in names: part = part + out["jigsaw"].square().mean()
+            if "jigsaw" in names: part = part + out.jigsaw.square().mean()
             if "weak" in names:
-                torch.testing.assert_close(said.perturbed, out["perturbed"])
-                part = part + out["perturbed"].square().mean()
+                torch.testing.assert_close(said.perturbed, out.perturbed)
+                part = part + out.perturbed.square().mean()
             part.backward()
             if number:
                 for name, b in loop.named_buffers(): b.copy_(before[name])
@@ -262,9 +263,9 @@ def test_perturbed_features_apart_move_nothing():
     multitask = build_multitask_model(build_supernet(SearchSpace(5, **SPACE)), TrainingConfig(w_jig=0., consistency="unimatch"))
     with_them, without, images = copy.deepcopy(multitask), copy.deepcopy(multitask), torch.randn(4, 3, 64, 80)
     out = with_them(images, 4, perturb=2, apart=True)
-    torch.testing.assert_close(out["logits"], without(images, 4)["logits"])
+    torch.testing.assert_close(out.logits, without(images, 4).logits)
     for a, b in zip(with_them.buffers(), without.buffers()): torch.testing.assert_close(a, b)
-    assert out["perturbed"].shape == (2, 5, 64, 80)
+    assert out.perturbed.shape == (2, 5, 64, 80)
 
 
 # ---- what is drawn, what is refused, what is recorded
@@ -310,7 +311,7 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     assert set(by_class) == set(done.data.train.spec.classes)
     known = [entry for entry in by_class.values() if entry["share"] is not None]
     assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
-    from selfsupnas.stages.searching import plain_images
+    from selfsupnas.stages.calibration import plain_images
     from selfsupnas.data.augment import normalise
     x = normalise(plain_images(RetrainConfig(folder="x", **small), done.data, 4)) # the stem's first norm, by hand
     first = done.trained.model.stem
@@ -324,7 +325,7 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     from selfsupnas.rivals import build_baseline
     from selfsupnas.distributed import SynchronisedNorm
     from selfsupnas.stages.retraining import recalibrated_metrics
-    from selfsupnas.stages.searching import plain_images, recalibrate_batch_norm
+    from selfsupnas.stages.calibration import plain_images, recalibrate_batch_norm
     from selfsupnas.train.loop import TrainResult
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)
@@ -341,3 +342,53 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     once, again = (recalibrate_batch_norm(copy.deepcopy(rival), images) for _ in range(2))
     for (name, a), b in zip(once.named_buffers(), again.buffers()): assert torch.equal(a, b), name
     assert [m.p for m in once.modules() if isinstance(m, torch.nn.Dropout)] == [.5]
+
+
+# ---- each term alone, on a network that is none of ours
+
+def segmenter(outputs):
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+    torch.manual_seed(0)
+    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=outputs)
+
+
+def supervised_alone(net, config, batch):
+    return supervised_term([net(batch.labelled.image)], batch.labelled.label)
+
+
+def jigsaw_alone(net, config, batch):
+    permutations = permutation_set(2)
+    shuffled, target = cut_and_shuffle(batch.jigsaw, permutations, torch.Generator().manual_seed(0))
+    return jigsaw_term(JigsawHead(40, 2, 24)(net.backbone(shuffled)["low"]), target, permutations)[0]
+
+
+def consistency_alone(net, config, batch):
+    views, teacher = UnlabelledViews(batch.unlabelled, config, torch.Generator().manual_seed(0)), EMATeacher(net)
+    student = {name: net(images)["out"] for name, images in views.images().items()}
+    loss, metrics = consistency_term(views, student, {"strong": teacher(batch.unlabelled.weak)["out"]}, 0.)
+    assert metrics.pseudo_share == 1
+    return loss
+
+
+def budget_alone(net, config, batch):
+    "A network that predicts the gates of the grid: an output for each edge."
+    space = SearchSpace(5, **SPACE)
+    table = measure_costs(space, (64, 80))
+    def cost(gates, share):
+        by_edge = dict(zip(space.edges(), gates["router"].T))
+        return Losses(cost=budget_loss(table, expected_cost(table, by_edge), realised_cost(table, by_edge), .3)), StepMetrics()
+    values = net(batch.labelled.image)["out"].mean((2, 3)).sigmoid()
+    return budget_term(cost, {"model.router": values}, 1.)[0].cost
+
+
+@pytest.mark.parametrize("term", [supervised_alone, jigsaw_alone, consistency_alone, budget_alone])
+def test_a_term_is_used_alone_on_any_segmenter(term, config):
+    data = load_training_data(config)
+    batch = next(make_batches(config, data)).to("cpu")
+    net = segmenter(len(SearchSpace(5, **SPACE).edges()) if term is budget_alone else data.train.spec.num_classes)
+    loss = term(net, config, batch)
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    part = net.backbone if term is jigsaw_alone else net.classifier
+    assert any(p.grad is not None and p.grad.any() for p in part.parameters())

@@ -14,7 +14,8 @@ from selfsupnas.space.grid import Edge
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate, load_evaluation
 from selfsupnas.stages.pareto_front import ParetoConfig, load_pareto, pareto
 from selfsupnas.stages.retraining import RetrainConfig, load_network, load_retrain, retrain
-from selfsupnas.stages.searching import SearchConfig, load_search, load_supernet, search
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.searching import load_search, load_supernet, search
 from selfsupnas.train.checkpoint import read_checkpoint
 from selfsupnas.viz.tables import read_records
 

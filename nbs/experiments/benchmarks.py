@@ -22,7 +22,6 @@ from torch.utils.benchmark import timer
 
 from full_size import step_flops, step_memory, view_table
 from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed_memory
-from selfsupnas.data.loaders import to_device
 from selfsupnas.export import export_onnx, fold_batch_norm, max_relative_difference, load_onnx
 from selfsupnas.metrics import check_logits, confusion_matrix
 from selfsupnas.rivals import build_baseline, random_architecture
@@ -33,13 +32,14 @@ from selfsupnas.space.gate import fix_gates, record_gates
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, gate_name, gates_by_edge
-from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
+from selfsupnas.stages.searching import BudgetLosses
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.calibration import make_table
 from selfsupnas.tasks.losses import pixel_cross_entropy
-from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.train.batches import load_training_data, make_batches
-from selfsupnas.train.loop import (make_optimiser, build_training_parts, seed_step, forward_state,
+from selfsupnas.train.loop import (build_training_state, forward_state, make_optimiser, seed_step,
                                    step_weights, take_step, train)
-from selfsupnas.train.step import objective
+from selfsupnas.train.step import LossWeights
 from selfsupnas.zoo import load
 
 HERE = Path(__file__).resolve().parent
@@ -402,26 +402,18 @@ class SearchStep:
         self.table = view_table(space, config.size, c.gate)
         network = build_supernet(space, gate=c.gate)
         self.cost = BudgetLosses(network, self.table, c) if c.w_cost else None
-        self.parts = build_training_parts(network, c, self.accelerator)
-        self.parts["multitask"].train()
-        self.network, self.optimiser = self.accelerator.prepare(self.parts["multitask"],
-                                                                self.parts["optimiser"])
-        self.permutations = permutation_set(c.jigsaw_n, c.jigsaw_permutations)
+        self.state = build_training_state(network, c, data, self.accelerator, self.cost)
+        self.state.multitask.train()
         self.views = make_batches(dataclasses.replace(c, steps=10**6), data)
-        self.batches = {name: to_device(b, self.accelerator.device)
-                        for name, b in next(self.views).items()}
+        self.batch = next(self.views).to(self.accelerator.device)
 
     def __call__(self):
-        weights, before = step_weights(self.config, 1., self.cost), forward_state(self.parts)
-        charge = self.cost and (lambda gates: self.cost(gates, 1.))
+        weights, before = step_weights(self.config, 1., self.cost), forward_state(self.state)
         with self.accelerator.autocast():
-            losses, metrics = objective(self.network, self.parts["multitask"],
-                                        self.parts["teacher"],
-                                       self.batches, weights, self.config, self.permutations,
-                                       seed_step(0, 0), charge)
-        loss = sum(weights[name] * term for name, term in losses.items())
-        take_step(loss, self.accelerator, self.parts, self.optimiser, lambda name: True,
-                  self.config, 1, before)
+            losses, _ = self.state.objective(self.batch, weights, seed_step(0, 0))
+        take_step(losses.total(weights), self.state, 1, lambda name: True, before)
+
+OF_BUDGET = LossWeights(cost=1., binary=1.)
 
 def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
     """The step with all terms relative to one with only labels, in seconds and multiply-adds, and
@@ -433,13 +425,13 @@ def terms_part(config: SpeedConfig) -> tuple[dict, dict]:
         steps = {name: SearchStep(config, data, folder, precision=config.precision, **changes)
                  for name, changes in kinds.items()}
         whole = steps["all terms"]
-        with torch.no_grad(), record_gates(whole.parts["multitask"].model) as gates:
-            whole.parts["multitask"].model(torch.cat([whole.batches["labelled"]["image"],
-                                                    whole.batches["unlabelled"]["weak"]]))
+        with torch.no_grad(), record_gates(whole.state.multitask.model) as gates:
+            whole.state.multitask.model(torch.cat([whole.batch.labelled.image,
+                                                   whole.batch.unlabelled.weak]))
         gates = {name: g.detach().requires_grad_() for name, g in gates.items()}
         calls = {**steps, "views": lambda: next(whole.views),
-                 "budget": lambda: sum(whole.cost(gates, 1.)[0].values()).backward(),
-                 "teacher": lambda: whole.parts["teacher"].update(whole.parts["multitask"], 1)}
+                 "budget": lambda: whole.cost(gates, 1.)[0].total(OF_BUDGET).backward(),
+                 "teacher": lambda: whole.state.teacher.update(whole.state.multitask, 1)}
         times = in_turns(calls, config)
     times["gates"] = [a - b for a, b in zip(times["all terms"], times["static gates"])]
     flops = {name: step_flops(step.config, step.table) for name, step in steps.items()}

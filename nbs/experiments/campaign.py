@@ -1,12 +1,7 @@
-"""Many runs of the stages: a comparison with rivals, ablations and seeds, or a grid of parameters.
+"""The plan of a comparison: the method, its rivals, ablations and seeds; compare.smk runs it.
 
-    python nbs/experiments/campaign.py compare --folder runs/camvid --workers 2
-    python nbs/experiments/campaign.py sweep search --grid seed=0,1,2 --grid budget=0.3,0.5
-    python nbs/experiments/campaign.py sweep search --grid seed=0,1 --slurm partition=gpu
-
-The plan is plain data, and a run is done when its record exists: the same command resumes a stopped
-campaign. Each run is a separate process; a failed run does not stop others and is repeated only
-when the command is started again. A record with other parameters is an error.
+The plan is plain data, and a run is done when its record exists. A record with other parameters is
+an error.
 
 Rules of a comparison:
 - All runs of a fraction use the same split file, drawn from seed 0. The seeds vary initial weights,
@@ -18,27 +13,21 @@ Rules of a comparison:
   after a short training with the first fraction and seed 0.
 - The test split is read once per run, at its end; the plan depends only on trials.
 """
-import argparse, dataclasses, functools, itertools, json, os, re, shutil, signal, subprocess, sys
-import time, typing
+import itertools, json, os, shlex, shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-import tyro
 
-from selfsupnas.cli import (FRACTIONS, STAGES, align_table, check_inputs, option_words,
-                            replace_pairs)
-from selfsupnas.core import (SEEDS, RunRecord, check_fields, from_parameters, parse_value,
-                             progress_bar, write_json)
+from selfsupnas.cli import option_words
+from selfsupnas.core import SEEDS, RunRecord, check_fields, write_json
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.splits import make_split, save_split
-from selfsupnas.metrics import miou_text
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
-from selfsupnas.train.checkpoint import FolderInUse, checkpoint_paths, deferred_interrupts
 from selfsupnas.viz.tables import summarise, to_markdown
 
 # ---- A comparison as parameters
@@ -81,12 +70,11 @@ class CampaignConfig:
     open: bool = True # also train the grid with all edges open?
     random: int = 6 # number of random architectures of equal cost; the first has all arms
     only: str = "*" # names of runs, as a shell pattern
-    workers: int = 2 # runs at a time
     threads: int = 1 # of each run
 
     def __post_init__(self):
         check_fields(self, least=dict(size=(33, 33), crop=(33, 33), steps=1, search_steps=1,
-                                      trial_steps=1, random=0, workers=1, threads=1),
+                                      trial_steps=1, random=0, threads=1),
                      ranges=dict(seeds=SEEDS))
         unknown = [name for name in (*self.rivals, *self.semi_rivals) if name not in BASELINES]
         if unknown:
@@ -117,16 +105,14 @@ def record_of(config: CampaignConfig, name: str, stage: str) -> RunRecord | None
              for place in (config.folder, config.records) if place]
     return next((RunRecord.load(path) for path in paths if path.exists()), None)
 
-def missing_stages(config: CampaignConfig, run: Run,
-                   free: tuple = PLACES, # parameters in which a record may differ
-                  ) -> list:
+def missing_stages(config: CampaignConfig, run: Run) -> list:
     """(stage, parameters) of the stages without a record, or with one older than that of the stage
     before; ValueError for a record with other parameters, because such runs are not comparable."""
     missing, before = [], ""
     for stage, parameters in run.stages:
         record = record_of(config, run.name, stage)
         for key, value in json.loads(json.dumps(parameters)).items():
-            if record and key not in free and record.parameters.get(key) != value:
+            if record and key not in PLACES and record.parameters.get(key) != value:
                 places = " and ".join(str(Path(place)/run.name)
                                       for place in (config.folder, config.records) if place)
                 raise ValueError(f"{run.name}: its {stage} record has {key} = "
@@ -189,45 +175,61 @@ def compared_run(config: CampaignConfig, fraction: float, network: str, arm: str
                        dict(network=f"{config.folder}/{name}/retrain", root=config.root,
                             baselines=()))))
 
-def routes(config: CampaignConfig, fraction: float) -> list:
-    "Names of a fraction's networks of the grid; none before the search is done."
-    def exists(name): return (Path(config.folder)/f"{fraction:g}"/f"{name}.json").exists()
-    names = ["searched", *(["open"] if config.open else []),
-             *(f"random-{i}" for i in range(config.random)),
-             *(name for name in config.searches if exists(name))]
-    return names if exists("searched") else []
+def grid_networks(config: CampaignConfig) -> list:
+    "Names of a fraction's networks of the grid."
+    return ["searched", *["open"] * config.open, *(f"random-{i}" for i in range(config.random)),
+            *config.searches]
 
 def semi_arms(config: CampaignConfig) -> list:
     "The arms with consistency and without jigsaw, which also apply to hand-crafted networks."
     return [arm for arm in config.arms if ARMS[arm].get("w_jig") == 0
             and ARMS[arm].get("w_semi", 1) > 0] or ["semi"]
 
+def arms_of(config: CampaignConfig, network: str) -> list:
+    "The arms of one network of the grid."
+    if network == "searched": return list(config.arms)
+    if network in SEARCHES: return list(SEARCHES[network][1])
+    return ([arm for arm in config.arms if arm != "inherit"] if network in ("open", "random-0")
+            else ["labels"])
+
+def whole_plan(config: CampaignConfig) -> dict:
+    """name -> (function that returns the Run, the (name, stage) that must be done before), in
+    order; a learning rate and an architecture are known only then."""
+    first, runs, rivals = config.fractions[0], {}, [*config.rivals, *config.semi_rivals]
+    def searched(fraction, network): # the search of a network of the grid
+        return (search_name(fraction, network if network in SEARCHES else "searched"), "search")
+    def add_search(fraction, network="searched"):
+        runs[search_name(fraction, network)] = (
+            lambda: search_run(config, fraction, network), [])
+    def add_trial(network, i):
+        needs = [] if network in BASELINES else [searched(first, network)]
+        runs[trial_name(config, network, config.lrs[i])] = (
+            lambda: trial_runs(config, network)[i], needs)
+    def add_compared(fraction, network, arm, seed):
+        of = network if network in BASELINES else "searched" # whose learning rate it has
+        needs = [(trial_name(config, of, lr), "retrain") for lr in config.lrs]
+        if network not in BASELINES:
+            needs += [searched(fraction, "searched"), searched(fraction, network)]
+        runs[f"{fraction:g}/{network}-{arm}/{seed}"] = (
+            lambda: compared_run(config, fraction, network, arm, seed, best_lr(config, of)), needs)
+    add_search(first)
+    for network in [*rivals, "searched"]:
+        for i in range(len(config.lrs)): add_trial(network, i)
+    for seed, fraction in itertools.product(config.seeds, config.fractions):
+        if seed == config.seeds[0]:
+            for network in ("searched", *config.searches): add_search(fraction, network)
+        networks = grid_networks(config)
+        pairs = ([("searched", arm) for arm in config.arms]
+                 + [(network, "labels") for network in config.rivals]
+                 + [(network, arm) for network in config.semi_rivals for arm in semi_arms(config)]
+                 + [(network, arm) for network in networks[1:] for arm in arms_of(config, network)])
+        for network, arm in pairs: add_compared(fraction, network, arm, seed)
+    return {name: run for name, run in runs.items() if fnmatch(name, config.only)}
+
 def plan(config: CampaignConfig) -> list[Run]:
-    "The runs that are known now, in order."
-    first = config.fractions[0]
-    runs = [search_run(config, first)]
-    rivals = list(dict.fromkeys([*config.rivals, *config.semi_rivals]))
-    for network in [*rivals, *routes(config, first)[:1]]: runs += trial_runs(config, network)
-    for seed in config.seeds:
-        for fraction in config.fractions:
-            if seed == config.seeds[0]:
-                if fraction != first: runs.append(search_run(config, fraction))
-                runs += [search_run(config, fraction, network) for network in config.searches]
-            searched, *further = routes(config, fraction) or [None]
-            pairs = ([(searched, arm) for arm in config.arms if searched]
-                     + [(network, "labels") for network in config.rivals])
-            pairs += [(network, arm) for network in config.semi_rivals
-                      for arm in semi_arms(config)]
-            for network in further:
-                arms = (SEARCHES[network][1] if network in SEARCHES
-                        else [arm for arm in config.arms if arm != "inherit"]
-                        if network in ("open", "random-0") else ["labels"])
-                pairs += [(network, arm) for arm in arms]
-            rates = {network: best_lr(config, network if network in BASELINES else "searched")
-                     for network, _ in pairs}
-            runs += [compared_run(config, fraction, network, arm, seed, rates[network])
-                     for network, arm in pairs if rates[network]]
-    return [run for run in runs if fnmatch(run.name, config.only)]
+    "The runs whose parameters are known now, in order."
+    return [run() for run, needs in whole_plan(config).values()
+            if all(record_of(config, *need) for need in needs)]
 
 # ---- Splits and architectures, which runs share
 
@@ -337,86 +339,28 @@ def comparison_table(results:list, # from `compared`
     if not latency: del columns["latency"], formats["latency"]
     return to_markdown(rows, columns, formats)
 
-# ---- Processes: one per stage, several at a time
-
-# arguments of Python for the command `selfsupnas`
-COMMAND = ("-c", "from selfsupnas.cli import main; raise SystemExit(main())")
+# ---- The command of a stage
 
 def command_words(folder: Path, stage: str, parameters: dict) -> list:
-    """The arguments of `selfsupnas` for one stage, which resumes from its checkpoint; an existing
-    record is older than that of the stage before and is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [stage, "--folder", str(folder)]
-    if (folder/f"{stage}-record.json").exists(): parameters = {**parameters, "overwrite": True}
-    for key, value in parameters.items():
-        words += option_words(key, str(value))
-    return words
+    "The arguments of `selfsupnas` for one stage, which resumes from its checkpoint."
+    options = [option_words(name, str(value)) for name, value in parameters.items()]
+    return [stage, "--folder", str(folder), *sum(options, [])]
 
-def assign_gpu(slot: int) -> dict:
-    "Environment variables that give each concurrent run a GPU; none if there is only one GPU."
+def lock_gpu(folder: str) -> str: # folder: for the lock files
+    "Shell text that waits for a free GPU and takes it; no text with one GPU or none."
     every = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
+    locks = shlex.quote(f"{folder}/gpu-")
+    return (f"until for gpu in {' '.join(gpus)}; do exec 9>{locks}$gpu.lock; flock -n 9 && break; "
+            "done; do sleep 1; done; export CUDA_VISIBLE_DEVICES=$gpu; " if len(gpus) > 1 else "")
 
-def start_stage(config, # has folder and threads
-                name: str, stage: str, parameters: dict,
-                slot: int = 0, # number among the concurrent runs
-               ) -> subprocess.Popen:
-    "Start one stage of a run as a process that prints to STAGE.log in its folder."
-    folder = Path(config.folder)/name/stage
-    words = command_words(folder, stage, parameters)
-    with open(folder/f"{stage}.log", "a", encoding="utf8") as log:
-        return subprocess.Popen([sys.executable, *COMMAND, *words], stdout=log, stderr=log,
-                                start_new_session=True,
-                                env={**os.environ, **assign_gpu(slot),
-                                     "OMP_NUM_THREADS": str(config.threads)})
-
-def reason(log: Path, stage: str, status: int) -> str:
-    "Why a run failed, in one line: its last output, or its exit status."
-    text = log.read_text(encoding="utf8", errors="replace") if log.is_file() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    messages = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
-    last = (messages or lines or ["no output"])[-1]
-    if f"selfsupnas {stage}: running" in last:
-        last = f"it ended with status {status}" + " (killed; out of memory?)" * (status < 0)
+def reason(log: Path, stage: str) -> str:
+    "Why a run has no record, in one line: the last output of its command."
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith(f"selfsupnas {stage}: ")]
+    last = (own or lines or ["no output"])[-1]
+    if last.startswith(f"selfsupnas {stage}: running"): last = "it was killed (out of memory?)"
     return f"{last} (more in {log})"
-
-def stop_stage(process: subprocess.Popen):
-    "Stop a stage and its kernel after the current step is done and saved."
-    if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-
-def drive(look: Callable, # returns the current list of (run, its stages without a record)
-          start: Callable, # name of a run, stage, parameters, slot below `workers` -> process
-          ended: Callable, # run, stage, exit status -> did it succeed?
-          workers: int, what: str, # concurrent processes; title of the progress bar
-          pause: float = 1., # seconds between checks of the processes
-          stop: Callable = stop_stage) -> list:
-    "Run missing stages, `workers` at a time, each once; returns the names of failed runs."
-    # running: name -> (run, stage, slot, process)
-    running, failed, bar = {}, [], progress_bar(desc=what, unit="run")
-    try:
-        while True:
-            runs = look()
-            todo = [(run, missing[0]) for run, missing in runs if missing
-                    and run.name not in (*running, *failed)]
-            for run, (stage, parameters) in todo[:workers - len(running)]:
-                slot = min({*range(workers)} - {k for _, _, k, _ in running.values()})
-                running[run.name] = run, stage, slot, start(run.name, stage, parameters, slot)
-            bar.total, bar.n = len(runs), sum(not missing for _, missing in runs)
-            bar.set_postfix_str(", ".join(running)); bar.refresh()
-            if not running: return failed
-            while all(process.poll() is None for *_, process in running.values()): time.sleep(pause)
-            for run, stage, _, process in [entry for entry in running.values()
-                                           if entry[-1].poll() is not None]:
-                del running[run.name]
-                if not ended(run, stage, process.poll()): failed.append(run.name)
-    finally:
-        with deferred_interrupts(): # a second ctrl-C must not leave runs behind
-            for *_, process in running.values(): stop(process)
-        bar.close()
-
-# ---- Running a comparison
 
 def keep_records(config: CampaignConfig, run: Run):
     "Copy the records and architectures of a finished run to the folder of records."
@@ -426,269 +370,3 @@ def keep_records(config: CampaignConfig, run: Run):
                             for place in (config.folder, config.records))
             if source.exists() and not (copy.exists() and copy.read_bytes() == source.read_bytes()):
                 write_json(copy, json.loads(source.read_text(encoding="utf8")))
-
-def drop_checkpoints(config: CampaignConfig, run: Run):
-    "Remove the checkpoints of a finished run."
-    for stage, _ in run.stages:
-        folder = Path(config.folder)/run.name/stage
-        for path in (*checkpoint_paths(folder), folder/"best.pt"): path.unlink(missing_ok=True)
-
-def outcome(record: RunRecord) -> str:
-    "The main metric of a stage; of a search, that of its derived network with inherited weights."
-    metrics = record.metrics
-    if record.stage == "evaluate":
-        return f"{metrics['split']} mIoU {miou_text(next(iter(metrics['rows'].values()))['miou'])}"
-    if record.stage == "search" and not record.parameters.get("w_sup", 1): # no labels
-        return f"val jigsaw accuracy {metrics['jigsaw_val_accuracy']:.3f}"
-    miou = metrics.get("val_miou", metrics.get("derived_inherited_val_miou"))
-    return f"val mIoU {miou_text(miou)}"
-
-def run_campaign(config: CampaignConfig,
-                 start=start_stage, # start(config, name, stage, parameters, slot) -> process
-                 pause: float = 1., # seconds between checks of the processes
-                ) -> list:
-    """Make all runs without a record, `config.workers` at a time, and return the names of failed
-    runs; ValueError if `config.only` matches no run."""
-    make_splits(config)
-    make_routes(config)
-    if not plan(config):
-        known = plan(dataclasses.replace(config, only="*"))
-        raise ValueError(f"only={config.only!r} matches no run; there are now {len(known)}, from "
-                         f"{known[0].name} to {known[-1].name} (further runs are added when "
-                         "searches and trials are done)")
-    def look():
-        make_routes(config)
-        runs = [(run, missing_stages(config, run)) for run in plan(config)]
-        for run, missing in runs:
-            if missing: continue
-            keep_records(config, run)
-            drop_checkpoints(config, run)
-        return runs
-    return drive(look, functools.partial(start, config),
-                 functools.partial(comparison_ended, config), config.workers, "compare", pause)
-
-def comparison_ended(config: CampaignConfig, run: Run, stage: str,
-                     status: int) -> bool:
-    "Print the result of a stage of a run; returns whether it succeeded."
-    record = record_of(config, run.name, stage)
-    if status or record is None:
-        log = Path(config.folder)/run.name/stage/f"{stage}.log"
-        print(f"compare: {run.name} {stage} FAILED: {reason(log, stage, status)}", flush=True)
-        return False
-    seconds = sum(v for k, v in record.timings.items() if k not in ("step_ms", "latency"))
-    print(f"compare: {run.name} {stage}: {outcome(record)}, {seconds:.0f} s", flush=True)
-    return True
-
-# ---- A sweep: a run for each point of a parameter grid
-
-@dataclass
-class SweepConfig:
-    "Parameters of a sweep, apart from those of its stage."
-    folder: str = "runs/sweep" # of all runs
-    workers: int = 2 # runs at a time; a queue gets all of them at once
-    threads: int = 1 # of each run on this machine
-    records: str | None = None # folder with records of finished runs
-
-    def __post_init__(self):
-        if self.workers < 1 or self.threads < 1:
-            raise ValueError("workers and threads must be 1 or more")
-
-def grid_line(text: str) -> tuple:
-    """The name and the values (text) of a line such as seed=0,1,2; values in brackets may contain
-    commas. Raises ValueError."""
-    name, equals, values = text.partition("=")
-    words = [word.strip() for word in re.split(r",(?![^(]*\))", values)]
-    if not (equals and name.strip() and all(words)):
-        raise ValueError(f"a line of a grid must be NAME=VALUE,VALUE..., not {text!r}")
-    if len(set(words)) < len(words): raise ValueError(f"{text!r} has a value twice")
-    return name.strip(), words
-
-def members(stage: str,
-            grid: dict, # parameter -> values
-            shared: dict) -> list[Run]: # parameters of all runs
-    "A run for each combination of the grid's values, in order."
-    if not grid: raise ValueError("a sweep needs a grid, such as --grid seed=0,1,2")
-    twice = sorted(set(grid) & set(shared))
-    if twice: raise ValueError(f"{twice[0]} is in the grid and set for all runs")
-    runs = []
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values))
-        name = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                        for key, value in point.items())
-        runs.append(Run(re.sub(r"[^\w.,=+-]+", "-", name), ((stage, {**shared, **point}),)))
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError("two runs of this grid have the same name: their values are too close")
-    return runs
-
-# columns of the table for each stage, after the parameters of the grid
-METRICS = {"search": {"derived_inherited_val_miou": "val mIoU, inherited", "supernet_val_miou":
-                      "val mIoU, supernet", "realised_share": "realised cost / full",
-                      "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
-           "retrain": {"val_miou": "val mIoU", "gflops": "GFLOPs (1e9 multiply-adds)"}}
-
-def sweep_ended(config: SweepConfig, run: Run, stage: str, status: int) -> bool:
-    "Print the result of a run; returns whether it succeeded."
-    record = record_of(config, run.name, stage)
-    if status or record is None:
-        log = Path(config.folder)/run.name/stage/f"{stage}.log"
-        print(f"sweep: {run.name} FAILED: {reason(log, stage, status)}", flush=True)
-        return False
-    metrics = {name: record.metrics.get(name) for name in METRICS[stage]}
-    print(f"sweep: {run.name}: " + ", ".join(f"{name} {value:.3f}" for name, value
-                                             in metrics.items() if value is not None), flush=True)
-    return True
-
-def run_sweep(config: SweepConfig, runs: list[Run],
-              # start(config, name, stage, parameters, slot) -> process
-              start: Callable = start_stage,
-              pause: float = 1., # seconds between checks of the processes
-              stop: Callable = stop_stage) -> list:
-    """Make all runs without a record and return the names of failed runs; ValueError for a record
-    with other parameters."""
-    # paths identify a run here: two sweeps may differ only in architecture or split
-    def look(): return [(run, missing_stages(config, run, ("root", "logs"))) for run in runs]
-    return drive(look, functools.partial(start, config), functools.partial(sweep_ended, config),
-                 config.workers, "sweep", pause, stop)
-
-def sweep_table(config: SweepConfig, runs: list[Run], grid: dict) -> str:
-    """Markdown table of mean and spread over seeds of the metrics of a sweep, a row for each other
-    point of its grid; an empty string without records."""
-    stage = runs[0].stages[0][0]
-    pairs = [(run, record_of(config, run.name, stage)) for run in runs]
-    records = [{**vars(record), "name": stage, "file": run.name} for run, record in pairs if record]
-    if not records: return ""
-    by = [f"parameters.{name}" for name in grid if name != "seed"]
-    headers = {name: header for name, header in METRICS[stage].items()
-               if any(record["metrics"].get(name) is not None for record in records)}
-    rows = summarise(records, by, list(headers))
-    for row in rows: # tuples and booleans as on the command line
-        row.update({name: str(row[name]) for name in by})
-    columns = {name: name.split(".")[1] for name in by} | headers
-    return to_markdown(rows, columns, dict.fromkeys(headers, ".3f"))
-
-# ---- A sweep through a queue: submitit submits the runs to Slurm
-
-SHARED = ("cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node", "timeout_min")
-
-def make_executor(folder, # for the queue's own files
-                  options: dict): # of Slurm, such as partition; none with cluster: local
-    "Returns an executor of submitit; raises ImportError."
-    try: import submitit
-    except ImportError:
-        raise ImportError("--slurm needs submitit: pip install 'selfsupnas[slurm]'") from None
-    options = dict(options)
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=options.pop("cluster", "slurm"))
-    executor.update_parameters(name="selfsupnas", **{
-        name if name in SHARED else f"slurm_{name}": value for name, value in options.items()})
-    return executor
-
-class Job:
-    "A job of submitit with the interface of a process."
-    def __init__(self, job, log: Path): # log: file for the errors of a failed job
-        self.job, self.log = job, log
-
-    def poll(self) -> int | None: # None: not done; 0; 1: failed
-        if not self.job.done(): return None
-        if failed := self.job.exception() is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.log.write_text(self.job.stderr() or str(self.job.exception()), encoding="utf8")
-        return int(failed)
-
-def submit(executor, config: SweepConfig, name: str, stage: str, parameters: dict,
-           slot: int # not needed: the queue assigns GPUs
-          ) -> Job:
-    "Submit one stage of a run as a job."
-    folder = Path(config.folder).absolute()/name/stage
-    words = [sys.executable, *COMMAND, *command_words(folder, stage, parameters)]
-    return Job(executor.submit(subprocess.run, words, check=True), folder/f"{stage}.log")
-
-def cancel(job: Job): job.job.cancel()
-
-# ---- The command
-
-def plan_sweep(args) -> tuple:
-    "The grid and the runs of a sweep; every point is checked before the first run starts."
-    cls, lines = STAGES[args.stage], [grid_line(text) for text in args.grid]
-    kinds = typing.get_type_hints(cls)
-    def read(name, text): return parse_value(text, kinds.get(name, str))
-    grid = {name: [read(name, text) for text in values] for name, values in lines}
-    if len(grid) < len(lines): raise ValueError("a parameter has two lines in the grid")
-    shared = {name: read(name, text) for name, text in args.pairs}
-    for name in ("folder", "resume", "overwrite"):
-        if name in grid or name in shared:
-            raise ValueError(f"{name} is set by the sweep: use --folder for the whole sweep")
-    runs = []
-    for run in members(args.stage, grid, shared): # values may be valid only together
-        config = from_parameters(cls, run.stages[0][1])
-        check_inputs(args.stage, config)
-        values = {name: getattr(config, name) for name in run.stages[0][1]}
-        runs.append(run._replace(stages=((args.stage, values),)))
-    return grid, runs
-
-def sweep(args) -> list:
-    "Make the runs of a grid and print their table; returns the names of failed runs."
-    (grid, runs), pool = plan_sweep(args), {}
-    config = SweepConfig(args.folder, args.workers, args.threads)
-    if args.slurm is not None:
-        options = dict(option.partition("=")[::2] for option in args.slurm)
-        options = {name: int(value) if value.isdigit() else value
-                   for name, value in options.items()}
-        config.workers = len(runs)
-        executor = make_executor(Path(config.folder)/"queue", options)
-        pool = dict(start=functools.partial(submit, executor), stop=cancel)
-    failed = run_sweep(config, runs, **pool)
-    if table := sweep_table(config, runs, grid): print(align_table(table))
-    return failed
-
-def compare(words: list) -> list:
-    """Make the runs of a comparison and print its table; returns the names of failed runs."""
-    config = tyro.cli(CampaignConfig, prog="campaign.py compare", registry=FRACTIONS,
-                      args=replace_pairs(words, "campaign.py compare"))
-    failed, results = run_campaign(config), compared(config.folder, config.records)
-    if results: print(align_table(comparison_table(results)))
-    return failed
-
-def make_parser() -> argparse.ArgumentParser:
-    "The arguments of the command."
-    parser = argparse.ArgumentParser(prog="campaign.py", description=__doc__.splitlines()[0],
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "method, rivals, ablations, seeds; can be stopped and resumed"
-    commands.add_parser("compare", help=text, add_help=False) # its options are read by tyro
-    text = "a stage at each point of a grid of parameters; can be stopped and resumed"
-    command = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
-    command.add_argument("stage", metavar="STAGE", choices=tuple(METRICS), help="search, retrain")
-    command.add_argument("--grid", action="append", default=[], metavar="NAME=VALUE,VALUE...")
-    command.add_argument("-p", nargs=2, action="append", default=[], dest="pairs",
-                         metavar=("NAME", "VALUE"), help="set a parameter of all runs")
-    command.add_argument("--folder", default="runs/sweep", help="folder of the results")
-    command.add_argument("--workers", type=int, default=2, help="runs at a time on this machine")
-    command.add_argument("--threads", type=int, default=1, help="of each run")
-    command.add_argument("--slurm", nargs="*", metavar="NAME=VALUE", help="submit the runs to "
-                         "Slurm with these options, such as partition=gpu gpus_per_node=1 "
-                         "timeout_min=600; all machines must share the folder")
-    return parser
-
-def interrupt(number: int, frame):
-    "Treat SIGTERM as ctrl-C, so that started processes are stopped first."
-    raise KeyboardInterrupt(number)
-
-def main(argv=None) -> int:
-    "The command; returns its status: 0, 1 (a run failed), 2 (invalid arguments) or 130 (stopped)."
-    args, words = make_parser().parse_known_args(argv)
-    if words and args.command != "compare": make_parser().parse_args(argv) # refuses them
-    signal.signal(signal.SIGTERM, interrupt)
-    try: failed = compare(words) if args.command == "compare" else sweep(args)
-    except KeyboardInterrupt as e:
-        print(f"campaign.py {args.command}: stopped; repeat the command to continue",
-              file=sys.stderr)
-        return 128 + (e.args or (signal.SIGINT,))[0]
-    except (ValueError, TypeError, OSError, ImportError, FolderInUse) as e:
-        print(f"campaign.py {args.command}: {e}", file=sys.stderr)
-        return 2
-    if failed:
-        print(f"campaign.py {args.command}: {len(failed)} failed: {', '.join(failed)}",
-              file=sys.stderr)
-    return int(bool(failed))
-
-if __name__ == "__main__": sys.exit(main())

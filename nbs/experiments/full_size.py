@@ -25,7 +25,9 @@ from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.network import StaticNetwork
 from selfsupnas.space.supernet import RoutingNetwork, build_supernet, feature_sizes
 from selfsupnas.stages.retraining import RetrainConfig
-from selfsupnas.stages.searching import BudgetLosses, SearchConfig, make_table
+from selfsupnas.stages.searching import BudgetLosses
+from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.calibration import make_table
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.batches import load_training_data

@@ -16,8 +16,8 @@ from typing import Callable, Mapping
 import selfsupnas
 from ..core import (FrozenDict, from_parameters, hash_fields, read_json, rename_keys,
                              write_json)
-from .grid import (STEP, STRIDES, Edge, SearchSpace, coarsest_scale,
-                                   close_edge, open_operations, trace_route)
+from .grid import (STEP, STRIDES, Edge, SearchSpace, coarsest_scale, close_edge,
+                                   open_operations, trace_route)
 
 # %% ../../nbs/space/06_architecture.ipynb #1aed8537
 @dataclass(frozen=True)

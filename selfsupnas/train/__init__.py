@@ -4,5 +4,5 @@ from selfsupnas import lazily
 __getattr__, __dir__ = lazily(__name__, {
     "config": "TrainingConfig",
     "batches": "TrainingData load_training_data",
-    "step": "objective",
+    "step": "Objective",
     "loop": "train"})

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .batches import present
 from .checkpoint import checkpoint_paths, step_of
 from .config import TrainingConfig
+from .step import Losses, LossWeights, StepMetrics
 from ..core import write_json
 from ..metrics import evaluate_segmenter, none_if_nan
 from ..data.files import PairDataset
@@ -48,11 +50,11 @@ class RunLog:
     def load_state_dict(self, state: dict): vars(self).update({"overflows": 0, **state})
 
     def report_bad_step(self, what: str, # what is not finite: the loss or the gradient
-                        step: int, losses: dict,
+                        step: int, losses: Losses,
                         images: dict): # name of the batch -> ids
         "Write bad-step-STEP.json; FloatingPointError for bad_loss='stop', or after 10 in a row."
         self.bad_steps += 1
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        values = {name: float(loss.detach()) for name, loss in present(losses).items()}
         report = Path(self.config.folder)/f"bad-step-{step:06}.json"
         write_json(report, {"step": step, "not_finite": what, "images": images,
                             "terms": {name: str(value) for name, value in values.items()}})
@@ -66,17 +68,18 @@ class RunLog:
                                  f"its images. Lower lr ({self.config.lr}) or the weight of that "
                                  f"loss, or set bad_loss='skip'; {last}")
 
-    def add(self, step: int, losses: dict, # name -> scalar
-            metrics: dict, # name -> number or list
-            weights: dict, seconds: float) -> dict | None:
+    def add(self, step: int, losses: Losses, metrics: StepMetrics, weights: LossWeights,
+            seconds: float) -> dict | None:
         "Add one step; returns the row when one is due."
         self.seconds.append(seconds)
-        values = {k: float(v.detach()) for k, v in losses.items()}
+        values = {k: float(v.detach()) for k, v in present(losses).items()}
+        measured = {k: torch.as_tensor(v).tolist() for k, v in present(metrics).items()}
         self.window.append({**{k: v if math.isfinite(v) else math.nan for k, v in values.items()},
-                            **{k: torch.as_tensor(v).tolist() for k, v in metrics.items()}})
+                            **measured})
         every = max(1, self.config.steps // self.config.logs)
         if (step + 1) % every and step + 1 < self.config.steps: return None
-        row = {"step": step + 1, **{f"w_{k}": w for k, w in weights.items() if k != "sup"}}
+        row = {"step": step + 1,
+               **{f"w_{k}": w for k, w in present(weights).items() if k != "sup"}}
         for key in {k: None for entry in self.window for k in entry}:
             mean = mean_of_finite([entry[key] for entry in self.window if key in entry])
             if mean is not None or key != "gates": row[key] = mean # plots need all gates, or none

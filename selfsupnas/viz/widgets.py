@@ -27,8 +27,9 @@ from .predictions import plot_jigsaw, plot_predictions
 from .routes import draw_gates, draw_route, gate_bar, plot_route
 from .curves import plot_history
 from .routes import plot_image_routes
-from ..stages.searching import (GateStatistics, SearchConfig, derive_candidates,
-                                         inherited_network, plain_images)
+from ..stages.calibration import GateStatistics, plain_images
+from ..stages.configs import SearchConfig
+from ..stages.choice import derive_candidates, inherited_network
 from ..show import new_figure, overlay
 from ..space.supernet import gates_by_edge
 from ..data.splits import classes_present, make_split

@@ -1,0 +1,106 @@
+"""A stage at each point of a grid of parameters. Copy this file, edit SWEEP, and run the copy:
+
+    snakemake -s sweep.smk -n                           the plan
+    snakemake -s sweep.smk --cores 2 --keep-going       two runs at a time on this machine
+    snakemake -s sweep.smk --executor slurm --jobs 20 --keep-going --default-resources gpu=1
+    snakemake -s sweep.smk --unlock                     after snakemake itself was killed
+
+The same command continues a stopped sweep. A point is done when its record exists: only points
+without one are planned, so that no change of code, of times or of this file repeats a run or
+removes its record. A record with other parameters is an error. With several GPUs, each run has one
+of its own: set --cores to their number.
+"""
+import itertools, os, re, shlex, sys
+from pathlib import Path
+
+from selfsupnas.cli import STAGES, align_table, check_inputs, option_words
+from selfsupnas.core import from_parameters
+from selfsupnas.train.checkpoint import finished_run
+from selfsupnas.viz.tables import read_records, summarise, to_markdown
+
+SWEEP = {
+    "stage": "search",
+    "folder": "runs/sweep", # of all runs
+    "grid": {"seed": [0, 1, 2], "budget": [0.3, 0.5]},
+    "parameters": {}, # of all points; see selfsupnas search --help
+    "threads": 1, # of each run
+    "metrics": {"derived_inherited_val_miou": "val mIoU, inherited", # of the table, with headers
+                "realised_share": "realised cost / full",
+                "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
+} | config # from --config or --configfile
+
+STAGE, GRID = SWEEP["stage"], SWEEP["grid"]
+
+# ---- The points: every one is checked before the first run starts
+
+def point_name(values: dict) -> str:
+    texts = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+             for name, value in values.items())
+    return re.sub(r"[^\w.,=+-]+", "-", ",".join(texts))
+
+def record_file(point: str) -> str: return f"{SWEEP['folder']}/{point}/{STAGE}/{STAGE}-record.json"
+
+if not GRID or not all(isinstance(values, list) and values for values in GRID.values()):
+    raise ValueError(f"grid must have a list of values for each parameter, not {GRID}")
+POINTS, MISSING = {}, [] # name -> parameters; names of the points without a record
+for values in itertools.product(*GRID.values()):
+    point = dict(zip(GRID, values))
+    name = point_name(point)
+    if name in POINTS: raise ValueError(f"two points of the grid have the name {name}")
+    run = from_parameters(STAGES[STAGE], dict(**SWEEP["parameters"], **point,
+                                                    folder=str(Path(record_file(name)).parent)))
+    check_inputs(STAGE, run)
+    if not finished_run(run, STAGE): MISSING.append(name)
+    POINTS[name] = SWEEP["parameters"] | point
+
+def command_words(wildcards) -> list:
+    options = [option_words(name, str(value)) for name, value in POINTS[wildcards.point].items()]
+    return [STAGE, "--folder", str(Path(record_file(wildcards.point)).parent), *sum(options, [])]
+
+# ---- GPUs: each run locks one of several; a queue assigns its own
+
+def lock_gpu() -> str:
+    "Shell text that waits for a free GPU and takes it; no text with one GPU or none."
+    import torch
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    locks = shlex.quote(f"{SWEEP['folder']}/gpu-")
+    return (f"until for gpu in {' '.join(gpus)}; do exec 9>{locks}$gpu.lock; flock -n 9 && break; "
+            "done; do sleep 1; done; export CUDA_VISIBLE_DEVICES=$gpu; " if len(gpus) > 1 else "")
+
+rule all:
+    input: [record_file(name) for name in MISSING]
+
+# The record is the only output, because Snakemake removes the outputs of a failed or repeated job.
+rule point:
+    output: record_file("{point}")
+    log: f"{SWEEP['folder']}/{{point}}/{STAGE}/{STAGE}.log"
+    threads: SWEEP["threads"]
+    params: gpu=lock_gpu(), words=command_words
+    shell: "{params.gpu}exec selfsupnas {params.words:q} >{log:q} 2>&1"
+
+# ---- What is printed at the end
+
+def table() -> str:
+    "Mean and spread over seeds at each other point of the grid; no text without records."
+    files = [record_file(name) for name in POINTS if Path(record_file(name)).exists()]
+    if not files: return ""
+    by = {f"parameters.{name}": name for name in GRID if name != "seed"}
+    records = sorted(read_records(*files), key=lambda record: files.index(record["file"]))
+    rows = summarise(records, list(by), list(SWEEP["metrics"]))
+    for row in rows: row |= {name: str(row[name]) for name in by}
+    return align_table(to_markdown(rows, by | SWEEP["metrics"]))
+
+def report(log=None):
+    for name in POINTS:
+        file = Path(record_file(name)).with_name(f"{STAGE}.log")
+        if Path(record_file(name)).exists() or not file.exists(): continue
+        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+        own = [line for line in lines if line.startswith(f"selfsupnas {STAGE}: ")]
+        last = (own or lines or ["no output"])[-1]
+        if last.startswith(f"selfsupnas {STAGE}: running"): last = "it was killed (out of memory?)"
+        print(f"sweep: {name} has no record: {last} (see {file})", file=sys.stderr)
+    print(table(), file=sys.stderr)
+
+onsuccess: report()
+onerror: report()
