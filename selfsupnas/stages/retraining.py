@@ -210,7 +210,7 @@ def retrain(config: RetrainConfig,
     record.save(folder)
     return RetrainResult(trained=trained, record=record, data=data)
 
-# %% ../../nbs/stages/02_retraining.ipynb #1cf79ffb
+# %% ../../nbs/stages/04_retraining.ipynb #1cf79ffb
 def retrain_or_load(config: RetrainConfig) -> RetrainResult:
     """`retrain` for stages that train several networks: with `overwrite`, a network that was since
     trained with the same parameters is loaded, so that a stopped stage can be resumed."""
