@@ -16,12 +16,12 @@ from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.space.budget import measure_costs, static_cost
 from selfsupnas.core import RunRecord
 from selfsupnas.space.derivation import derive
-from selfsupnas.metrics import evaluate_segmenter, miou_of
+from selfsupnas.metrics import ImageSubset, evaluate_segmenter, miou_of
 from selfsupnas.stages.pareto_front import ParetoConfig, pareto, load_pareto
 from selfsupnas.space.gate import set_gate_threshold
 from selfsupnas.space.grid import STEP, SearchSpace
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.searching import ImageSubset, load_supernet, search
+from selfsupnas.stages.searching import load_supernet, search
 from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.stages.choice import choice_images, best_candidate, choose_route, inherited_network, without_choice_images
 from selfsupnas.stages.calibration import plain_images
