@@ -20,8 +20,8 @@ from typing import Callable, Literal
 import tyro
 
 import selfsupnas
-from .core import (RENAMED_STAGES, OWN_PROCESS, RunRecord, from_parameters,
-                             keep_freed_memory, suggestion)
+from .core import (RENAMED_STAGES, OWN_PROCESS, RunRecord, keep_freed_memory,
+                             suggestion)
 from .stages.configs import EvaluateConfig, ParetoConfig, RetrainConfig, SearchConfig
 
 # %% ../nbs/08_cli.ipynb #3524d711
@@ -257,7 +257,7 @@ def run_stage(stage:str,
     it is in use."""
     from selfsupnas.train.checkpoint import finished_message, finished_run, lock_folder
     folder = Path(folder)
-    config = from_parameters(STAGES[stage], {**parameters, "folder": str(folder)})
+    config = STAGES[stage](**{**parameters, "folder": str(folder)})
     if (record := finished_run(config, stage)) and (folder/f"{stage}.ipynb").is_file():
         print(f"selfsupnas {stage}: {finished_message(config, record)}; its notebook is "
               f"{folder}/{stage}.ipynb")
@@ -344,7 +344,7 @@ def plan_demo(data: str, folder, words: list) -> dict: # words: options of the s
                        if name in fields[stage] or name.removeprefix("no_") in fields[stage]]
         values = defaults | parse_options(stage, stage_words)
         plan[stage] = {**values, **inputs.get(stage, {}), "data": data, "folder": str(folder/stage)}
-        config = from_parameters(cls, plan[stage])
+        config = cls(**plan[stage])
         finished = finished and finished_run(config, stage) is not None
         if not finished: check_inputs(stage, config, later=True)
     return plan
@@ -500,7 +500,7 @@ def run_command(command: str, words: list) -> int:
              for word in replace_pairs(words, f"selfsupnas {command}")]
     if command in COMMANDS: return COMMANDS[command](words)
     parameters = parse_options(command, words)
-    config = from_parameters(STAGES[command], parameters)
+    config = STAGES[command](**parameters)
     from selfsupnas.train.checkpoint import finished_run
     if not finished_run(config, command): check_inputs(command, config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: return run_without_notebook(command, config)

@@ -281,11 +281,11 @@ FAULTS = {
             ("search", "seed", "one"), ("search", "seed", "1.5"), ("search", "seed", "True"), ("search", "steps", "1e3"), ("search", "lr", "fast"), ("search", "resume", "maybe"),
             ("search", "size", "64"), ("search", "size", "(64,)"), ("search", "crop", "('a', 80)"), ("search", "zoom", "(1, 2, 3)"), ("search", "jigsaw_permutations", "many"),
             ("pareto", "budgets", "('half',)"), ("evaluate", "batch_size", "8.5"), ("evaluate", "flip", "3"))},
-        "in Python: SearchConfig(steps='5')": (raises(TypeError, lambda: SearchConfig(steps="5")), "SearchConfig.steps must be int, not '5'"),
-        "in Python: RetrainConfig(size=64)": (raises(TypeError, lambda: RetrainConfig(size=64)), "RetrainConfig.size must be "),
-        "a run notebook by itself, seed = 'x'": (raises(TypeError, by_notebook("search", seed="x")), "SearchConfig.seed must be int, not 'x'"),
-        "a run notebook by itself, split = 'tset'": (raises(ValueError, by_notebook("evaluate", split="tset")), "split must be one of train, val, test"),
-        "a run notebook by itself, budgets = [2]": (raises(ValueError, by_notebook("pareto", budgets=[2])), "budgets must be shares"),
+        "in Python: SearchConfig(steps='5')": (raises(ValueError, lambda: SearchConfig(steps="5")), "steps must be a valid integer, not '5'"),
+        "in Python: RetrainConfig(size=64)": (raises(ValueError, lambda: RetrainConfig(size=64)), "size must be "),
+        "a run notebook by itself, seed = 'x'": (raises(ValueError, by_notebook("search", seed="x")), "seed must be a valid integer, not 'x'"),
+        "a run notebook by itself, split = 'tset'": (raises(ValueError, by_notebook("evaluate", split="tset")), "split must be 'train', 'val' or 'test', not 'tset'"),
+        "a run notebook by itself, budgets = [2]": (raises(ValueError, by_notebook("pareto", budgets=[2])), "budgets.0 must be less than or equal to 1"),
     },
     "Parameters out of range": {
         **{f"{stage} -p {name} {value}": (given(stage, **{name: value}), rf"{name.replace('_fraction', '.fraction')}.* must be .*{re.escape(right)}.*, not ") for stage, name, value, right in (

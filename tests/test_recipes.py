@@ -11,7 +11,7 @@ from papermill.iorw import load_notebook_node, read_yaml_file
 from papermill.parameterize import parameterize_notebook
 
 from selfsupnas.data.cityscapes import draw_cityscapes
-from selfsupnas.core import RunRecord, from_parameters
+from selfsupnas.core import RunRecord
 from selfsupnas.stages.retraining import retrain
 from selfsupnas.stages.searching import search
 from selfsupnas.cli import STAGES
@@ -45,7 +45,7 @@ class TestFile:
 
     def test_the_stage_takes_it(self, path):
         name, stage = named(path)
-        config = from_parameters(STAGES[stage], yaml.safe_load(path.read_text("utf8")))
+        config = STAGES[stage](**yaml.safe_load(path.read_text("utf8")))
         assert config == recipe_config(name, stage)
         assert config.crop == SETS[config.data]["crop"] and isinstance(config.zoom, tuple)
 
@@ -57,7 +57,7 @@ class TestFile:
         for cell in notebook.cells:
             if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])): exec(cell.source, values)
         fields = [f.name for f in dataclasses.fields(STAGES[stage])]
-        assert from_parameters(STAGES[stage], {k: values[k] for k in fields}) == recipe_config(name, stage)
+        assert STAGES[stage](**{k: values[k] for k in fields}) == recipe_config(name, stage)
 
 
 @pytest.mark.parametrize("stage", ["search", "retrain"])

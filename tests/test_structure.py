@@ -5,7 +5,6 @@ import pytest
 from conftest import ROOT
 from imports import CHAPTERS, MODULES, NOTEBOOKS, cells, is_exported, module_of, package_imports, wrong_imports
 
-from selfsupnas.core import from_parameters
 from selfsupnas.cli import STAGES
 
 OUTSIDE = sorted((ROOT/"nbs"/"experiments").glob("*.py")) # plain files, no part of the package
@@ -87,7 +86,7 @@ def test_the_parameters_cell_mirrors_the_dataclass(stage):
     exec(tagged[0], values)
     del values["__builtins__"]
     assert values == {f.name: f.default for f in dataclasses.fields(cls)}
-    assert from_parameters(cls, values) == cls()
+    assert cls(**values) == cls()
     comments = {line.split(" = ")[0]: line.partition(" # ")[2] for line in tagged[0].splitlines()}
     docs = {m[1]: m[2] for base in reversed(cls.__mro__[:-1]) for m in re.finditer(r"^    (\w+): .*? # (.*)$", inspect.getsource(base), re.M)}
     assert comments == docs, "the same explanations"

@@ -65,11 +65,11 @@ def test_a_record_of_another_network_is_an_error(tmp_path):
 COMMAND = f"""#!{sys.executable}
 "Stands in the place of `selfsupnas`: writes a record with made-up metrics, or fails."
 import ast, dataclasses, os, sys, time
-from selfsupnas.core import RunRecord, from_parameters
+from selfsupnas.core import RunRecord
 from selfsupnas.cli import STAGES
 stage, _, folder, *words = sys.argv[1:]
 values = {{name: ast.literal_eval(text) for name, text in zip(words[1::3], words[2::3])}}
-config = from_parameters(STAGES[stage], {{**values, "folder": folder}})
+config = STAGES[stage](**{{**values, "folder": folder}})
 time.sleep(float(os.environ.get("PAUSE", 0)))
 if os.environ.get("BROKEN", "none") in folder: sys.exit("selfsupnas search: failed: FloatingPointError: the loss is not finite")
 metrics = {{"derived_inherited_val_miou": config.budget / 2 + config.seed / 100, "realised_share": config.budget, "derived_gflops": 1.}}

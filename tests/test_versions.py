@@ -7,7 +7,7 @@ import torch
 
 import selfsupnas
 from selfsupnas.cli import main
-from selfsupnas.core import RENAMED, from_parameters
+from selfsupnas.core import RENAMED
 from selfsupnas.space.architecture import load_architecture
 from selfsupnas.space.gate import gates_of
 from selfsupnas.space.grid import Edge
@@ -94,7 +94,7 @@ def test_a_stopped_run_goes_on(stage, miou, here, capsys):
 
 @pytest.mark.parametrize("cls, old", [(SearchConfig, "w_harden"), (SearchConfig, "harden_ramp")])
 def test_an_old_name_by_hand_is_refused_with_the_new_one(cls, old):
-    with pytest.raises(ValueError, match=f"{old} is {RENAMED[old]} since version 0.2"): from_parameters(cls, {old: 1.})
+    with pytest.raises(ValueError, match=f"{old} is {RENAMED[old]} since version 0.2"): cls(**{old: 1.})
 
 
 def test_the_old_command_is_refused_with_the_new_one(capsys):

@@ -11,17 +11,18 @@ calls are timed in turns in one process, and a result is the median of the ratio
 """
 import argparse, dataclasses, json, subprocess, sys, tempfile, time, timeit
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import timer
 
 from full_size import step_flops, step_memory, view_table
-from selfsupnas.core import RunRecord, check_fields, from_parameters, keep_freed_memory
+from selfsupnas.core import Pair, RunRecord, checked_dataclass, from_texts, keep_freed_memory
 from selfsupnas.export import export_onnx, fold_batch_norm, max_relative_difference, load_onnx
 from selfsupnas.metrics import check_logits, confusion_matrix
 from selfsupnas.rivals import build_baseline, random_architecture
@@ -101,26 +102,24 @@ def time_loader(config: SearchConfig, rounds: int = 3) -> RunRecord:
 
 # ---- Speed: calls timed in turns, relative to a large matrix product
 
-@dataclass
+@checked_dataclass
 class SpeedConfig:
     "Parameters of the parts of the benchmark."
     folder: str = "runs/speed" # of the records
     device: str = "cpu" # or cuda
-    precision: str = "no" # bf16 or fp16: autocast, if the device supports it
-    layers: int = 16 # of the grid
+    precision: Literal["no", "bf16", "fp16"] = "no" # autocast, if the device has it
+    layers: PositiveInt = 16 # of the grid
     channels: int = 64 # C0 of the grid
-    num_classes: int = 19 # of Cityscapes
-    images: int = 4 # per term and step; the published step has 8, with size 768 768
-    size: tuple[int, int] = (256, 256) # (height, width) of a view
-    rounds: int = 7 # timed turns of each call, after one warm-up turn
+    num_classes: Annotated[int, Field(ge=2)] = 19 # of Cityscapes
+    images: Annotated[int, Field(ge=2)] = 4 # per term and step; published: 8 of size 768 768
+    size: Pair[int] = (256, 256) # (height, width) of a view
+    rounds: PositiveInt = 7 # timed turns of each call, after one warm-up turn
     turn: float = 0.2 # seconds of a turn: shorter calls are repeated
     network: str = "camvid-eighth" # derived network, see selfsupnas.zoo
     rival: str = "deeplabv3_resnet50" # hand-crafted network for comparison
-    network_size: tuple[int, int] = (360, 480) # (height, width) of an image for both
+    network_size: Pair[int] = (360, 480) # (height, width) of an image for both
 
     def __post_init__(self):
-        check_fields(self, least=dict(layers=1, images=2, rounds=1, num_classes=2),
-                     choices=dict(precision=("no", "bf16", "fp16")))
         if self.device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}, but there is no GPU")
 
@@ -569,7 +568,7 @@ def main(argv=None) -> int:
         if [part for part in parts if part in OF_SEARCHES]:
             if len(parts) > 1 or options:
                 parser.error("removal and loader are measured alone, with parameters by -p")
-            config = from_parameters(SearchConfig, dict(pairs), texts=True)
+            config = from_texts(SearchConfig, dict(pairs))
             print(parts[0], OF_SEARCHES[parts[0]](config).timings)
         elif pairs: parser.error("-p is for removal and loader")
         else:

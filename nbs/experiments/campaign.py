@@ -14,20 +14,22 @@ Rules of a comparison:
 - The test split is read once per run, at its end; the plan depends only on trials.
 """
 import itertools, json, os, shlex, shutil
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
 from selfsupnas.cli import option_words
-from selfsupnas.core import SEEDS, RunRecord, check_fields, write_json
+from selfsupnas.core import (PositiveShare, RunRecord, Seed, Several, check_names,
+                             checked_dataclass, write_json)
 from selfsupnas.data.datasets import load_dataset
 from selfsupnas.data.splits import make_split, save_split
 from selfsupnas.rivals import BASELINES, all_open, random_architecture
 from selfsupnas.space.architecture import load_architecture, save_architecture
 from selfsupnas.space.budget import measure_costs, static_cost
+from selfsupnas.train.config import Size
 from selfsupnas.viz.tables import summarise, to_markdown
 
 # ---- A comparison as parameters
@@ -45,47 +47,37 @@ SEARCHES = {"searched_again": (dict(seed=1), ("labels",)),
             "searched_by_labels": (ARMS["labels"], ("labels",)),
             "searched_by_jigsaw": (dict(w_sup=0., w_semi=0.), ("labels", "inherit"))}
 
-@dataclass
+@checked_dataclass
 class CampaignConfig:
     "Parameters of a campaign; others have the defaults of the stages."
     folder: str = "runs/campaign" # of all runs
     records: str | None = None # folder for copies of all records; runs with a record are done
     data: str = "camvid" # see selfsupnas.data.datasets
     root: str | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
-    size: tuple[int, int] = (192, 256) # (height, width) of images, and of the cost table
-    crop: tuple[int, int] | None = (128, 160) # (height, width) of a training view; None: the image
-    fractions: tuple[float, ...] = (1 / 8, 1 / 4) # of the training labels
-    seeds: tuple[int, ...] = (0, 1, 2) # of each network and arm; the split has seed 0
-    steps: int = 800 # of every compared training
+    size: Size = (192, 256) # (height, width) of images, and of the cost table
+    crop: Size | None = (128, 160) # (height, width) of a training view; None: the image
+    fractions: Several[PositiveShare] = (1 / 8, 1 / 4) # of the training labels
+    seeds: Several[Seed] = (0, 1, 2) # of each network and arm; the split has seed 0
+    steps: PositiveInt = 800 # of every compared training
     layers: int = 8 # of the grid
     channels: int = 48 # C0 of the grid
     budget: float = 0.5 # of the search
-    search_steps: int = 800 # of every search
-    searches: tuple[str, ...] = tuple(SEARCHES) # further searches, by the names of their networks
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
-    trial_steps: int = 100 # of each trial
-    rivals: tuple[str, ...] = tuple(BASELINES) # hand-crafted networks, trained with only labels
-    semi_rivals: tuple[str, ...] = ("deeplabv3plus_resnet18",) # with consistency, see semi_arms
-    arms: tuple[str, ...] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
+    search_steps: PositiveInt = 800 # of every search
+    searches: Several[str] = tuple(SEARCHES) # further searches, by the names of their networks
+    lrs: Several[float] = (3e-4, 1e-3, 3e-3) # learning rates to try for each network
+    trial_steps: PositiveInt = 100 # of each trial
+    rivals: Several[str] = tuple(BASELINES) # hand-crafted networks, trained with only labels
+    semi_rivals: Several[str] = ("deeplabv3plus_resnet18",) # with consistency, see semi_arms
+    arms: Several[str] = ("both", "labels", "semi", "jigsaw") # of the grid's networks; see ARMS
     open: bool = True # also train the grid with all edges open?
-    random: int = 6 # number of random architectures of equal cost; the first has all arms
+    random: NonNegativeInt = 6 # random architectures of equal cost; the first has all arms
     only: str = "*" # names of runs, as a shell pattern
-    threads: int = 1 # of each run
+    threads: PositiveInt = 1 # of each run
 
     def __post_init__(self):
-        check_fields(self, least=dict(size=(33, 33), crop=(33, 33), steps=1, search_steps=1,
-                                      trial_steps=1, random=0, threads=1),
-                     ranges=dict(seeds=SEEDS))
-        unknown = [name for name in (*self.rivals, *self.semi_rivals) if name not in BASELINES]
-        if unknown:
-            raise ValueError(f"there is no hand-crafted network {unknown[0]!r}; known: "
-                             f"{', '.join(BASELINES)}")
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown: raise ValueError(f"there is no arm {unknown[0]!r}; known: {', '.join(ARMS)}")
-        unknown = [name for name in self.searches if name not in SEARCHES]
-        if unknown:
-            raise ValueError(f"there is no further search {unknown[0]!r}; known: "
-                             f"{', '.join(SEARCHES)}")
+        for name, known in (("rivals", BASELINES), ("semi_rivals", BASELINES), ("arms", ARMS),
+                            ("searches", SEARCHES)):
+            check_names(name, getattr(self, name), known)
         for name in ("fractions", "seeds", "lrs", "arms"):
             if not getattr(self, name): raise ValueError(f"{name} must not be empty")
 

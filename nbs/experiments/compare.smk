@@ -17,9 +17,9 @@ from campaign import (CampaignConfig, command_words, compared, comparison_table,
                       lock_gpu, make_routes, make_splits, missing_stages, reason, record_of,
                       whole_plan)
 from selfsupnas.cli import align_table
-from selfsupnas.core import from_parameters
+from selfsupnas.core import from_texts
 
-CONFIG = from_parameters(CampaignConfig, dict(config), texts=True)
+CONFIG = from_texts(CampaignConfig, dict(config))
 make_splits(CONFIG)
 make_routes(CONFIG)
 RUNS = whole_plan(CONFIG)

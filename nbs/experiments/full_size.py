@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from selfsupnas.core import RunRecord, from_parameters
+from selfsupnas.core import RunRecord
 from selfsupnas.data.datasets import CITYSCAPES_SPEC
 from selfsupnas.data.voc import VOC_SPEC
 from selfsupnas.rivals import random_architecture
@@ -308,8 +308,8 @@ def recipes() -> dict:
 def recipe_config(name: str, stage: str) -> SearchConfig | RetrainConfig:
     # name: of recipes(), stage: search or retrain
     "The checked parameters of a recipe."
-    return from_parameters({"search": SearchConfig, "retrain": RetrainConfig}[stage],
-                           {k: value for k, (value, _) in recipes()[name][stage].items()})
+    cls = {"search": SearchConfig, "retrain": RetrainConfig}[stage]
+    return cls(**{k: value for k, (value, _) in recipes()[name][stage].items()})
 
 @lru_cache
 def recipe_estimate(name: str, stage: str) -> Estimate:

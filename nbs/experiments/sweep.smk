@@ -14,7 +14,6 @@ import itertools, os, re, shlex, sys
 from pathlib import Path
 
 from selfsupnas.cli import STAGES, align_table, check_inputs, option_words
-from selfsupnas.core import from_parameters
 from selfsupnas.train.checkpoint import finished_run
 from selfsupnas.viz.tables import read_records, summarise, to_markdown
 
@@ -47,8 +46,7 @@ for values in itertools.product(*GRID.values()):
     point = dict(zip(GRID, values))
     name = point_name(point)
     if name in POINTS: raise ValueError(f"two points of the grid have the name {name}")
-    run = from_parameters(STAGES[STAGE], dict(**SWEEP["parameters"], **point,
-                                                    folder=str(Path(record_file(name)).parent)))
+    run = STAGES[STAGE](**SWEEP["parameters"], **point, folder=Path(record_file(name)).parent)
     check_inputs(STAGE, run)
     if not finished_run(run, STAGE): MISSING.append(name)
     POINTS[name] = SWEEP["parameters"] | point

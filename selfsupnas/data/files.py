@@ -15,32 +15,32 @@ __all__ = ['SPLITS', 'DECODE_ERRORS', 'MASK_TYPES', 'IMAGE_TYPES', 'SYNTHETIC', 
 import os, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 from torch.utils.data import Dataset
 
-from ..core import progress_bar
+from ..core import Several, Triple, checked_dataclass, progress_bar
 
 SPLITS = ("train", "val", "test")
 
 # %% ../../nbs/data/01_files.ipynb #cell-08
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class SegmentationSpec:
     "Classes, colours and ignore index of a dataset; ValueError unless each class has a colour."
     name: str
-    classes: tuple          # names, in the order of their numbers
-    palette: tuple          # an (r, g, b) of 0..255 for each class
+    classes: Several[str] # names, in the order of their numbers
+    palette: Several[Triple[Annotated[int, Field(ge=0, le=255)]]] # (r, g, b) of each class
     ignore_index: int = 255 # label of the pixels that are ignored
     synthetic: bool = False # drawn by a program: every figure must say so
 
     def __post_init__(self):
-        for name, value in (("classes", self.classes), ("palette", map(tuple, self.palette))):
-            object.__setattr__(self, name, tuple(value)) # lists have no hash
         if not self.classes or len(self.classes) != len(self.palette):
             raise ValueError(f"{self.name}: each class needs a colour, but there are "
                              f"{len(self.classes)} classes, {len(self.palette)} colours")

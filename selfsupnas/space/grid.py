@@ -6,9 +6,12 @@
 __all__ = ['STRIDES', 'STEP', 'Edge', 'SearchSpace', 'trace_route', 'open_operations', 'coarsest_scale', 'close_edge']
 
 # %% ../../nbs/space/01_grid.ipynb #cell-02
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Iterable, NamedTuple
+from typing import Annotated, Iterable, NamedTuple
+
+from pydantic import Field, PositiveInt
+
+from ..core import Several, checked_dataclass
 
 # %% ../../nbs/space/01_grid.ipynb #51258656
 STRIDES = (4, 8, 16, 32) # of the scales 0, 1, 2, 3
@@ -22,22 +25,18 @@ class Edge(NamedTuple):
     kind: str # keep, up or down; the operation's name for a candidate
 
 # %% ../../nbs/space/01_grid.ipynb #96502d13
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class SearchSpace:
     """The size of the grid and its candidate operations. Raises ValueError for values out of range.
     Source: Li et al., CVPR 2020."""
-    num_classes: int # K, without the ignored class
-    layers: int = 6 # L, 1 or more
-    channels: int = 16 # C0 at stride 4, C0 * 2**s at scale s; even, since gates halve it
-    operations: tuple[str, ...] = ("sep_conv_3x3", "identity") # summed in each cell
+    num_classes: Annotated[int, Field(ge=2)] # K, without the ignored class
+    layers: PositiveInt = 6 # L
+    # C0 at stride 4, C0 * 2**s at scale s; even, since gates halve it
+    channels: Annotated[int, Field(gt=0, multiple_of=2)] = 16
+    operations: Several[str] = ("sep_conv_3x3", "identity") # summed in each cell
     search_operations: bool = False # a gate for each candidate operation of a cell, too
 
     def __post_init__(self):
-        object.__setattr__(self, "operations", tuple(self.operations))
-        for name, least in (("num_classes", 2), ("layers", 1), ("channels", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.channels % 2: raise ValueError(f"channels must be even, not {self.channels}")
         if not self.operations:
             raise ValueError("operations is empty: a cell needs at least one candidate")
         if len(set(self.operations)) < len(self.operations) or set(self.operations) & set(STEP):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment
 
-from ..core import RunRecord, atomic_write, from_parameters, read_json, rename_record
+from ..core import RunRecord, atomic_write, read_json, rename_record
 from ..show import new_figure
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-08
@@ -44,7 +44,7 @@ def read_record(path) -> dict:
     "A record with the entry `file` added. Raises ValueError that names the file."
     record = rename_record(read_json(path, "a run record"))
     try:
-        from_parameters(RunRecord, record) # checks names and types
+        RunRecord(**record) # checks names and types
         json.dumps(record, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a run record: {error}") from None

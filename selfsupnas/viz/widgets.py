@@ -18,7 +18,7 @@ from ..space.architecture import Architecture
 from ..data.augment import normalise
 from ..space.budget import CostTable, realised_cost, static_cost
 from ..train.config import TrainingConfig
-from ..core import from_parameters, is_live
+from ..core import is_live
 from ..metrics import Metrics, confusion_matrix, segment
 from ..space.gate import record_gates
 from ..space.grid import STRIDES, Edge
@@ -134,7 +134,7 @@ class InheritedNetworks:
     def __init__(self, result, # SearchResult of `selfsupnas.stages.searching.search`
                  count: int = 24, # validation images
                 ):
-        config, val = from_parameters(SearchConfig, result.record.parameters), result.data.val
+        config, val = SearchConfig(**result.record.parameters), result.data.val
         self.state, self.classes = result.trained.model.state_dict(), val.spec.classes
         self.plain = plain_images(config, result.data)
         self.images, self.labels = map(torch.stack,
