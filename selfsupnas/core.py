@@ -14,7 +14,7 @@ __all__ = ['SEEDS', 'OWN_PROCESS', 'RENAMED', 'RENAMED_STAGES', 'T', 'Seed', 'Sh
 import ast, ctypes, dataclasses, difflib, functools, hashlib, json, os, platform, random, re
 import subprocess, sys, time, types, typing, warnings, zipfile, zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timezone
 from fractions import Fraction
 from importlib import metadata
@@ -99,7 +99,7 @@ def suggestion(name: str, names) -> str: # an unknown name, the valid ones
     return f"; did you mean {' or '.join(near)} instead of {name}?" if near else ""
 
 def describe_faults(error: ValidationError, cls) -> str: # cls: the dataclass
-    "What is wrong with values for `cls`: for each fault, its field and what would be right."
+    "The first three faults of values for `cls`: the field, its value and what would be right."
     fields = list(cls.__dataclass_fields__)
     def describe(fault):
         place, text = list(fault["loc"]), fault["msg"]
@@ -112,7 +112,7 @@ def describe_faults(error: ValidationError, cls) -> str: # cls: the dataclass
             text = str(fault["ctx"]["error"])
             return f"{name} {text}, not {fault['input']!r}" if name else text
         return f"{name} {re.sub(r'^[A-Z][a-z]+ should', 'must', text)}, not {fault['input']!r}"
-    return "; ".join(map(describe, error.errors(include_url=False)))
+    return "; ".join(map(describe, error.errors(include_url=False)[:3]))
 
 @typing.dataclass_transform()
 def checked_dataclass(cls=None, **options): # options: of dataclasses.dataclass

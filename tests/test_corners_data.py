@@ -18,6 +18,7 @@ from selfsupnas.data.datasets import FolderDataset, load_dataset, read_classes
 from selfsupnas.metrics import Metrics, confusion_figure, record_metrics, metrics_text
 from selfsupnas.data.files import image_file_size, read_image, read_mask
 from selfsupnas.train.log import RunLog, log_line
+from selfsupnas.train.step import Losses, LossWeights, StepMetrics
 from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.show import save_figure, show_samples
 from selfsupnas.data.splits import load_split
@@ -488,7 +489,7 @@ def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
     for path in (root/"masks"/"val").iterdir(): save(path, one(0)())
     asked = config(root, steps=1, logs=1)
     log = RunLog(asked)
-    row = log.add(0, {"sup": torch.tensor(1.)}, {}, {}, 1.)
+    row = log.add(0, Losses(sup=torch.tensor(1.)), StepMetrics(), LossWeights(), 1.)
     log.finish(row, Says(), FolderDataset(root, "val"), progress_bar(), lambda rows: None)
     assert row["val_miou"] is None and "miou" not in log_line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
 

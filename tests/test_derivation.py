@@ -217,7 +217,8 @@ def made(tmp_path_factory):
         Image.fromarray(mask).save(place/"data"/"masks"/"val"/f"{i}.png")
     config = tiny(place)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selfsupnas.stages.searching, "miou_of", lambda network, dataset: (measured.append(dataset), miou_of(network, dataset))[1])
+        for module in (selfsupnas.stages.searching, selfsupnas.stages.choice):
+            patch.setattr(module, "miou_of", lambda network, dataset: (measured.append(dataset), miou_of(network, dataset))[1])
         return config, search(config), measured
 
 @pytest.fixture
@@ -242,7 +243,7 @@ def test_the_best_of_a_pool_by_its_inherited_weights(made, monkeypatch):
     scores = [inherited_miou(config, found, route, images) for route in pool]
     order = sorted(range(3), key=lambda i: scores[i])
     pool = [pool[order[1]], pool[order[2]], pool[order[0]]] # hand-made: the best is the second
-    monkeypatch.setattr(selfsupnas.stages.searching, "derive", lambda *args, **more: pool)
+    monkeypatch.setattr(selfsupnas.stages.choice, "derive", lambda *args, **more: pool)
     state, plain = found.trained.model.state_dict(), plain_images(config, found.data)
     best, rows = choose_route(config, found.table, found.statistics, 1., {"data": found.data.val.spec.name},
                               lambda route: inherited_network(route, state, plain), images)
@@ -298,7 +299,7 @@ def test_the_draw_of_choice_images(made):
 
 @pytest.mark.parametrize("more, training, report", [(dict(candidates=1), 3, 9), (dict(w_sup=0., w_jig=1.), 0, 0)])
 def test_nothing_chooses_without_candidates_or_labels(made, tmp_path, monkeypatch, more, training, report):
-    monkeypatch.setattr(selfsupnas.stages.searching, "classes_present", lambda *_: 1 / 0) # no label is looked at
+    monkeypatch.setattr(selfsupnas.stages.choice, "classes_present", lambda *_: 1 / 0) # no label is looked at
     (tmp_path/"data").symlink_to(made[0].root)
     found = search(tiny(tmp_path, **more))
     row, = found.record.metrics["candidates"]
