@@ -79,12 +79,12 @@ def test_the_table_has_the_metrics_of_the_records(tmp_path):
 
 COMMAND = f"""#!{sys.executable}
 "Stands in the place of `selfsupnas`: writes a record with made-up metrics, or fails."
-import ast, dataclasses, os, sys, time
+import dataclasses, os, sys, time
 from selfsupnas.core import RunRecord, from_parameters
-from selfsupnas.cli import STAGES
-stage, _, folder, *words = sys.argv[1:]
-values = {{name: ast.literal_eval(text) for name, text in zip(words[1::3], words[2::3])}}
-config = from_parameters(STAGES[stage], {{**values, "folder": folder}})
+from selfsupnas.cli import STAGES, parse_options
+stage, *words = sys.argv[1:]
+config = from_parameters(STAGES[stage], parse_options(stage, words))
+folder = config.folder
 time.sleep(float(os.environ.get("PAUSE", 0)))
 if os.environ.get("BROKEN", "none") in folder: sys.exit("selfsupnas search: failed: FloatingPointError: the loss is not finite")
 metrics = {{"derived_inherited_val_miou": config.budget / 2 + config.seed / 100, "realised_share": config.budget, "derived_gflops": 1.}}
