@@ -94,13 +94,14 @@ pareto: env ## one search, three budgets, against random and hand-crafted networ
 	  --baselines lraspp_mobilenet_v3_large unet_resnet18
 
 # Hours to days. Stages that have a record are skipped, stopped runs continue; ARGS=-n shows the plan, ARGS="only='0.125/searched-*'" selects some.
+# After a kill or a power cut Snakemake asks for ARGS=--unlock, once.
 camvid: env ## the method, its rivals and its ablation on CamVid, 2 fractions, 3 seeds: nbs/experiments/records/camvid
 	@echo "== camvid: into runs/camvid, records into nbs/experiments/records/camvid"
 	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --config folder=runs/camvid records=nbs/experiments/records/camvid $(ARGS)
 
 bench-quick: env ## a small make camvid in about 30 minutes: 1 fraction, 1 seed, 200 steps, two rivals
 	@echo "== bench-quick: into runs/bench-quick"
-	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --configfile nbs/experiments/bench-quick.yaml $(ARGS)
+	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --configfile nbs/experiments/bench-quick.yaml --config $(ARGS)
 
 # Parts that have a record are skipped. The memory part needs Linux or a GPU.
 bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' selects some; ARGS='--device cuda --precision bf16'

@@ -42,7 +42,7 @@ def test_a_value_of_the_wrong_type_is_refused(refused, stage):
 
 @pytest.mark.parametrize("words, named", [
     (("search", "--size", "64"), "--size"), (("search", "--consistency", "magic"), "unimatch"), (("search", "--label-fraction", "1/0"), "--label-fraction"),
-    (("search", "--budget", "2"), "budget must be in (0, 1]"), (("search", "--steps"), "--steps"), (("serch",), "did you mean search"), (("search", "-p", "steps"), "-p needs"),
+    (("search", "--budget", "2"), "budget must be 1 or less"), (("search", "--steps"), "--steps"), (("serch",), "did you mean search"), (("search", "-p", "steps"), "-p needs"),
     (("retrain", "--gate", "static"), "--gate"), (("evaluate", "--split", "tset"), "'test'"), (("data",), "NAME")], ids=str)
 def test_a_mistake_says_what_would_be_right(refused, words, named): assert named in refused(*words)
 

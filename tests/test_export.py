@@ -164,7 +164,7 @@ def less(config, key): return {k: v for k, v in config.items() if k != key}
 FAULTS = {"schemas up to 1": lambda c: {**c, "schema": 2}, "whole number": lambda c: less(c, "schema"),
           "palette is missing": lambda c: less(c, "palette"), "unknown parameter colour": lambda c: {**c, "colour": 1},
           "3 classes": lambda c: {**c, "classes": ["a", "b", "c"]}, r"classes\.0 must be a valid string": lambda c: {**c, "classes": list(range(11))},
-          r"size\.1 is missing": lambda c: {**c, "size": [64]}, r"palette\.0\.2 must be less than or equal to 255": lambda c: {**c, "palette": [[0, 0, 256]] * 11},
+          r"size\.1 is missing": lambda c: {**c, "size": [64]}, r"palette\.0\.2 must be 255 or less": lambda c: {**c, "palette": [[0, 0, 256]] * 11},
           "architecture: its schema is 7": lambda c: {**c, "architecture": {**c["architecture"], "schema": 7}},
           "unknown operation 'conv_9x9'": lambda c: {**c, "architecture": {**c["architecture"], "space":
                                           {**c["architecture"]["space"], "operations": ["conv_9x9"]}}},

@@ -1,4 +1,4 @@
-"""The sweep of nbs/experiments/sweep.smk: its points, without Snakemake; its runs, through Snakemake with a command that only writes a record; a small one with real runs, killed twice."""
+"""The sweep of nbs/experiments/sweep.smk: its points, without Snakemake; its runs, through Snakemake with a command that only writes a record; a small one with real runs, stopped and killed twice."""
 import dataclasses, importlib.util, json, os, signal, subprocess, sys
 from pathlib import Path
 
@@ -60,16 +60,31 @@ def test_a_record_of_another_network_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="architecture"): sweep("unet_resnet34")
 
 
+def test_an_unknown_stage_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'find'.*search"): points(tmp_path, stage="find")
+
+
+def test_the_table_has_the_metrics_of_the_records(tmp_path):
+    names = points(tmp_path, stage="retrain", grid={"seed": [0, 1], "lr": [1e-3]}, parameters={"architecture": "unet_resnet18", "w_jig": 0.})
+    for name, seed in (("seed=0,lr=0.001", 0), ("seed=1,lr=0.001", 1)):
+        config = RetrainConfig(folder=str(tmp_path/name/"retrain"), architecture="unet_resnet18", w_jig=0., seed=seed)
+        RunRecord("retrain", name, dataclasses.asdict(config), seed, {"val_miou": .5 + seed / 10, "gflops": 1.}, inputs=config.inputs()).save(config.folder)
+    text = SNAKEFILE.read_text()
+    exec(text[text.index("def table"):text.index("def report")], names)
+    table = names["table"]()
+    assert "val mIoU" in table and "n=2" in table and "inherited" not in table
+
+
 # -- Snakemake
 
 COMMAND = f"""#!{sys.executable}
 "Stands in the place of `selfsupnas`: writes a record with made-up metrics, or fails."
-import ast, dataclasses, os, sys, time
+import dataclasses, os, sys, time
 from selfsupnas.core import RunRecord
-from selfsupnas.cli import STAGES
-stage, _, folder, *words = sys.argv[1:]
-values = {{name: ast.literal_eval(text) for name, text in zip(words[1::3], words[2::3])}}
-config = STAGES[stage](**{{**values, "folder": folder}})
+from selfsupnas.cli import STAGES, parse_options
+stage, *words = sys.argv[1:]
+config = STAGES[stage](**parse_options(stage, words))
+folder = config.folder
 time.sleep(float(os.environ.get("PAUSE", 0)))
 if os.environ.get("BROKEN", "none") in folder: sys.exit("selfsupnas search: failed: FloatingPointError: the loss is not finite")
 metrics = {{"derived_inherited_val_miou": config.budget / 2 + config.seed / 100, "realised_share": config.budget, "derived_gflops": 1.}}
@@ -165,19 +180,24 @@ def test_a_sweep_killed_twice_has_the_records_of_an_undisturbed_one(tmp_path):
     assert left, "a stopped run keeps its checkpoint"
 
     two = start("killed", "2.log")
-    assert wait_until(lambda: created(tmp_path/"killed"), lambda: two.poll() is not None)
-    kill_all(two)
-    before = created(tmp_path/"killed")
-    assert 0 < len(before) < 4
-
+    assert wait_until(lambda: checkpoints() - left or created(tmp_path/"killed"), lambda: two.poll() is not None)
+    os.killpg(two.pid, signal.SIGKILL) # kernels have groups of their own, and end when they miss their parent
+    two.wait()
     locked = start("killed", "3.log")
     assert locked.wait(300) == 1 and "--unlock" in (tmp_path/"3.log").read_text()
     assert start("killed", "4.log", "--unlock").wait(300) == 0
-    last = start("killed", "5.log")
-    assert last.wait(900) == 0, (tmp_path/"5.log").read_text()
+
+    three = start("killed", "5.log")
+    assert wait_until(lambda: created(tmp_path/"killed") and checkpoints(), lambda: three.poll() is not None)
+    kill_all(three)
+    before, left = created(tmp_path/"killed"), checkpoints()
+    assert 0 < len(before) < 4 and left, "in the middle of a run"
+    assert start("killed", "6.log", "--unlock").wait(300) == 0
+    last = start("killed", "7.log")
+    assert last.wait(900) == 0, (tmp_path/"7.log").read_text()
     assert len(created(tmp_path/"killed")) == 4 and created(tmp_path/"killed").items() >= before.items()
     for folder in (tmp_path/"whole").glob("*/search"): same_run(tmp_path/"killed"/folder.parent.name/"search", folder)
-    assert any("resum" in path.with_name("search.log").read_text() for path in left), [path.with_name("search.log").read_text() for path in left]
+    for path in left: assert "resumes at step" in path.with_name("search.log").read_text(), path
 
 
 @pytest.mark.long

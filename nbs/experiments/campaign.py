@@ -201,7 +201,7 @@ def whole_plan(config: CampaignConfig) -> dict:
         of = network if network in BASELINES else "searched" # whose learning rate it has
         needs = [(trial_name(config, of, lr), "retrain") for lr in config.lrs]
         if network not in BASELINES:
-            needs += [searched(fraction, "searched"), searched(fraction, network)]
+            needs += dict.fromkeys([searched(fraction, "searched"), searched(fraction, network)])
         runs[f"{fraction:g}/{network}-{arm}/{seed}"] = (
             lambda: compared_run(config, fraction, network, arm, seed, best_lr(config, of)), needs)
     add_search(first)

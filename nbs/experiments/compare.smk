@@ -2,12 +2,15 @@
 
     snakemake -s nbs/experiments/compare.smk -n --config folder=runs/camvid       the plan
     snakemake -s nbs/experiments/compare.smk --cores 2 --keep-going --configfile mine.yaml
-    snakemake -s nbs/experiments/compare.smk --unlock        after snakemake itself was killed
 
-Parameters are those of CampaignConfig, from --configfile or --config NAME=VALUE. The whole plan
-is known from the start; a run waits for its search and its trials. Only stages without a record are
-planned, so that no change of code, of times or of this file repeats a run or removes its record. A
-record with other parameters is an error. The same command continues a stopped comparison.
+After snakemake itself was killed, its command is given once with --unlock, then again without. The
+extra `workflow` installs snakemake. Parameters are those of CampaignConfig, from --configfile (see
+bench-quick.yaml) or --config NAME=VALUE ..., such as steps=400 seeds='(0, 1)'.
+
+The whole plan is known from the start; a run waits for its search and its trials. Only stages
+without a record are planned, so that no change of code, of times or of this file repeats a run or
+removes its record. A record with other parameters is an error. The same command continues a stopped
+comparison. The plan trains nothing, but it draws splits and random architectures that are missing.
 """
 import sys
 from pathlib import Path

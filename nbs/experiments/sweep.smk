@@ -1,32 +1,38 @@
 """A stage at each point of a grid of parameters. Copy this file, edit SWEEP, and run the copy:
 
-    snakemake -s sweep.smk -n                           the plan
+    snakemake -s sweep.smk -n -p                        the plan, with the commands
     snakemake -s sweep.smk --cores 2 --keep-going       two runs at a time on this machine
     snakemake -s sweep.smk --executor slurm --jobs 20 --keep-going --default-resources gpu=1
-    snakemake -s sweep.smk --unlock                     after snakemake itself was killed
+    snakemake -s sweep.smk --unlock                     once, after snakemake itself was killed
+
+The extra `workflow` installs snakemake; a queue such as Slurm also needs its plugin (pip install
+snakemake-executor-plugin-slurm) and a folder that all machines share. Paths are relative to the
+folder in which the command is run.
 
 The same command continues a stopped sweep. A point is done when its record exists: only points
 without one are planned, so that no change of code, of times or of this file repeats a run or
 removes its record. A record with other parameters is an error. With several GPUs, each run has one
-of its own: set --cores to their number.
+of its own: set --cores to their number, times `threads`.
 """
 import itertools, os, re, shlex, sys
 from pathlib import Path
 
 from selfsupnas.cli import STAGES, align_table, check_inputs, option_words
 from selfsupnas.train.checkpoint import finished_run
-from selfsupnas.viz.tables import read_records, summarise, to_markdown
+from selfsupnas.viz.tables import read_records, record_value, summarise, to_markdown
 
 SWEEP = {
-    "stage": "search",
+    "stage": "search", # or retrain
     "folder": "runs/sweep", # of all runs
     "grid": {"seed": [0, 1, 2], "budget": [0.3, 0.5]},
-    "parameters": {}, # of all points; see selfsupnas search --help
+    "parameters": {}, # of all points, such as {"size": [64, 80]}; see selfsupnas STAGE --help
     "threads": 1, # of each run
-    "metrics": {"derived_inherited_val_miou": "val mIoU, inherited", # of the table, with headers
+    # columns of the table at the end, with their headers; those that no record has are left out
+    "metrics": {"derived_inherited_val_miou": "val mIoU, inherited", # of a search
                 "realised_share": "realised cost / full",
-                "derived_gflops": "GFLOPs (1e9 multiply-adds)"},
-} | config # from --config or --configfile
+                "derived_gflops": "GFLOPs (1e9 multiply-adds)",
+                "val_miou": "val mIoU", "gflops": "GFLOPs (1e9 multiply-adds)"}, # of a retraining
+} | config # from --configfile FILE.yaml; single texts and numbers also from --config folder=OTHER
 
 STAGE, GRID = SWEEP["stage"], SWEEP["grid"]
 
@@ -39,6 +45,7 @@ def point_name(values: dict) -> str:
 
 def record_file(point: str) -> str: return f"{SWEEP['folder']}/{point}/{STAGE}/{STAGE}-record.json"
 
+if STAGE not in STAGES: raise ValueError(f"there is no stage {STAGE!r}; known: {', '.join(STAGES)}")
 if not GRID or not all(isinstance(values, list) and values for values in GRID.values()):
     raise ValueError(f"grid must have a list of values for each parameter, not {GRID}")
 POINTS, MISSING = {}, [] # name -> parameters; names of the points without a record
@@ -85,9 +92,11 @@ def table() -> str:
     if not files: return ""
     by = {f"parameters.{name}": name for name in GRID if name != "seed"}
     records = sorted(read_records(*files), key=lambda record: files.index(record["file"]))
-    rows = summarise(records, list(by), list(SWEEP["metrics"]))
+    metrics = {name: header for name, header in SWEEP["metrics"].items()
+               if any(record_value(record, name) is not None for record in records)}
+    rows = summarise(records, list(by), list(metrics))
     for row in rows: row |= {name: str(row[name]) for name in by}
-    return align_table(to_markdown(rows, by | SWEEP["metrics"]))
+    return align_table(to_markdown(rows, by | metrics))
 
 def report(log=None):
     for name in POINTS:
