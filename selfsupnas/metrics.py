@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_defined', 'Metrics', 'metrics_text', 'none_if_nan', 'miou_text', 'record_metrics',
-           'confusion_figure', 'eval_mode', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views',
-           'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'NoLabelledPixels',
-           'evaluate_segmenter', 'metrics_or_none', 'miou_of', 'ImageSubset', 'class_counts',
-           'trivial_predictor_metrics']
+           'confusion_figure', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views', 'window_starts',
+           'window_logits', 'predict', 'segment', 'on_device', 'NoLabelledPixels', 'evaluate_segmenter',
+           'metrics_or_none', 'miou_of', 'ImageSubset', 'class_counts', 'trivial_predictor_metrics']
 
 # %% ../nbs/04_metrics.ipynb #3aa14e2f
 import copy
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from .data.augment import normalise
 from .core import progress_bar
 from .data.files import tolerant_reader
+from .data.loaders import find_ids
 from .distributed import World, all_reduce_sum, all_gather_dict, world
 from .show import new_figure
+from .space.operations import eval_mode
 from .tasks.teacher import logits_of
 
 # %% ../nbs/04_metrics.ipynb #cell-10
@@ -152,16 +153,6 @@ def confusion_figure(metrics:Metrics):
     mean = "n/a" if metrics.miou != metrics.miou else f"{100 * metrics.miou:.1f} %"
     ax.set_title(f"% of each true class; mIoU {mean}", fontsize=9)
     return fig
-
-# %% ../nbs/04_metrics.ipynb #cell-29
-@contextmanager
-def eval_mode(model:nn.Module):
-    "Put `model` into evaluation mode within the block, then restore the mode of every submodule."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try: yield model
-    finally:
-        for module, mode in modes: module.training = mode
 
 # %% ../nbs/04_metrics.ipynb #82bd5fe4
 def readable_pairs(dataset, # [i] -> (image, label), with .ids
@@ -340,29 +331,21 @@ def miou_of(model:nn.Module, dataset) -> float|None:
     metrics = metrics_or_none(model, dataset)
     return metrics and none_if_nan(metrics.miou)
 
-class ImageSubset:
+class ImageSubset(Subset):
     "The images of a data set with the given ids, in the order of the data set."
     def __init__(self, dataset, ids: list):
-        self.dataset, self.spec, ids = dataset, dataset.spec, set(ids)
-        self.rows = [i for i, name in enumerate(dataset.ids) if name in ids]
-        self.ids = [dataset.ids[i] for i in self.rows]
+        ids = set(ids)
+        super().__init__(dataset, [i for i, name in enumerate(dataset.ids) if name in ids])
+        self.spec, self.ids = dataset.spec, [dataset.ids[i] for i in self.indices]
         self.unreadable, self.skip_unreadable = dataset.unreadable, dataset.skip_unreadable
-
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, i): return self.dataset[self.rows[i]]
 
 def class_counts(dataset, # [i] -> (image, label), with .ids and .spec
                  ids=None, # of the counted images, for example the labelled ones; None: all
                 ) -> torch.Tensor:
-    "Labelled pixels of each class, int64 (K,); raises ValueError for an unknown id."
-    indices = {name: i for i, name in enumerate(dataset.ids)}
-    unknown = [name for name in ids or () if name not in indices]
-    if unknown:
-        raise ValueError(f"the data set has no image {unknown[:3]}; its {len(indices)} ids "
-                         f"are like {list(indices)[:3]}")
+    "Labelled pixels of each class, int64 (K,); raises ValueError for no id or an unknown one."
+    indices = range(len(dataset.ids)) if ids is None else find_ids(dataset, ids)
     counts = torch.zeros(dataset.spec.num_classes, dtype=torch.int64)
-    for _, _, label in readable_pairs(dataset, indices.values() if ids is None
-                                      else [indices[name] for name in ids]):
+    for _, _, label in readable_pairs(dataset, indices):
         counts += confusion_matrix(label, label, len(counts), dataset.spec.ignore_index).diagonal()
     return counts
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAMVID_SPEC', 'CAMVID_COUNTS', 'STREETSCENES_SIZE', 'CAMVID_URL', 'CITYSCAPES_SPEC', 'UNLABELLED', 'DATASETS',
            'StreetScenes', 'BlueMarble', 'CamVid', 'unpack_camvid', 'download_camvid', 'Cityscapes', 'folder_pairs',
-           'split_column', 'class_lines', 'read_classes', 'FolderDataset', 'load_dataset', 'data_digest']
+           'split_column', 'class_lines', 'FolderDataset', 'load_dataset', 'data_digest']
 
 # %% ../../nbs/data/04_datasets.ipynb #a4fa000c
 import hashlib, os, re, shutil, tempfile, urllib.request, zipfile, zlib
@@ -208,10 +208,6 @@ def class_lines(path) -> tuple:
     if twice: raise ValueError(f"{path} names the class {twice[0]!r} twice: names must differ")
     if len(names) < 2: raise ValueError(f"{path} names fewer than 2 classes")
     return names, tuple(colours) or None
-
-def read_classes(path) -> list:
-    "The class names in a classes.txt; raises FileNotFoundError or ValueError."
-    return class_lines(path)[0]
 
 # %% ../../nbs/data/04_datasets.ipynb #95a26f8d
 class FolderDataset(FileDataset):

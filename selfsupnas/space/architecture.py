@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Architecture', 'connected_edges', 'is_connected', 'check_json', 'check_schema', 'architecture_to_json',
            'read_entries', 'architecture_from_json', 'save_architecture', 'load_architecture', 'draw_architecture',
-           'drop_cheapest', 'add_back', 'derive_greedily', 'weaker_operations']
+           'drop_cheapest', 'add_back', 'derive_greedily']
 
 # %% ../../nbs/space/06_architecture.ipynb #e8c69e9b
 import dataclasses, math
@@ -231,7 +231,6 @@ def derive_greedily(space: SearchSpace,
                     importance: Mapping[Edge, float], # mean gate of everything in space.gated()
                     cost: Callable, # set of open edges -> cost, a sum over cells, edges and decoder
                     budget: float, # in the unit of `cost`
-                    keep_operations: int | None = None, # most candidates of a searched cell
                    ) -> Architecture:
     """The strongest connected edges whose `cost` is within `budget`, greedily. `cost` must grow
     with the set, and be a sum over the cells that compute, their open edges and candidates, and the
@@ -243,21 +242,8 @@ def derive_greedily(space: SearchSpace,
     if not budget >= least:
         raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and "
                          "classifier alone")
-    allowed = ({edge for edge in space.gated_set if importance[edge] > 0}
-               - weaker_operations(space, importance, keep_operations))
+    allowed = {edge for edge in space.gated_set if importance[edge] > 0}
     selected = drop_cheapest(space, connected_edges(space, allowed), importance, cost, budget)
     selected = add_back(space, selected, allowed - selected, importance, cost, budget)
     return Architecture(space, {p: importance[p] for p in selected if p.kind in STEP},
                         operations={p: importance[p] for p in selected if p.kind not in STEP})
-
-# %% ../../nbs/space/06_architecture.ipynb #26afd212
-def weaker_operations(space: SearchSpace, importance: Mapping[Edge, float],
-                      keep: int | None) -> set: # candidates per cell; None = all
-    """The candidates of each searched cell beyond the `keep` strongest; raises ValueError for keep
-    under 1."""
-    if keep is None or not space.search_operations: return set()
-    if keep < 1: raise ValueError(f"a cell keeps 1 operation or more, not {keep}")
-    def ranked(cell):
-        return sorted((Edge(*cell, name) for name in space.operations),
-                      key=lambda p: -importance[p])
-    return {p for cell in space.cells() for p in ranked(cell)[keep:]}

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..distributed import all_reduce_sum
+from .operations import conv_norm
 
 # %% ../../nbs/space/03_gate.ipynb #54012f89
 CLOSED = 1e-4 # gates up to this value are closed, their edges not computed. Li et al., CVPR 2020
@@ -73,8 +74,7 @@ class Gate(nn.Module):
         super().__init__()
         self.shrink, self.leak, self.scale = shrink, leak, 8 / (channels // 2)
         self.register_buffer("threshold", torch.tensor(CLOSED))
-        self.reduce = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False),
-                                    nn.BatchNorm2d(channels // 2), nn.ReLU(inplace=True))
+        self.reduce = nn.Sequential(*conv_norm(channels, channels // 2, 1))
         self.logits = nn.Linear(channels // 2, edges)
         nn.init.constant_(self.logits.bias, bias)
 

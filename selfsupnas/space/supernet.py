@@ -18,14 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from .cell import GatedCell, SparseFeatures, Up, sum_features
 from .gate import gates_of, place_rows
 from .grid import STEP, STRIDES, Edge, SearchSpace
-from .operations import separable
+from .operations import conv_norm, separable
 
 # %% ../../nbs/space/05_supernet.ipynb #cell-04
 def stem(channels: int) -> nn.Sequential:
     """Three 3x3 convolutions, strides 2, 1, 2, separable after the first: (B,3,H,W) ->
     (B,channels,ceil(H/4),ceil(W/4)). Source: Li et al., CVPR 2020."""
-    return nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels),
-                         nn.ReLU(inplace=True), separable(channels, channels),
+    return nn.Sequential(*conv_norm(3, channels, stride=2), separable(channels, channels),
                          nn.ReLU(inplace=True),
                          separable(channels, channels, stride=2), nn.ReLU(inplace=True))
 
@@ -44,8 +43,7 @@ class Decoder(nn.Module):
         super().__init__()
         # up[s-1] leads from scale s to s-1.
         self.up = nn.ModuleList(Up(channels * 2**scale) for scale in range(1, coarsest + 1))
-        self.last = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False),
-                                  nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.last = nn.Sequential(*conv_norm(channels, channels, 1))
 
     def forward(self, by_scale: dict[int, SparseFeatures],
                 sizes) -> list[torch.Tensor]: # from `feature_sizes`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GATE_COLOURS', 'CELL_STATES', 'frame_grid', 'draw_gates', 'draw_route', 'gate_bar', 'plot_route', 'draw_kinds',
-           'plot_gate_history', 'draw_image_route', 'cell_legend', 'plot_image_routes', 'plot_cost_distribution',
-           'closed_counts', 'plot_closed', 'operation_matrix', 'draw_operations', 'draw_searched', 'plot_operations']
+           'plot_gate_history', 'draw_image_route', 'cell_legend', 'plot_image_routes', 'closed_counts', 'plot_closed',
+           'operation_matrix', 'draw_operations', 'draw_searched', 'plot_operations']
 
 # %% ../../nbs/viz/02_routes.ipynb #77b63e90
 import math, textwrap
@@ -227,47 +227,6 @@ def plot_image_routes(space:SearchSpace,
     gate_bar(fig, list(fig.axes))
     fig.axes[-1].set_ylabel("gate", fontsize=8)
     cell_legend(fig)
-    return fig
-
-# %% ../../nbs/viz/02_routes.ipynb #a42c7c30
-def plot_cost_distribution(shares, # (n,) realised cost of each image, share of the full grid's
-                           budget:float=None, # share in 0..1
-                           expected=None, # expected share, one number or (n,) by image
-                           unit:str="multiply-adds", # of the cost
-                          ):
-    "A matplotlib Figure: histogram of the cost of images, with mean and budget; shares in 0..1."
-    shares = 100 * as_array(shares).astype(float).ravel()
-    if not shares.size: raise ValueError("`shares` is empty")
-    lines = [("mean", shares.mean(), dict(color=COLOURS[0], ls="-"))]
-    if budget is not None:
-        lines.append(("budget", 100 * budget, dict(color=COLOURS[1], ls="--")))
-    if expected is not None:
-        lines.append(("expected, mean", 100 * as_array(expected).mean(),
-                      dict(color=COLOURS[6], ls=":")))
-    for value in (*shares, *(value for _, value, _ in lines)):
-        if not 0 <= value <= 100:
-            raise ValueError("a share of the full grid's cost must be in 0..1, "
-                             f"not {value / 100:.4g}")
-    least, most = shares.min(), shares.max()
-    room = max(2., .15 * (most - least))
-    fig, axes = new_figure(figsize=(6, 2.6))
-    ax = axes[0, 0]
-    bins = np.linspace(least, most, 21) if most - least > .5 else [least - .25, most + .25]
-    tallest = ax.hist(shares, bins, color="0.8", ec="0.55", lw=.6)[0].max()
-    ax.plot(shares, np.full(len(shares), -.06 * tallest), "|", ms=8, color="0.2", label="an image")
-    for name, value, style in lines:
-        ax.axvline(value, lw=1.8, label=f"{name} {value:.1f} %", **style)
-    ends = [least, most, *(value for _, value, _ in lines)]
-    ax.set(xlim=(min(ends) - room, max(ends) + room), ylim=(-.13 * tallest, 1.1 * tallest))
-    kinds = len(np.unique(shares.round(6)))
-    costs = f"one cost: {least:.1f} %" if kinds == 1 else (
-        f"{kinds} different costs: {least:.1f} to {most:.1f} %")
-    ax.set_title(f"{len(shares)} images, {costs}", fontsize=9)
-    ax.set_xlabel(f"realised cost of an image (% of the full grid's {unit})", fontsize=8)
-    ax.set_ylabel("images", fontsize=8)
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.tick_params(labelsize=8)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     return fig
 
 # %% ../../nbs/viz/02_routes.ipynb #7c77d901
