@@ -156,8 +156,7 @@ def confusion_figure(metrics:Metrics):
 
 # %% ../nbs/04_metrics.ipynb #82bd5fe4
 def readable_pairs(dataset, # [i] -> (image, label), with .ids
-                   indices, # of the pairs, in this order
-                  ):
+                   indices): # of the pairs, in this order
     "Yield (id, image, label); unreadable files are skipped if the data set sets `skip_unreadable`."
     read = tolerant_reader(dataset, lambda i: dataset[i], None)
     for i in indices:
@@ -166,8 +165,7 @@ def readable_pairs(dataset, # [i] -> (image, label), with .ids
 # %% ../nbs/04_metrics.ipynb #b4f28f84
 def same_size_batches(dataset, # [i] -> (image (3,H,W), label (H,W)), with .ids
                       batch_size:int=8, # maximum
-                      world:World=World(), # each process takes its share
-                     ):
+                      world:World=World()): # each process takes its share
     "Yield (ids, images (B,3,H,W), labels (B,H,W)) in order; images of a batch have one size."
     if batch_size < 1: raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     ids, images, labels = [], [], []

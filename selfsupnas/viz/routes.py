@@ -20,8 +20,7 @@ from .curves import COLOURS, DASHES, MARKERS
 # %% ../../nbs/viz/02_routes.ipynb #cell-21
 def frame_grid(ax, # matplotlib Axes with a grid
                space:SearchSpace,
-               names=True, # label layers and strides
-              ):
+               names=True): # label layers and strides
     "Add stem, decoder, and the labels of strides and layers to a grid."
     from matplotlib.patches import Rectangle
     scales = 1 + max(scale for _, scale in space.cells())
@@ -49,8 +48,7 @@ def draw_gates(ax, # matplotlib Axes
                space:SearchSpace,
                importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                widest=5., # line width of a gate of 1, points
-               names=True, # label layers and strides
-              ):
+               names=True): # label layers and strides
     "Draw every edge: the stronger its mean gate, the wider and darker; a gate of 0 is dotted."
     import matplotlib
     edges = space.edges()
@@ -72,8 +70,7 @@ def draw_gates(ax, # matplotlib Axes
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-27
 def draw_route(ax, # matplotlib Axes
-               architecture:Architecture,
-              ):
+               architecture:Architecture):
     "Draw the derived route with a legend, and a title with numbers of edges and cells."
     from matplotlib.lines import Line2D
     space, live = architecture.space, architecture.live
@@ -95,8 +92,7 @@ def draw_route(ax, # matplotlib Axes
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-28
 def gate_bar(fig, # matplotlib Figure
-             axes, # the Axes beside it
-            ):
+             axes): # the Axes beside it
     "Add the colour bar of `draw_gates`."
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -108,8 +104,7 @@ def gate_bar(fig, # matplotlib Figure
 def plot_route(space:SearchSpace,
                importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                architecture:Architecture=None, # derived from the gates; drawn in a second panel
-               note:str=None, # text above the panels
-              ):
+               note:str=None): # text above the panels
     "A matplotlib Figure of the mean gates on the grid and of the derived route."
     if architecture is not None and architecture.space != space:
         raise ValueError(f"the gates belong to {space}, the architecture to {architecture.space}")
@@ -125,8 +120,7 @@ def plot_route(space:SearchSpace,
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-34
 def draw_kinds(ax, # matplotlib Axes
-               snapshots:list, # (step, {Edge: mean gate})
-              ):
+               snapshots:list): # (step, {Edge: mean gate})
     "Draw the mean gate by kind of edge over the steps."
     for i, kind in enumerate(STEP):
         means = [np.mean([g for edge, g in gates.items() if edge.kind == kind] or [np.nan])
@@ -142,8 +136,7 @@ def draw_kinds(ax, # matplotlib Axes
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-35
 def plot_gate_history(space:SearchSpace,
-                      snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
-                     ):
+                      snapshots:list): # (step, {Edge: mean gate in 0..1}), one or more
     "A matplotlib Figure of the grid at up to six steps, and of the mean gate by kind of edge."
     if not snapshots: raise ValueError("`snapshots` is empty")
     snapshots = sorted(snapshots, key=lambda snapshot: snapshot[0])
@@ -171,8 +164,7 @@ CELL_STATES = {"computes": COLOURS[0], "passes its input on": "w", "absent": "0.
 def draw_image_route(ax, # matplotlib Axes
                      space:SearchSpace,
                      gates:dict, # Edge -> gate of this image in 0..1, 0 for a closed edge
-                     widest=3., # line width of a gate of 1, points
-                    ):
+                     widest=3.): # line width of a gate of 1, points
     "Draw the open edges of one image, and which cells compute, pass on, or are absent."
     draw_gates(ax, space, gates, widest=widest, names=False)
     live = trace_route(space, [edge for edge in space.edges() if gates[edge] > 0])
@@ -200,8 +192,7 @@ def plot_image_routes(space:SearchSpace,
                       images, # (n,3,H,W) uint8, or a list of images
                       gates:list, # {Edge: gate in 0..1} of each image, for every edge
                       shares, # (n,) realised cost of each image, share of the full grid's in 0..1
-                      titles=None, # of each image
-                     ):
+                      titles=None): # of each image
     "A matplotlib Figure of each image beside its own route and the cost of that route."
     counts = [len(part) for part in (images, gates, shares, titles) if part is not None]
     if len(set(counts)) != 1 or not counts[0]:
@@ -256,8 +247,7 @@ def closed_counts(space:SearchSpace,
 def plot_closed(space:SearchSpace,
                 snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
                 parts=None, # of space.gated(), to be counted; None: all edges
-                name:str="edges", # of the parts
-               ):
+                name:str="edges"): # of the parts
     "A matplotlib Figure of the numbers of open, closed and reopened edges over the steps."
     counts = closed_counts(space, snapshots, parts)
     styles = {"open": dict(fc="#BFDDF0", hatch=None), "open again": dict(fc="#F0C9A8", hatch="..."),
@@ -307,8 +297,7 @@ def operation_matrix(space:SearchSpace,
 def draw_operations(ax, # matplotlib Axes
                     space:SearchSpace,
                     values:dict, # Edge -> mean gate in 0..1, for every searched candidate
-                    kept=(), # Edges of the candidates of an architecture, which get a frame
-                   ):
+                    kept=()): # Edges of the candidates of an architecture, which get a frame
     "Draw the matrix of `operation_matrix`, with numbers for up to 12 layers."
     import matplotlib
     from matplotlib.patches import Patch, Rectangle
@@ -341,8 +330,7 @@ def draw_operations(ax, # matplotlib Axes
 
 # %% ../../nbs/viz/02_routes.ipynb #16fbc6ef
 def draw_searched(ax, # matplotlib Axes
-                  architecture:Architecture, # of a space whose operations are searched
-                 ):
+                  architecture:Architecture): # of a space whose operations are searched
     "Draw the route; each computing cell is a box with a letter for each selected candidate."
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch, Rectangle
@@ -377,8 +365,7 @@ def draw_searched(ax, # matplotlib Axes
 # %% ../../nbs/viz/02_routes.ipynb #45cde94c
 def plot_operations(space:SearchSpace,
                     values:dict, # Edge -> mean gate in 0..1, for every searched candidate
-                    architecture:Architecture=None, # derived; adds frames and a second panel
-                   ):
+                    architecture:Architecture=None): # derived; adds frames and a second panel
     "A matplotlib Figure of the candidates' gates and of the operations of an architecture."
     if architecture is not None and architecture.space != space:
         raise ValueError(f"the gates belong to {space}, the architecture to {architecture.space}")

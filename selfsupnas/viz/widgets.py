@@ -66,8 +66,7 @@ class Explorer:
     cell. Raises what the first call of `draw` raises."""
     def __init__(self, draw, # values of the controls by name -> list of matplotlib Figures
                  controls: dict, # ipywidgets widgets with a value, by name
-                 layout=None, # the arranged widgets; None: one below the other
-                ):
+                 layout=None): # the arranged widgets; None: one below the other
         import ipywidgets as widgets
         self.draw, self.controls = draw, controls
         # without align_self, the box would stretch the picture to the width of the cell
@@ -132,8 +131,7 @@ def live_plot(config: TrainingConfig):
 class InheritedNetworks:
     "Networks with inherited weights and their mIoU on a few validation images, by architecture."
     def __init__(self, result, # SearchResult of `selfsupnas.stages.searching.search`
-                 count: int = 24, # validation images
-                ):
+                 count: int = 24): # validation images
         config, val = from_parameters(SearchConfig, result.record.parameters), result.data.val
         self.state, self.classes = result.trained.model.state_dict(), val.spec.classes
         self.plain = plain_images(config, result.data)
