@@ -114,7 +114,6 @@ def metrics_text(metrics:Metrics) -> str:
     if metrics.absent: lines.append(f"absent, not in the mean: {', '.join(metrics.absent)}")
     return "\n".join(lines)
 
-# %% ../nbs/04_metrics.ipynb #cell-18
 def none_if_nan(value:float):
     "The value for a record: None in place of NaN, which JSON lacks."
     return None if value != value else float(value)
@@ -162,7 +161,6 @@ def readable_pairs(dataset, # [i] -> (image, label), with .ids
     for i in indices:
         if pair := read(i): yield dataset.ids[i], *pair
 
-# %% ../nbs/04_metrics.ipynb #b4f28f84
 def same_size_batches(dataset, # [i] -> (image (3,H,W), label (H,W)), with .ids
                       batch_size:int=8, # maximum
                       world:World=World()): # each process takes its share
@@ -281,7 +279,6 @@ def on_device(model:nn.Module,
     if all(tensor.device == target for tensor in tensors): return model, target
     return copy.deepcopy(model).to(target), target
 
-# %% ../nbs/04_metrics.ipynb #cell-39
 class NoLabelledPixels(ValueError):
     "No image of the set has a labelled pixel."
 

@@ -60,8 +60,7 @@ class Baseline(nn.Module):
         super().__init__()
         self.network, self.multiple = network, multiple
 
-    def forward(self, images:torch.Tensor, # (B,3,H,W), normalised
-               ) -> torch.Tensor:
+    def forward(self, images:torch.Tensor) -> torch.Tensor: # (B,3,H,W), normalised
         """Logits (B,K,H,W). DeepLabV3 and DeepLabV3+ raise ValueError for a single image in
         training mode."""
         height, width = images.shape[-2:]
@@ -124,7 +123,6 @@ class PyramidPooling(nn.Module):
                   for bins, project in zip(self.bins, self.project)]
         return self.merge(torch.cat([x, *pooled], 1))
 
-# %% ../nbs/05_rivals.ipynb #b75f6e6a
 class FastSCNN(nn.Module):
     """Two branches that share their first layers: images (B,3,H,W) -> logits (B,K,H,W). Source:
     Poudel et al., BMVC 2019."""

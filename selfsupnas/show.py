@@ -17,15 +17,12 @@ import numpy as np
 from .core import atomic_write
 
 # %% ../nbs/03_show.ipynb #cell-08
-def as_array(x, # NumPy array, torch tensor (any device) or nested list
-            ) -> np.ndarray:
+def as_array(x) -> np.ndarray: # NumPy array, torch tensor (any device) or nested list
     "`x` as a NumPy array, without importing torch."
     if hasattr(x, "detach"): x = x.detach().cpu().numpy()
     return np.asarray(x)
 
-# %% ../nbs/03_show.ipynb #cell-09
-def as_picture(image, # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
-              ) -> np.ndarray:
+def as_picture(image) -> np.ndarray: # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
     "An RGB picture, uint8 (H,W,3); raises ValueError for other shapes and normalised values."
     first = hasattr(image, "detach")  # tensors are channels first, arrays channels last
     x = as_array(image)
@@ -46,12 +43,10 @@ def as_picture(image, # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
     return x.astype(np.uint8)
 
 # %% ../nbs/03_show.ipynb #9b7bdbe1
-def ignore_colour(palette, # K colours (r,g,b)
-                 ) -> tuple:
+def ignore_colour(palette) -> tuple: # K colours (r,g,b)
     "The colour (r,g,b) of ignored pixels: black, or cream if a class is black."
     return (224, 224, 192) if (0, 0, 0) in map(tuple, palette) else (0, 0, 0)
 
-# %% ../nbs/03_show.ipynb #a56e4d0b
 def colourise(label, # (H,W) integers: class numbers 0..K-1 or ignore_index
               palette, # K colours (r,g,b), each 0..255
               ignore_index=255, # painted in `ignore_colour`
@@ -148,7 +143,6 @@ def figure_class() -> type:
             with completed(self): return super().get_tightbbox(*args, **kwargs)
     return CompleteFigure
 
-# %% ../nbs/03_show.ipynb #cell-21
 def new_figure(nrows=1, ncols=1, # grid of axes
                figsize=(6, 3), # width, height in inches
                dpi=80): # pixels an inch

@@ -120,8 +120,7 @@ def write_mask(path, mask:np.ndarray, # (H, W) class numbers, 0 to 255
     return path
 
 # %% ../../nbs/data/01_files.ipynb #db4e62eb
-def mask_numbers(mask:np.ndarray, # (H, W) uint8
-                ) -> list:
+def mask_numbers(mask:np.ndarray) -> list: # (H, W) uint8
     "The numbers that occur in a mask, sorted."
     # a histogram is many times faster than sorting the pixels, as np.unique does
     return np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
@@ -168,7 +167,6 @@ def check_size(size) -> tuple:
         raise ValueError(f"size must be (height, width) in pixels above 0, or None, not {size!r}")
     return h, w
 
-# %% ../../nbs/data/01_files.ipynb #e25f0e17
 def resize(picture:np.ndarray, # (H, W, 3) or, for a mask, (H, W), uint8
            size:tuple,         # (h, w), or None: unchanged
           ) -> np.ndarray:
@@ -330,7 +328,6 @@ def list_files(folder, types:tuple) -> dict:
         files[p.stem] = p
     return files
 
-# %% ../../nbs/data/01_files.ipynb #cell-32
 def match_pairs(images, masks, # folders
                 incomplete:bool=False, # True: a missing mask is an error when it is read, not here
                ) -> dict:

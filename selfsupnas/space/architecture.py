@@ -104,7 +104,6 @@ def check_schema(data,
         raise ValueError(f"its schema is {schema}, but selfsupnas {selfsupnas.__version__} reads "
                          f"schemas up to {newest}: install a later version")
 
-# %% ../../nbs/space/06_architecture.ipynb #689d8969
 SCHEMA = 2 # raised when the meaning of the JSON changes; 1: version 0.1, edges were named paths
 
 def architecture_to_json(architecture: Architecture) -> dict:
@@ -226,7 +225,6 @@ def add_back(space: SearchSpace, selected: set, dropped: set, importance: Mappin
         if live[edge[:2]] == () and edge.kind != "keep": too_expensive.clear()
         selected = selected | {edge}
 
-# %% ../../nbs/space/06_architecture.ipynb #0b5873cc
 def derive_greedily(space: SearchSpace,
                     importance: Mapping[Edge, float], # mean gate of everything in space.gated()
                     cost: Callable, # set of open edges -> cost, a sum over cells, edges and decoder

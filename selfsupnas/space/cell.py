@@ -41,7 +41,6 @@ def scale_features(features: torch.Tensor, # (B,C,h,w)
         return features * factor[:, None, None, None].to(features.dtype)
     return features if factor == 1 else features * factor
 
-# %% ../../nbs/space/04_cell.ipynb #d7d0acc8
 class Up(nn.Module):
     "(B,C,h,w) -> (B,C/2,H,W) of the finer scale. Source: Li et al., CVPR 2020."
     def __init__(self, channels: int):
@@ -54,7 +53,6 @@ class Up(nn.Module):
         return F.interpolate(scale_features(self.project(features), factor), size=finer_size,
                              mode="bilinear", align_corners=False)
 
-# %% ../../nbs/space/04_cell.ipynb #983d2766
 class Down(nn.Sequential):
     "(B,C,h,w) -> (B,2C,ceil(h/2),ceil(w/2)). Source: Li et al., CVPR 2020."
     def __init__(self, channels: int):

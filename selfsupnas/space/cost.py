@@ -138,7 +138,6 @@ def torch_products(module: nn.Module, *inputs: torch.Tensor) -> int:
     with counter, torch.no_grad(), for_counting(module): module(*inputs)
     return counter.get_total_flops() // 2
 
-# %% ../../nbs/space/08_cost.ipynb #c33cc6fa
 def count_flops(module: nn.Module, *inputs: torch.Tensor) -> int:
     """Multiply-adds of one call of `module` on `inputs`; raises ValueError for operators of unknown
     cost, and if torch's own counter disagrees with fvcore about products."""

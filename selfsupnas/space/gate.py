@@ -38,7 +38,6 @@ def select_rows(rows: torch.Tensor, # (n, ...), one row per image
     index = images.nonzero().flatten().to(rows.device)
     return rows.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
-# %% ../../nbs/space/03_gate.ipynb #34cd6d91
 def place_rows(rows: torch.Tensor, # (number of True, ...)
                images: torch.Tensor | None, # (B,) bool on the CPU; None = all
               ) -> torch.Tensor:
@@ -115,7 +114,6 @@ class StaticGate(nn.Module):
 
 GATES = {"conditional": Gate, "static": StaticGate} # kinds of gate by name
 
-# %% ../../nbs/space/03_gate.ipynb #61aa96ec
 def make_gate(kind: str, # a key of GATES
               channels: int, edges: int,
               **options) -> nn.Module: # shrink, bias, leak
@@ -148,7 +146,6 @@ class record_gates:
     def __exit__(self, *_):
         for hook in self.hooks: hook.remove()
 
-# %% ../../nbs/space/03_gate.ipynb #17bdbc5d
 class fix_gates:
     """`with fix_gates(model, values): ...` replaces gates by fixed values; absent images stay at 0.
     Raises ValueError for an unknown name."""

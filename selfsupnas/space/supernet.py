@@ -28,8 +28,7 @@ def stem(channels: int) -> nn.Sequential:
                          nn.ReLU(inplace=True),
                          separable(channels, channels, stride=2), nn.ReLU(inplace=True))
 
-def feature_sizes(size, # (H,W) of the image
-                 ) -> list[tuple[int, int]]:
+def feature_sizes(size) -> list[tuple[int, int]]: # (H,W) of the image
     "Sizes (h,w) of the features at strides 4, 8, 16, 32, rounded up."
     # Not -(-n // stride): ONNX divides towards zero, and an exported network would round down.
     return [((size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1) for stride in STRIDES]

@@ -45,7 +45,6 @@ HISTORY_PANELS = (
     ("validation mIoU (%)", {"val_miou": "mIoU"}, 100, False),
 )
 
-# %% ../../nbs/viz/01_curves.ipynb #cell-13
 def log_axis(ax, # matplotlib Axes
              which:str, # x or y
              values): # of the plot; only positive ones count
@@ -168,13 +167,11 @@ def plot_class_iou(rows:dict): # name -> {class: IoU in 0..1, or None}; the same
     return fig
 
 # %% ../../nbs/viz/01_curves.ipynb #cell-26
-def point_name(point:dict, # name, latency_ms
-              ) -> str:
+def point_name(point:dict) -> str: # name, latency_ms
     "The name of a network, with its latency if that was measured."
     latency = point.get("latency_ms")
     return point["name"] if latency is None else f"{point['name']} ({latency:.3g} ms)"
 
-# %% ../../nbs/viz/01_curves.ipynb #cell-27
 def draw_unmeasured(ax, # matplotlib Axes that shares its x axis with the measured points
                     points:list, # dicts: name, gflops, latency_ms
                     middle:float): # GFLOPs above which names are to the left
@@ -189,7 +186,6 @@ def draw_unmeasured(ax, # matplotlib Axes that shares its x axis with the measur
     ax.set_ylabel("mIoU not\nmeasured", fontsize=8, rotation=0, ha="right", va="center")
     ax.set_facecolor("0.96")
 
-# %% ../../nbs/viz/01_curves.ipynb #cell-28
 def draw_measured(ax, # matplotlib Axes
                   points:list): # dicts: name, gflops, miou in 0..1, latency_ms
     "Draw mIoU against GFLOPs; points with the same name are runs of one method."
@@ -251,8 +247,7 @@ def check_pareto(rows): # dicts: kind, name, gflops, miou
             raise ValueError(f"an mIoU is a fraction in 0..1; {row['name']!r} has {row['miou']}")
 
 # %% ../../nbs/viz/01_curves.ipynb #dffb31ea
-def seed_groups(rows:list, # dicts of one kind: name, gflops, miou and optionally seed
-               ) -> list:
+def seed_groups(rows:list) -> list: # dicts of one kind: name, gflops, miou and optionally seed
     """Groups (rows, mean GFLOPs, mean mIoU) in order of cost. Rows of one name with different
     seeds form a group; any other row is its own group."""
     names = {}
@@ -266,7 +261,6 @@ def seed_groups(rows:list, # dicts of one kind: name, gflops, miou and optionall
     return sorted(((runs, mean(runs, "gflops"), mean(runs, "miou")) for runs in groups),
                   key=lambda group: group[1:])
 
-# %% ../../nbs/viz/01_curves.ipynb #0ed06d65
 def plot_front(rows:list): # dicts: kind (see FRONT_KINDS), name, gflops, miou (0..1), seed or not
     "A matplotlib Figure of mIoU against GFLOPs: the derived front and the networks beside it."
     check_pareto(rows)

@@ -13,12 +13,10 @@ from ..show import (ERROR_COLOURS, as_array, as_picture, colourise, error_map,
 from .curves import COLOURS
 
 # %% ../../nbs/viz/03_predictions.ipynb #cell-08
-def viewable_tiles(jigsaws, # (B,3,H,W) float: tiles of mean 0 and variance 1
-                  ) -> np.ndarray:
+def viewable_tiles(jigsaws) -> np.ndarray: # (B,3,H,W) float: tiles of mean 0 and variance 1
     "Tiles in 0..1, (B,3,H,W): 0 becomes middle grey, 2.5 standard deviations white."
     return (.5 + as_array(jigsaws).astype(np.float32) / 5).clip(0, 1)
 
-# %% ../../nbs/viz/03_predictions.ipynb #cell-09
 def mark_verdict(ax, # matplotlib Axes of a jigsaw
                  right:bool):
     "Add a solid green frame and a tick, or a dashed orange frame and a cross."
@@ -27,7 +25,6 @@ def mark_verdict(ax, # matplotlib Axes of a jigsaw
         spine.set(visible=True, color=colour, linewidth=3, linestyle="-" if right else (0, (2, 1)))
     ax.set_xlabel("✓ right" if right else "✗ wrong", fontsize=9, color=colour, labelpad=3)
 
-# %% ../../nbs/viz/03_predictions.ipynb #f915ad99
 def plot_jigsaw(images, # (B,3,H,W) uint8
                 shuffled, # (B,3,H,W) float, from `cut_and_shuffle`
                 restored=None, # (B,3,H,W) float, put back by `guess`

@@ -90,7 +90,6 @@ def draw_route(ax, # matplotlib Axes
     ax.legend(handles=keys, ncols=6, loc="upper center", bbox_to_anchor=(.5, -.2), fontsize=8,
               frameon=False, handletextpad=.4, columnspacing=1.2, handlelength=1.4)
 
-# %% ../../nbs/viz/02_routes.ipynb #cell-28
 def gate_bar(fig, # matplotlib Figure
              axes): # the Axes beside it
     "Add the colour bar of `draw_gates`."
@@ -100,7 +99,6 @@ def gate_bar(fig, # matplotlib Figure
     bar.set_label("mean gate", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
-# %% ../../nbs/viz/02_routes.ipynb #cell-29
 def plot_route(space:SearchSpace,
                importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                architecture:Architecture=None, # derived from the gates; drawn in a second panel
@@ -134,7 +132,6 @@ def draw_kinds(ax, # matplotlib Axes
     ax.grid(color="0.92")
     ax.legend(fontsize=8, frameon=False, ncols=3)
 
-# %% ../../nbs/viz/02_routes.ipynb #cell-35
 def plot_gate_history(space:SearchSpace,
                       snapshots:list): # (step, {Edge: mean gate in 0..1}), one or more
     "A matplotlib Figure of the grid at up to six steps, and of the mean gate by kind of edge."
@@ -176,7 +173,6 @@ def draw_image_route(ax, # matplotlib Axes
         ax.plot(layer, scale, "o", ms=2.5 + widest, mec="0.3", mew=.8, mfc=CELL_STATES[state],
                 zorder=3, label=state)
 
-# %% ../../nbs/viz/02_routes.ipynb #335acb89
 def cell_legend(fig): # matplotlib Figure of image routes
     "Add a legend of cells and lines below the figure."
     from matplotlib.lines import Line2D

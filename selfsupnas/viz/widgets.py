@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DPI', 'SIGNS', 'as_png', 'display_width', 'Explorer', 'draw_progress', 'live_plot', 'InheritedNetworks',
-           'budget_range', 'explore_budget', 'route_summary', 'edge_buttons', 'open_edges', 'edit_architecture',
-           'browse_images', 'play_jigsaw', 'explore_split']
+           'explore_budget', 'route_summary', 'edge_buttons', 'open_edges', 'edit_architecture', 'browse_images',
+           'play_jigsaw', 'explore_split']
 
 # %% ../../nbs/viz/05_widgets.ipynb #2fea9c98
 import base64, html, io
@@ -150,18 +150,14 @@ class InheritedNetworks:
         return self.cache[key]
 
 # %% ../../nbs/viz/05_widgets.ipynb #571966e1
-def budget_range(table: CostTable) -> tuple:
-    """Least and greatest budget of the slider in per cent: the cost of stem, decoder and
-    classifier alone, rounded up, and 100."""
-    return int(-(-100 * static_cost(table, ()) // table.full)), 100
-
 def explore_budget(table: CostTable, statistics: GateStatistics,
                    worth=None, # Architecture -> (network, mIoU): InheritedNetworks; None: no mIoU
                    budget: float = .5, # initial budget, a share of the full grid's cost
                   ) -> Explorer:
     "A slider over budgets, with the derived route, its GFLOPs and its forecast mIoU."
     import ipywidgets as widgets
-    least, most = budget_range(table)
+    # the cost of stem, decoder and classifier alone, rounded up
+    least = int(-(-100 * static_cost(table, ()) // table.full))
     def draw(values):
         architecture, = derive_candidates(table, statistics, values["budget"] / 100, None, {})
         fig, axes = new_figure(2, 1, figsize=(9, 5))
@@ -172,11 +168,10 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
         draw_route(axes[1, 0], architecture)
         fig.suptitle(route_summary(table, architecture, worth), fontsize=10)
         return [fig]
-    slider = widgets.IntSlider(min(max(round(100 * budget), least), most), least, most,
+    slider = widgets.IntSlider(min(max(round(100 * budget), least), 100), least, 100,
                                description="budget, %", continuous_update=False)
     return Explorer(draw, {"budget": slider})
 
-# %% ../../nbs/viz/05_widgets.ipynb #54374fbf
 def route_summary(table: CostTable, architecture: Architecture,
                   worth=None, # see `explore_budget`
                  ) -> str:

@@ -41,7 +41,6 @@ MATERIALS = {'steel': (STONE, TAR, PAINT), 'paint': (PAINT, PAINT, STONE),
              'dark': (((34, 34, 36),),), 'cream': (((224, 220, 204),),),
              'red': (((214, 56, 44),),), 'green': (((80, 190, 130),),)}
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-10
 def pick(rng:np.random.Generator,
          *materials:tuple, # one or more lists of base colours
          spread:float=0.18, # relative range of the lightness
@@ -115,7 +114,6 @@ class Scene:
         self.draw.polygon((u0, v0 - k0 * low, u0, v0 - k0 * high, u1, v1 - k1 * high,
                            u1, v1 - k1 * low), ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-17
 @dataclass
 class Thing:
     "An object on the street."
@@ -132,7 +130,6 @@ def noise(rng:np.random.Generator,
     grid = rng.standard_normal((cells[1], cells[0]), np.float32)
     return np.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-21
 def static(rng:np.random.Generator, shape:tuple) -> np.ndarray:
     "Independent noise, float32 of zero mean, unit variance and triangular distribution."
     pair = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint8).reshape(2, *shape)
@@ -315,7 +312,6 @@ CARS = ((SALOON, LOW, 1.75, 1.42, 4.4), (HATCH, LOW, 1.7, 1.5, 3.7), (HATCH, LOW
         (VAN, TALL, 2.0, 2.2, 5.2), (BUS, TALL, 2.5, 3.3, 10.0))  # side, end, metres
 PARKED, MOVING = (0, 0, 0, 1, 1, 2, 2, 3), (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #961948cf
 def draw_car(scene:Scene,
              x:float, # metres, the centre of the car
              z:float, # metres ahead, the end that faces the camera
@@ -360,7 +356,6 @@ def draw_wall(scene:Scene,
                 scene.band(a, b, max(top - size * (high - low), low), top,
                            inks[3 if size == .95 else tone])
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #2ca803c8
 def draw_roof(scene:Scene,
               across:tuple, # x of the front eaves, the ridge and the back eaves, metres
               near:float, # metres ahead where it starts
@@ -425,7 +420,6 @@ def draw_tree(scene:Scene,
     for lobe, tone in zip(np.stack((xs, ys), -1).reshape(n, -1).tolist(), tones.tolist()):
         scene.draw.polygon(lobe, scene.ink(leaf, TREE, z, FOLIAGE + 3, tone))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #d3aa90bc
 def draw_hedge(scene, x, near, far, high):
     "Paint a hedge, of the class tree, along the road at x, from near to far, all in metres."
     rng, leaf = scene.rng, pick(scene.rng, LEAF)
@@ -464,7 +458,6 @@ def draw_backdrop(scene:Scene):
         ink = scene.ink(pick(rng, LEAF if label == TREE else STONE), label, 140, FOLIAGE + 2)
         scene.fill([(xs[0], -9, 140), *line, (xs[-1], -9, 140)], ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7d2923aa
 def draw_bonnet(scene):
     "Paint the bonnet of the camera car along the lower edge, as void."
     (w, h), rise = scene.size, scene.rng.uniform(.03, .12)
@@ -508,7 +501,6 @@ def patch(scene, x0, x1, z0, z1, ink):
     "Paint a rectangle of ground, in metres."
     scene.fill([(x0, 0, z0), (x0, 0, z1), (x1, 0, z1), (x1, 0, z0)], ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #95cc7a7e
 def draw_ground(scene:Scene, street:Street):
     "Paint yards, pavements, side roads and the road with its worn patches."
     rng, (left, right), (a, b) = scene.rng, street.kerbs, street.walls
@@ -528,7 +520,6 @@ def draw_ground(scene:Scene, street:Street):
         ink = scene.ink(tar, ROAD, z, surface, tone)
         patch(scene, x, min(x + long * .5, right), z, z + long, ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #09f53060
 def draw_markings(scene:Scene, street:Street):
     "Paint lane dashes, edge lines and sometimes a crossing, all of the class road."
     rng, (left, right) = scene.rng, street.kerbs
@@ -631,7 +622,6 @@ def add_traffic(rng:np.random.Generator, street:Street) -> list:
             add(side * rng.uniform(2, 14) - 2, z + wide / 2, CARS[rng.integers(4)], 0)
     return things
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7f421d83
 def add_crossers(rng:np.random.Generator, street:Street) -> list:
     "The `Thing`s for cyclists on the road and people who cross it."
     things, (left, right) = [], street.kerbs
@@ -662,14 +652,12 @@ def check_scene(seed, size):
         raise ValueError(f'size must be at least 64 by 64 pixels (height, width), got {size!r}')
     return seed, height, width
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #a896250e
 def in_view(scene, thing):
     "Whether an object may be visible, by its columns; always True beyond 20 m."
     x0, x1, z0, z1, _ = thing.foot
     columns = [scene.camera.post(x, z)[0] for x in (x0, x1) for z in (z0, z1)]
     return z0 > 20 or (max(columns) >= 0 and min(columns) <= scene.size[0])
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #70fa5a34
 def draw_scene(seed:int, # number of the scene, 0 or more
                size:tuple=(128, 160), # height, width in pixels, 64 or more each
               ) -> tuple:
