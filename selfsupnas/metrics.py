@@ -268,8 +268,7 @@ def segment(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
         return predict(model, normalise(images).to(device), **views).argmax(1).cpu()
 
 # %% ../nbs/04_metrics.ipynb #6fa138f2
-def on_device(model:nn.Module,
-              device, # None: the model's own
+def on_device(model:nn.Module, device, # None: the model's own
               ) -> tuple:
     "The model and its device, or a copy on another device; the model itself is never moved."
     tensors = [*model.parameters(), *model.buffers()]

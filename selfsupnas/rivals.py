@@ -317,8 +317,7 @@ def shallower(space:SearchSpace, size:tuple, target:float) -> Architecture:
     check_reachable(name, target, 0, most)
 
 # %% ../nbs/05_rivals.ipynb #9e1700b6
-def batch_norm_scales(space:SearchSpace,
-                      state:dict, # state dict of a supernet of that space
+def batch_norm_scales(space:SearchSpace, state:dict, # state dict of a supernet of that space
                      ) -> dict:
     """Mean absolute scale of batch norm by edge, for all of `space.gated()`; raises ValueError for
     the weights of another space. Source: Liu et al., ICCV 2017, for channels."""

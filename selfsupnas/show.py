@@ -222,8 +222,7 @@ def legend(spec, # see `class_patches`
 # %% ../nbs/03_show.ipynb #cell-33
 def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
                  indices=(0, 1), # of the samples
-                 ncols=2, # pairs in a row
-                 alpha=.6): # weight of the class colours in the overlay
+                 ncols=2): # pairs in a row
     "A matplotlib Figure of samples as pairs image | overlay, with one legend below."
     indices, spec = [int(i) for i in indices], dataset.spec
     invalid = [i for i in indices if not 0 <= i < len(dataset)]
@@ -233,7 +232,7 @@ def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
     pictures, titles = [], []
     for i in indices:
         image, label = dataset[i]
-        pictures += [image, overlay(image, label, spec.palette, spec.ignore_index, alpha)]
+        pictures += [image, overlay(image, label, spec.palette, spec.ignore_index)]
         titles += [str(dataset.ids[i]), "label"]
     fig = show_images(pictures, titles, ncols=2 * min(ncols, len(indices)))
     legend_below(fig, spec, min(len(spec.classes) + 1, 3 * min(ncols, len(indices))))
@@ -241,7 +240,6 @@ def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
 
 # %% ../nbs/03_show.ipynb #cell-37
 ERROR_COLOURS = {"correct": (0, 90, 160), "wrong": (255, 160, 40), "ignored": (60, 60, 60)}
-
 
 def error_map(label, # (H,W) true class numbers or ignore_index
               prediction, # (H,W) predicted class numbers

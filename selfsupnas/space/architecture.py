@@ -180,8 +180,7 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
     return ax
 
 # %% ../../nbs/space/06_architecture.ipynb #ab9efe90
-def drop_cheapest(space: SearchSpace,
-                  selected: set, # connected, see connected_edges
+def drop_cheapest(space: SearchSpace, selected: set, # connected, see connected_edges
                   importance: Mapping, cost: Callable, budget: float) -> set:
     """`selected` within `budget`: drops, one after the other, the edge or candidate that loses
     least importance per unit of cost saved, with all that it connects."""

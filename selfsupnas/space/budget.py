@@ -99,8 +99,7 @@ class _WithSum(nn.Module):
         return result + result
 
 # %% ../../nbs/space/09_budget.ipynb #38320f8f
-def measure_costs(space: SearchSpace,
-                  size: tuple, # (H,W) of the images, each 32 or more
+def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 32 or more
                   kind: str = "flops", # or parameters, latency: see selfsupnas.space.cost.COSTS
                   gate: str = "conditional", shrink: int = 4, # see selfsupnas.space.gate
                   device="cpu") -> CostTable: # where latency is measured
@@ -149,8 +148,7 @@ def costs_to_json(table: CostTable) -> dict:
     return {f.name: plain(getattr(table, f.name)) for f in dataclasses.fields(CostTable)
             if f.name not in ("space", "size", "kind")}
 
-def replace_costs(table: CostTable,
-                  costs: dict, # from `costs_to_json`
+def replace_costs(table: CostTable, costs: dict, # from `costs_to_json`
                  ) -> CostTable:
     "A table of the same space with other costs."
     gates = tuple({int(n): value for n, value in scale.items()} for scale in costs["gates"])

@@ -47,8 +47,7 @@ class Up(nn.Module):
         super().__init__()
         self.project = nn.Sequential(*conv_norm(channels, channels // 2, 1))
 
-    def forward(self, features: torch.Tensor,
-                finer_size, # (H,W)
+    def forward(self, features: torch.Tensor, finer_size, # (H,W)
                 factor=1): # see `scale_features`
         return F.interpolate(scale_features(self.project(features), factor), size=finer_size,
                              mode="bilinear", align_corners=False)

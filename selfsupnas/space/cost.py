@@ -199,13 +199,11 @@ def time_call(module: nn.Module, *inputs: torch.Tensor, # on the module's device
             times.append(time.perf_counter() - start)
     return 1e3 * sorted(times[warmup:])[repeats // 2]
 
-def measure_latency(model: nn.Module,
-                    size: tuple, # (H,W)
-                    batch: int = 1, # images
+def measure_latency(model: nn.Module, size: tuple, # (H,W)
                     repeats: int = 15, warmup: int = 3) -> float: # see `time_call`
-    "`time_call` on random images of that size, on the device of the model's parameters."
+    "`time_call` on a random image of that size, on the device of the model's parameters."
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = torch.randn(batch, 3, *size, device=device,
+    images = torch.randn(1, 3, *size, device=device,
                          generator=torch.Generator(device).manual_seed(0))
     return time_call(model, images.contiguous(memory_format=torch.channels_last), repeats=repeats,
                      warmup=warmup)

@@ -129,20 +129,14 @@ class RoutingNetwork(nn.Module):
         for layer in range(self.space.layers + 1):
             inputs = defaultdict(list) # of the next layer, by scale
             for scale, sparse in by_scale.items():
-                name = f"{layer}_{scale}"
-                out = (self.run_cell(self.cells[name], sparse, sizes[scale - 1] if scale else None,
-                                     self.recompute and self.training
-                                     and STRIDES[scale] < STRIDES[-1])
-                       if name in self.cells else {"keep": sparse})
+                name, finer_size = f"{layer}_{scale}", sizes[scale - 1] if scale else None
+                recompute = self.recompute and self.training and STRIDES[scale] < STRIDES[-1]
+                if name not in self.cells: out = {"keep": sparse}
+                elif recompute: out = recompute_cell(self.cells[name], sparse, finer_size)
+                else: out = self.cells[name](sparse, finer_size)
                 for kind, output in out.items(): inputs[scale + STEP[kind]].append(output)
             by_scale = {scale: sum_features(inputs[scale]) for scale in sorted(inputs)}
         return by_scale
-
-    def run_cell(self, cell: nn.Module, sparse: SparseFeatures, finer_size,
-                 recompute: bool) -> dict: # see `recompute_cell`
-        "The output of a cell, {kind of edge: SparseFeatures}."
-        if recompute: return recompute_cell(cell, sparse, finer_size)
-        return cell(sparse, finer_size)
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Fused features at strides 4, 8, ... of the network; zeros at scales that no image's route
@@ -182,8 +176,7 @@ def build_supernet(space: SearchSpace,
 # %% ../../nbs/space/05_supernet.ipynb #518e88ad
 def gate_name(layer: int, scale: int) -> str: return f"cells.{layer}_{scale}.gate"
 
-def gates_by_edge(space: SearchSpace,
-                  gates: dict, # from record_gates: name -> (B,edges)
+def gates_by_edge(space: SearchSpace, gates: dict, # from record_gates: name -> (B,edges)
                  ) -> dict:
     """Gates (B,) of each edge, and of each searched candidate, as Edge -> (B,); 0 for cells that no
     image reaches. Raises ValueError for gates of another network."""
@@ -199,8 +192,7 @@ def gates_by_edge(space: SearchSpace,
         by_edge[edge] = example.new_zeros(len(example)) if cell is None else cell[:, column]
     return by_edge
 
-def gates_from_edges(space: SearchSpace,
-                     values: dict, # Edge -> number; missing edges are closed
+def gates_from_edges(space: SearchSpace, values: dict, # Edge -> number; missing edges are closed
                     ) -> dict:
     "The values that `fix_gates` needs for a given route: name -> (edges,)."
     return {gate_name(layer, scale): torch.tensor([float(values.get(Edge(layer, scale, kind), 0))

@@ -232,7 +232,6 @@ FRONT_KINDS = {"derived": dict(color=COLOURS[0], marker="o", ls="-", ms=7),
                "baseline": dict(color=COLOURS[6], marker="", ls="", ms=7)} # marker by name
 FRONT_NAMES = {"dynamic": "dynamic inference, mean cost"}
 
-
 def check_pareto(rows): # dicts: kind, name, gflops, miou
     "Raise ValueError for rows that cannot be drawn."
     if not rows: raise ValueError("`rows` is empty")

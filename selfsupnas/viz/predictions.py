@@ -85,9 +85,9 @@ def plot_predictions(images, # (B,3,H,W) uint8, or a list of images
             ax.set_title(str(head), fontsize=8, pad=3)
     drawn = getattr(spec, "synthetic", False) and "synthetic" not in spec.name
     fig.suptitle(f"{spec.name} (synthetic)" if drawn else spec.name, fontsize=9)
-    errors = {"errors: no label" if name == "ignored" else f"errors: {name}": colour
-              for name, colour in ERROR_COLOURS.items()}
-    legend_below(fig, spec, more=errors)
+    entries = {"errors: no label" if name == "ignored" else f"errors: {name}": colour
+               for name, colour in ERROR_COLOURS.items()}
+    legend_below(fig, spec, more=entries)
     return fig
 
 # %% ../../nbs/viz/03_predictions.ipynb #c0fe6302

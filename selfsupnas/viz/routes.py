@@ -43,7 +43,6 @@ def frame_grid(ax, # matplotlib Axes with a grid
 # %% ../../nbs/viz/02_routes.ipynb #cell-22
 GATE_COLOURS = "viridis_r" # weak: light, strong: dark; readable in grey and with colour blindness
 
-
 def draw_gates(ax, # matplotlib Axes
                space:SearchSpace,
                importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
@@ -157,7 +156,6 @@ def plot_gate_history(space:SearchSpace,
 # %% ../../nbs/viz/02_routes.ipynb #7c0bc738
 CELL_STATES = {"computes": COLOURS[0], "passes its input on": "w", "absent": "0.7"}
 
-
 def draw_image_route(ax, # matplotlib Axes
                      space:SearchSpace,
                      gates:dict, # Edge -> gate of this image in 0..1, 0 for a closed edge
@@ -184,8 +182,7 @@ def cell_legend(fig): # matplotlib Figure of image routes
                handletextpad=.4, columnspacing=1.2, handlelength=1.6)
 
 # %% ../../nbs/viz/02_routes.ipynb #b6b01e63
-def plot_image_routes(space:SearchSpace,
-                      images, # (n,3,H,W) uint8, or a list of images
+def plot_image_routes(space:SearchSpace, images, # (n,3,H,W) uint8, or a list of images
                       gates:list, # {Edge: gate in 0..1} of each image, for every edge
                       shares, # (n,) realised cost of each image, share of the full grid's in 0..1
                       titles=None): # of each image
@@ -240,8 +237,7 @@ def closed_counts(space:SearchSpace,
     return counts
 
 # %% ../../nbs/viz/02_routes.ipynb #bfd0ba68
-def plot_closed(space:SearchSpace,
-                snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
+def plot_closed(space:SearchSpace, snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
                 parts=None, # of space.gated(), to be counted; None: all edges
                 name:str="edges"): # of the parts
     "A matplotlib Figure of the numbers of open, closed and reopened edges over the steps."

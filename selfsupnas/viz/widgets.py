@@ -24,9 +24,8 @@ from ..space.gate import record_gates
 from ..space.grid import STRIDES, Edge
 from ..tasks.jigsaw import cut_and_shuffle, unshuffle
 from .predictions import plot_jigsaw, plot_predictions
-from .routes import draw_gates, draw_route, gate_bar, plot_route
+from .routes import draw_gates, draw_route, gate_bar, plot_image_routes, plot_route
 from .curves import plot_history
-from .routes import plot_image_routes
 from ..stages.calibration import GateStatistics, plain_images
 from ..stages.configs import SearchConfig
 from ..stages.choice import derive_candidates, inherited_network
@@ -172,8 +171,7 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
                                description="budget, %", continuous_update=False)
     return Explorer(draw, {"budget": slider})
 
-def route_summary(table: CostTable, architecture: Architecture,
-                  worth=None, # see `explore_budget`
+def route_summary(table: CostTable, architecture: Architecture, worth=None, # see `explore_budget`
                  ) -> str:
     "One line with the cost of a route and its forecast mIoU."
     cost = static_cost(table, architecture.selected)
@@ -207,8 +205,7 @@ def edge_buttons(architecture: Architecture) -> tuple:
                                            for layer in range(space.layers + 1))]))
     return buttons, widgets.VBox(rows, layout=widgets.Layout(overflow="auto"))
 
-def open_edges(architecture: Architecture,
-               values: dict, # Edge -> is it open?
+def open_edges(architecture: Architecture, values: dict, # Edge -> is it open?
               ) -> Architecture:
     "The architecture of the open edges; edges that `architecture` lacks get weight 1."
     return Architecture(architecture.space,

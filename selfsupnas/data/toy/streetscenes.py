@@ -122,8 +122,7 @@ class Thing:
     foot:tuple # footprint x0, x1, z0, z1 and height of the shadow, in metres
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-20
-def noise(rng:np.random.Generator,
-          cells:tuple, # columns, rows of random values
+def noise(rng:np.random.Generator, cells:tuple, # columns, rows of random values
           size:tuple, # width, height of the result in pixels
          ) -> np.ndarray:
     "Smooth noise (height, width) float32 of about zero mean and unit variance."
@@ -183,8 +182,7 @@ def read_parts(text:str) -> tuple: # `;` between parts: shape, class, material, 
     return tuple(parts)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-32
-def draw_parts(scene:Scene,
-               parts:tuple, # from `read_parts`
+def draw_parts(scene:Scene, parts:tuple, # from `read_parts`
                x:float, # metres from the camera's path, of the parts' origin
                z:float, # metres ahead
                along:tuple=(1.0, 0.0), # metres in x and z for one unit across
@@ -204,8 +202,7 @@ def draw_parts(scene:Scene,
             scene.draw.polygon(spots, ink)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-35
-def draw_shadows(scene:Scene,
-                 canvas:Image.Image, # RGBA canvas with only the ground
+def draw_shadows(scene:Scene, canvas:Image.Image, # RGBA canvas with only the ground
                  things:list, # of `Thing`
                  depth:float): # darkness of a shadow, 0..1
     "Darken the ground in the shadows of objects; labels are unchanged."
@@ -312,8 +309,7 @@ CARS = ((SALOON, LOW, 1.75, 1.42, 4.4), (HATCH, LOW, 1.7, 1.5, 3.7), (HATCH, LOW
         (VAN, TALL, 2.0, 2.2, 5.2), (BUS, TALL, 2.5, 3.3, 10.0))  # side, end, metres
 PARKED, MOVING = (0, 0, 0, 1, 1, 2, 2, 3), (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4)
 
-def draw_car(scene:Scene,
-             x:float, # metres, the centre of the car
+def draw_car(scene:Scene, x:float, # metres, the centre of the car
              z:float, # metres ahead, the end that faces the camera
              car:tuple, # one of `CARS`
              heading:int): # +1 same direction, -1 oncoming, 0 crossing
@@ -331,8 +327,7 @@ def draw_car(scene:Scene,
     draw_parts(scene, end[:5] if z > 45 else end, x, z, (wide / 2, 0), high, **look)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #d1666216
-def draw_wall(scene:Scene,
-              ends:tuple, # x0, z0, x1, z1 of the ground line, metres
+def draw_wall(scene:Scene, ends:tuple, # x0, z0, x1, z1 of the ground line, metres
               floors:tuple, # heights of the floors' lower edges and the eaves, metres
               look:tuple, # colour, texture, shade of the wall
               panes:tuple): # glass, door; shares of width, height; metres per column; shop or not
@@ -371,8 +366,7 @@ def draw_roof(scene:Scene,
         scene.strip(ridge, z, ridge + 1, z, peak - .5, peak + 1.2, tile(.7))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #8967a343
-def draw_building(scene:Scene,
-                  side:int, # -1 left, +1 right
+def draw_building(scene:Scene, side:int, # -1 left, +1 right
                   x:float, # metres, the wall that faces the road
                   near:float, # metres ahead where it starts
                   far:float, # metres ahead where it ends
@@ -395,8 +389,7 @@ def draw_building(scene:Scene,
         scene.strip(x, near, x, far, low, high, trim)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #d9034469
-def draw_tree(scene:Scene,
-              x:float, # metres from the camera's path
+def draw_tree(scene:Scene, x:float, # metres from the camera's path
               z:float, # metres ahead
               high:float): # metres
     "Paint a trunk with a crown of ragged lobes, or with bare branches."
