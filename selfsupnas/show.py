@@ -222,7 +222,8 @@ def legend(spec, # see `class_patches`
 # %% ../nbs/03_show.ipynb #cell-33
 def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
                  indices=(0, 1), # of the samples
-                 ncols=2): # pairs in a row
+                 ncols=2, # pairs in a row
+                 alpha=.6): # weight of the class colours in the overlay
     "A matplotlib Figure of samples as pairs image | overlay, with one legend below."
     indices, spec = [int(i) for i in indices], dataset.spec
     invalid = [i for i in indices if not 0 <= i < len(dataset)]
@@ -232,7 +233,7 @@ def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
     pictures, titles = [], []
     for i in indices:
         image, label = dataset[i]
-        pictures += [image, overlay(image, label, spec.palette, spec.ignore_index)]
+        pictures += [image, overlay(image, label, spec.palette, spec.ignore_index, alpha)]
         titles += [str(dataset.ids[i]), "label"]
     fig = show_images(pictures, titles, ncols=2 * min(ncols, len(indices)))
     legend_below(fig, spec, min(len(spec.classes) + 1, 3 * min(ncols, len(indices))))

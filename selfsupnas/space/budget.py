@@ -80,22 +80,14 @@ class CostTable:
         return self._tensors[device]
 
 # %% ../../nbs/space/09_budget.ipynb #838ba119
-class _WithSize(nn.Module):
-    "`up(features, size)` as a module of one input, which fvcore needs."
-    def __init__(self, up, size):
-        super().__init__()
-        self.up, self.size = up, size
-
-    def forward(self, features): return self.up(features, self.size)
-
 class _WithSum(nn.Module):
     "A part and the sum after it, which has no multiply-adds but takes time."
-    def __init__(self, part):
+    def __init__(self, part, *arguments): # arguments: of the part, beside its features
         super().__init__()
-        self.part = part
+        self.part, self.arguments = part, arguments
 
     def forward(self, features):
-        result = self.part(features)
+        result = self.part(features, *self.arguments)
         return result + result
 
 # %% ../../nbs/space/09_budget.ipynb #38320f8f
@@ -121,7 +113,7 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         except Exception as e:
             raise ValueError(f"the cost of operation {name!r} cannot be measured: {e}") from e
     def up(scale):
-        return cost(_WithSum(_WithSize(Up(space.channels_at(scale)), sizes[scale - 1])), scale)
+        return cost(_WithSum(Up(space.channels_at(scale)), sizes[scale - 1]), scale)
     def edges(scale):
         costs = {"keep": cost(_WithSum(nn.ReLU()), scale)}
         if scale > 0: costs["up"] = up(scale)
@@ -129,9 +121,8 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         return costs
     values = {len(space.gated_at(*cell)) for cell in space.cells()}
     last = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
-    classify = _WithSize(lambda x, s: nn.functional.interpolate(classifier(x), s, mode="bilinear",
-                                                                align_corners=False), tuple(size))
-    classifier = classify.classifier = nn.Conv2d(c, space.num_classes, 3, padding=1)
+    classify = nn.Sequential(nn.Conv2d(c, space.num_classes, 3, padding=1),
+                             nn.Upsample(tuple(size), mode="bilinear", align_corners=False))
     return CostTable(space, tuple(size), kind, cost(stem(c), 0, 3, size),
                      tuple({o: operation(o, s) for o in space.operations} for s in range(4)),
                      tuple(edges(s) for s in range(4)),

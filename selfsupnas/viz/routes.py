@@ -12,7 +12,7 @@ import math, textwrap
 
 import numpy as np
 
-from ..show import as_array, as_picture, new_figure
+from ..show import as_picture, new_figure
 from ..space.architecture import Architecture, draw_architecture
 from ..space.grid import STEP, STRIDES, Edge, SearchSpace, trace_route
 from .curves import COLOURS, DASHES, MARKERS
