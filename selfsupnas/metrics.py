@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['confusion_matrix', 'mean_defined', 'Metrics', 'metrics_text', 'none_if_nan', 'miou_text', 'record_metrics',
-           'confusion_figure', 'eval_mode', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views',
-           'window_starts', 'window_logits', 'predict', 'segment', 'on_device', 'NoLabelledPixels',
-           'evaluate_segmenter', 'metrics_or_none', 'miou_of', 'ImageSubset', 'class_counts',
-           'trivial_predictor_metrics']
+           'confusion_figure', 'readable_pairs', 'same_size_batches', 'check_logits', 'check_views', 'window_starts',
+           'window_logits', 'predict', 'segment', 'on_device', 'NoLabelledPixels', 'evaluate_segmenter',
+           'metrics_or_none', 'miou_of', 'ImageSubset', 'class_counts', 'trivial_predictor_metrics']
 
 # %% ../nbs/04_metrics.ipynb #3aa14e2f
 import copy
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from .data.augment import normalise
 from .core import progress_bar
 from .data.files import tolerant_reader
+from .data.loaders import find_ids
 from .distributed import World, all_reduce_sum, all_gather_dict, world
 from .show import new_figure
+from .space.operations import eval_mode
 from .tasks.teacher import logits_of
 
 # %% ../nbs/04_metrics.ipynb #cell-10
@@ -113,7 +114,6 @@ def metrics_text(metrics:Metrics) -> str:
     if metrics.absent: lines.append(f"absent, not in the mean: {', '.join(metrics.absent)}")
     return "\n".join(lines)
 
-# %% ../nbs/04_metrics.ipynb #cell-18
 def none_if_nan(value:float):
     "The value for a record: None in place of NaN, which JSON lacks."
     return None if value != value else float(value)
@@ -153,30 +153,17 @@ def confusion_figure(metrics:Metrics):
     ax.set_title(f"% of each true class; mIoU {mean}", fontsize=9)
     return fig
 
-# %% ../nbs/04_metrics.ipynb #cell-29
-@contextmanager
-def eval_mode(model:nn.Module):
-    "Put `model` into evaluation mode within the block, then restore the mode of every submodule."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try: yield model
-    finally:
-        for module, mode in modes: module.training = mode
-
 # %% ../nbs/04_metrics.ipynb #82bd5fe4
 def readable_pairs(dataset, # [i] -> (image, label), with .ids
-                   indices, # of the pairs, in this order
-                  ):
+                   indices): # of the pairs, in this order
     "Yield (id, image, label); unreadable files are skipped if the data set sets `skip_unreadable`."
     read = tolerant_reader(dataset, lambda i: dataset[i], None)
     for i in indices:
         if pair := read(i): yield dataset.ids[i], *pair
 
-# %% ../nbs/04_metrics.ipynb #b4f28f84
 def same_size_batches(dataset, # [i] -> (image (3,H,W), label (H,W)), with .ids
                       batch_size:int=8, # maximum
-                      world:World=World(), # each process takes its share
-                     ):
+                      world:World=World()): # each process takes its share
     "Yield (ids, images (B,3,H,W), labels (B,H,W)) in order; images of a batch have one size."
     if batch_size < 1: raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     ids, images, labels = [], [], []
@@ -281,8 +268,7 @@ def segment(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
         return predict(model, normalise(images).to(device), **views).argmax(1).cpu()
 
 # %% ../nbs/04_metrics.ipynb #6fa138f2
-def on_device(model:nn.Module,
-              device, # None: the model's own
+def on_device(model:nn.Module, device, # None: the model's own
               ) -> tuple:
     "The model and its device, or a copy on another device; the model itself is never moved."
     tensors = [*model.parameters(), *model.buffers()]
@@ -292,7 +278,6 @@ def on_device(model:nn.Module,
     if all(tensor.device == target for tensor in tensors): return model, target
     return copy.deepcopy(model).to(target), target
 
-# %% ../nbs/04_metrics.ipynb #cell-39
 class NoLabelledPixels(ValueError):
     "No image of the set has a labelled pixel."
 
@@ -340,29 +325,21 @@ def miou_of(model:nn.Module, dataset) -> float|None:
     metrics = metrics_or_none(model, dataset)
     return metrics and none_if_nan(metrics.miou)
 
-class ImageSubset:
+class ImageSubset(Subset):
     "The images of a data set with the given ids, in the order of the data set."
     def __init__(self, dataset, ids: list):
-        self.dataset, self.spec, ids = dataset, dataset.spec, set(ids)
-        self.rows = [i for i, name in enumerate(dataset.ids) if name in ids]
-        self.ids = [dataset.ids[i] for i in self.rows]
+        ids = set(ids)
+        super().__init__(dataset, [i for i, name in enumerate(dataset.ids) if name in ids])
+        self.spec, self.ids = dataset.spec, [dataset.ids[i] for i in self.indices]
         self.unreadable, self.skip_unreadable = dataset.unreadable, dataset.skip_unreadable
-
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, i): return self.dataset[self.rows[i]]
 
 def class_counts(dataset, # [i] -> (image, label), with .ids and .spec
                  ids=None, # of the counted images, for example the labelled ones; None: all
                 ) -> torch.Tensor:
-    "Labelled pixels of each class, int64 (K,); raises ValueError for an unknown id."
-    indices = {name: i for i, name in enumerate(dataset.ids)}
-    unknown = [name for name in ids or () if name not in indices]
-    if unknown:
-        raise ValueError(f"the data set has no image {unknown[:3]}; its {len(indices)} ids "
-                         f"are like {list(indices)[:3]}")
+    "Labelled pixels of each class, int64 (K,); raises ValueError for no id or an unknown one."
+    indices = range(len(dataset.ids)) if ids is None else find_ids(dataset, ids)
     counts = torch.zeros(dataset.spec.num_classes, dtype=torch.int64)
-    for _, _, label in readable_pairs(dataset, indices.values() if ids is None
-                                      else [indices[name] for name in ids]):
+    for _, _, label in readable_pairs(dataset, indices):
         counts += confusion_matrix(label, label, len(counts), dataset.spec.ignore_index).diagonal()
     return counts
 

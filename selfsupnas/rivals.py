@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'SCALABLE', 'MOMENTUM', 'TOLERANCE', 'GRID_RIVALS', 'torchvision_network', 'smp_network', 'Baseline',
-           'conv_norm', 'resize', 'NarrowUNet', 'PyramidPooling', 'FastSCNN', 'is_hand_crafted', 'build_baseline',
-           'all_open', 'random_architecture', 'check_reachable', 'fit_channels', 'open_parts', 'fit_width', 'fit_edges',
-           'thinner', 'fine', 'shallower', 'batch_norm_scales', 'batch_norm_route']
+           'resize', 'NarrowUNet', 'PyramidPooling', 'FastSCNN', 'is_hand_crafted', 'build_baseline', 'all_open',
+           'random_architecture', 'check_reachable', 'fit_channels', 'open_parts', 'fit_width', 'fit_edges', 'thinner',
+           'fine', 'shallower', 'batch_norm_scales', 'batch_norm_route']
 
 # %% ../nbs/05_rivals.ipynb #3b6bef5f
 import contextlib, dataclasses, inspect, random
@@ -22,7 +22,7 @@ from .space.budget import CostTable, measure_costs, static_cost
 from .space.cost import count_cost
 from .space.derivation import derive
 from .space.grid import STEP, STRIDES, Edge, SearchSpace
-from .space.operations import separable
+from .space.operations import conv_norm, separable
 
 # %% ../nbs/05_rivals.ipynb #cddef63c
 def torchvision_network(name:str, # of torchvision.models.segmentation
@@ -60,8 +60,7 @@ class Baseline(nn.Module):
         super().__init__()
         self.network, self.multiple = network, multiple
 
-    def forward(self, images:torch.Tensor, # (B,3,H,W), normalised
-               ) -> torch.Tensor:
+    def forward(self, images:torch.Tensor) -> torch.Tensor: # (B,3,H,W), normalised
         """Logits (B,K,H,W). DeepLabV3 and DeepLabV3+ raise ValueError for a single image in
         training mode."""
         height, width = images.shape[-2:]
@@ -77,12 +76,6 @@ class Baseline(nn.Module):
         return (out["out"] if isinstance(out, dict) else out)[..., :height, :width]
 
 # %% ../nbs/05_rivals.ipynb #bf1653dc
-def conv_norm(inputs:int, outputs:int, kernel_size:int=3, stride:int=1, groups:int=1,
-              dilation:int=1) -> list:
-    "A list of modules: convolution without bias, batch norm, ReLU."
-    return [nn.Conv2d(inputs, outputs, kernel_size, stride, dilation * (kernel_size // 2), dilation,
-                      groups, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
 def resize(features:torch.Tensor, # (B,C,h,w)
            size) -> torch.Tensor: # (H,W)
     "Features (B,C,H,W) by bilinear interpolation."
@@ -130,7 +123,6 @@ class PyramidPooling(nn.Module):
                   for bins, project in zip(self.bins, self.project)]
         return self.merge(torch.cat([x, *pooled], 1))
 
-# %% ../nbs/05_rivals.ipynb #b75f6e6a
 class FastSCNN(nn.Module):
     """Two branches that share their first layers: images (B,3,H,W) -> logits (B,K,H,W). Source:
     Poudel et al., BMVC 2019."""
@@ -325,8 +317,7 @@ def shallower(space:SearchSpace, size:tuple, target:float) -> Architecture:
     check_reachable(name, target, 0, most)
 
 # %% ../nbs/05_rivals.ipynb #9e1700b6
-def batch_norm_scales(space:SearchSpace,
-                      state:dict, # state dict of a supernet of that space
+def batch_norm_scales(space:SearchSpace, state:dict, # state dict of a supernet of that space
                      ) -> dict:
     """Mean absolute scale of batch norm by edge, for all of `space.gated()`; raises ValueError for
     the weights of another space. Source: Liu et al., ICCV 2017, for channels."""

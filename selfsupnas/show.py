@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'ERROR_COLOURS', 'as_array', 'as_picture', 'ignore_colour', 'colourise', 'overlay', 'fonts_for',
-           'complete_fonts', 'figure_class', 'new_figure', 'show_images', 'distinct_colours', 'legend', 'show_samples',
-           'error_map', 'save_figure']
+           'complete_fonts', 'figure_class', 'new_figure', 'show_images', 'distinct_colours', 'class_patches',
+           'legend_below', 'legend', 'show_samples', 'error_map', 'save_figure']
 
 # %% ../nbs/03_show.ipynb #cell-02
 import functools, math, warnings
@@ -17,15 +17,12 @@ import numpy as np
 from .core import atomic_write
 
 # %% ../nbs/03_show.ipynb #cell-08
-def as_array(x, # NumPy array, torch tensor (any device) or nested list
-            ) -> np.ndarray:
+def as_array(x) -> np.ndarray: # NumPy array, torch tensor (any device) or nested list
     "`x` as a NumPy array, without importing torch."
     if hasattr(x, "detach"): x = x.detach().cpu().numpy()
     return np.asarray(x)
 
-# %% ../nbs/03_show.ipynb #cell-09
-def as_picture(image, # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
-              ) -> np.ndarray:
+def as_picture(image) -> np.ndarray: # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
     "An RGB picture, uint8 (H,W,3); raises ValueError for other shapes and normalised values."
     first = hasattr(image, "detach")  # tensors are channels first, arrays channels last
     x = as_array(image)
@@ -46,12 +43,10 @@ def as_picture(image, # (H,W,3) or (3,H,W); uint8 in 0..255 or float in 0..1
     return x.astype(np.uint8)
 
 # %% ../nbs/03_show.ipynb #9b7bdbe1
-def ignore_colour(palette, # K colours (r,g,b)
-                 ) -> tuple:
+def ignore_colour(palette) -> tuple: # K colours (r,g,b)
     "The colour (r,g,b) of ignored pixels: black, or cream if a class is black."
     return (224, 224, 192) if (0, 0, 0) in map(tuple, palette) else (0, 0, 0)
 
-# %% ../nbs/03_show.ipynb #a56e4d0b
 def colourise(label, # (H,W) integers: class numbers 0..K-1 or ignore_index
               palette, # K colours (r,g,b), each 0..255
               ignore_index=255, # painted in `ignore_colour`
@@ -148,11 +143,9 @@ def figure_class() -> type:
             with completed(self): return super().get_tightbbox(*args, **kwargs)
     return CompleteFigure
 
-# %% ../nbs/03_show.ipynb #cell-21
 def new_figure(nrows=1, ncols=1, # grid of axes
                figsize=(6, 3), # width, height in inches
-               dpi=80, # pixels an inch
-              ):
+               dpi=80): # pixels an inch
     "A matplotlib Figure that a notebook shows once, and an (nrows,ncols) array of its Axes."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(nrows, ncols, figsize=figsize, dpi=dpi, squeeze=False,
@@ -164,8 +157,7 @@ def new_figure(nrows=1, ncols=1, # grid of axes
 def show_images(images, # sequence of images, or one tensor (B,3,H,W)
                 titles=None, # one for each image
                 ncols=None, # pictures in a row; by default at most 4
-                figsize=None, # width, height in inches; by default from the shape of the pictures
-               ):
+                figsize=None): # width, height in inches; by default from the shape of the pictures
     "A matplotlib Figure with a tight grid of pictures without axes."
     pictures = [as_picture(image) for image in images]
     if not pictures: raise ValueError("`images` is empty")
@@ -195,19 +187,28 @@ def distinct_colours(n:int) -> tuple:
     return tuple(tuple(round(255 * v) for v in colorsys.hsv_to_rgb(*c)) for c in hsv)
 
 # %% ../nbs/03_show.ipynb #85d6a191
-def legend(spec, # with .classes (names) and .palette (r,g,b in 0..255)
-           ax=None, # Axes above the legend; None: a new figure
-           ncols=None, # columns; by default at most 6
-          ):
-    "The matplotlib Figure with a legend of class colours and the colour of ignored pixels."
+def class_patches(spec, # with .classes (names) and .palette (r,g,b in 0..255)
+                  more={}) -> list: # further entries, name -> (r,g,b)
+    """A matplotlib Patch, the entry of a legend, for each class and for ignored pixels; raises
+    ValueError unless each class has a colour."""
     from matplotlib.patches import Patch
     if len(spec.classes) != len(spec.palette):
         raise ValueError(f"{len(spec.classes)} class names but {len(spec.palette)} colours in the "
                          "palette: the numbers must be equal")
-    patches = [Patch(facecolor=np.array(colour) / 255, edgecolor="0.4", label=name)
-               for name, colour in zip(spec.classes, spec.palette)]
-    ignored = np.array(ignore_colour(spec.palette)) / 255
-    patches.append(Patch(facecolor=ignored, edgecolor="0.4", label="ignored"))
+    colours = *spec.palette, ignore_colour(spec.palette), *more.values()
+    return [Patch(facecolor=np.array(colour) / 255, edgecolor="0.4", label=name)
+            for name, colour in zip((*spec.classes, "ignored", *more), colours)]
+
+def legend_below(fig, spec, ncols=6, more={}): # see `class_patches`
+    "Add a legend of class colours below a matplotlib Figure."
+    fig.legend(handles=class_patches(spec, more), loc="outside lower center", fontsize=8,
+               frameon=False, ncols=ncols, handlelength=1.2)
+
+def legend(spec, # see `class_patches`
+           ax=None, # Axes above the legend; None: a new figure
+           ncols=None): # columns; by default at most 6
+    "The matplotlib Figure with a legend of class colours and the colour of ignored pixels."
+    patches = class_patches(spec)
     ncols = ncols or min(6, len(patches))
     style = dict(handles=patches, ncols=ncols, fontsize=8, frameon=False, handlelength=1.2)
     if ax is not None:
@@ -222,8 +223,7 @@ def legend(spec, # with .classes (names) and .palette (r,g,b in 0..255)
 def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
                  indices=(0, 1), # of the samples
                  ncols=2, # pairs in a row
-                 alpha=.6, # weight of the class colours in the overlay
-                ):
+                 alpha=.6): # weight of the class colours in the overlay
     "A matplotlib Figure of samples as pairs image | overlay, with one legend below."
     indices, spec = [int(i) for i in indices], dataset.spec
     invalid = [i for i in indices if not 0 <= i < len(dataset)]
@@ -236,15 +236,11 @@ def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
         pictures += [image, overlay(image, label, spec.palette, spec.ignore_index, alpha)]
         titles += [str(dataset.ids[i]), "label"]
     fig = show_images(pictures, titles, ncols=2 * min(ncols, len(indices)))
-    key = legend(spec).axes[0].get_legend()
-    fig.legend(handles=key.legend_handles, labels=[t.get_text() for t in key.get_texts()],
-               loc="outside lower center", fontsize=8, frameon=False, handlelength=1.2,
-               ncols=min(len(spec.classes) + 1, 3 * min(ncols, len(indices))))
+    legend_below(fig, spec, min(len(spec.classes) + 1, 3 * min(ncols, len(indices))))
     return fig
 
 # %% ../nbs/03_show.ipynb #cell-37
 ERROR_COLOURS = {"correct": (0, 90, 160), "wrong": (255, 160, 40), "ignored": (60, 60, 60)}
-
 
 def error_map(label, # (H,W) true class numbers or ignore_index
               prediction, # (H,W) predicted class numbers

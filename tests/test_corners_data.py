@@ -14,7 +14,7 @@ from selfsupnas.data.cityscapes import draw_cityscapes
 from selfsupnas.cli import main
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.core import progress_bar, read_json, read_text
-from selfsupnas.data.datasets import FolderDataset, load_dataset, read_classes
+from selfsupnas.data.datasets import FolderDataset, class_lines, load_dataset
 from selfsupnas.metrics import Metrics, confusion_figure, record_metrics, metrics_text
 from selfsupnas.data.files import image_file_size, read_image, read_mask
 from selfsupnas.train.log import RunLog, log_line
@@ -113,7 +113,7 @@ def test_what_else_stands_in_a_list_of_classes(root):
                  "road\t128\t64\t128\nlow house\t9\t0\t255\n"):
         assert classes(text) == (("road", "low house"), colours), text
     (root/"classes.txt").write_text("lane 1 2 3\nlane 2\n")
-    assert read_classes(root/"classes.txt") == ["lane 1 2 3", "lane 2"], "a column has an entry in every line"
+    assert class_lines(root/"classes.txt")[0] == ["lane 1 2 3", "lane 2"], "a column has an entry in every line"
     for wrong, words in (("road\nhouse\nroad\n", "road.*twice"), ("road 1 2 3\nroad 4 5 6\n", "road.*twice"), ("1 road\n0 house\n", "0, 1"), ("1 road\n2 house\n", "0, 1"),
                          ("road 300 0 0\nhouse 0 0 0\n", "300.*255"), ("# road\n# house\n", "fewer than 2")):
         (root/"classes.txt").write_text(wrong)

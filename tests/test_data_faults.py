@@ -109,7 +109,6 @@ BEFORE = { # name -> dataset, what is done to the trees, further parameters, wor
     "image without label, VOC": ("voc", lambda d: one(d, VOC_MASK).unlink(), {}, "1 files of VOC train .*2007_000001.png"),
     "listed image that is missing": ("voc", lambda d: one(d, VOC_IMAGE).unlink(), {}, "1 files of VOC train .*2007_000001.jpg"),
     "label fraction of no image": ("cityscapes", None, {"label_fraction": "1/30"}, "0.0333333 of 5 images is less than one image: use 1/5"),
-    "label fraction above 1": ("voc", None, {"label_fraction": "2"}, "label_fraction must be 1 or less, not 2.0"),
     "split file names a missing image": ("cityscapes", lambda d: split_file(d, "aachen_000000_000019\nleftImg8bit/train/aachen/aachen_000009_000019_leftImg8bit.png x"),
                                          {"split_folder": "split"}, "labeled.txt, line 2: .*aachen_000009.* names no image of Cityscapes \\(synthetic\\)"),
     "split file of another set": ("voc", lambda d: split_file(d, "img/000000.jpg"), {"split_folder": "split"}, "line 1: .*names no image of PASCAL VOC 2012 .*2007_000000"),

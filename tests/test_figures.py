@@ -32,7 +32,7 @@ from selfsupnas.viz.predictions import plot_jigsaw, plot_predictions, plot_views
 from selfsupnas.viz.curves import plot_candidates, plot_history
 from selfsupnas.viz.routes import plot_gate_history, plot_route
 from selfsupnas.viz.tables import Summary, summary_figure
-from selfsupnas.viz.routes import plot_closed, plot_cost_distribution, plot_image_routes, plot_operations
+from selfsupnas.viz.routes import plot_closed, plot_image_routes, plot_operations
 from selfsupnas.viz.curves import plot_front
 from selfsupnas.data.toy.streetscenes import draw_scene
 from selfsupnas.stages.calibration import GateStatistics
@@ -727,24 +727,6 @@ def test_plot_image_routes():
     return figure
 
 
-@figure_test
-def test_plot_cost_distribution():
-    figure = plot_cost_distribution([.2, .3, .3, .4, .6], budget=.5, expected=.45)
-    ax, = figure.axes
-    marks = line(ax, "image")
-    assert marks.get_xdata().tolist() == [20, 30, 30, 40, 60]
-    for word, value in (("mean 36", 36), ("budget", 50), ("expected", 45)): # another mean is expected
-        check_level(line(ax, word), "x", value)
-        assert numbers(only(legend_of(ax), word)) == [value]
-    check_distinct(ax.lines)
-    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in ax.patches]
-    assert sum(height for _, _, height in bars) == 5
-    assert [height for left, right, height in bars if left <= 30 < right] == [2]
-    assert numbers(ax.get_title()) == [5, 4, 20, 60] # images, different costs, least and greatest share
-    assert "%" in ax.get_xlabel() and "multiply-adds" in ax.get_xlabel() and ax.get_ylabel() == "images"
-    return figure
-
-
 def band(ax, word):
     "Lower and upper edge of a filled area at the steps 0, 100 and 200."
     x, y = only(ax.collections, word, lambda area: str(area.get_label())).get_paths()[0].vertices.T
@@ -1075,10 +1057,6 @@ CHANGES = {
                                draw(space, images, gates[::-1], *args)),
     "shares of other images": (test_plot_image_routes, plot_image_routes, lambda draw, *args:
                                draw(*args[:3], args[3][::-1], args[4])),
-    "an image left out": (test_plot_cost_distribution, plot_cost_distribution, lambda draw, shares, **lines:
-                          draw(shares[1:], **lines)),
-    "no line at the budget": (test_plot_cost_distribution, plot_cost_distribution, lambda draw, *args, budget, expected:
-                              draw(*args, expected=expected)),
     "an edge that opens again left out": (test_plot_closed, plot_closed, lambda draw, space, snapshots:
                                          draw(space, snapshots[:2] + [(200, snapshots[1][1])])),
     "areas that look alike": (test_plot_closed, plot_closed, afterwards(lambda figure: [

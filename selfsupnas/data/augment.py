@@ -13,8 +13,7 @@ import torch
 # %% ../../nbs/data/06_augment.ipynb #cell-08
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # of ImageNet, for values in 0..1
 
-def normalise(images:torch.Tensor, # (..., 3, H, W) uint8
-             ) -> torch.Tensor:
+def normalise(images:torch.Tensor) -> torch.Tensor: # (..., 3, H, W) uint8
     """Scale images to 0..1 and normalise them by ImageNet's mean and standard deviation; returns
     float32 (..., 3, H, W), raises ValueError unless the images are uint8."""
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
@@ -24,9 +23,7 @@ def normalise(images:torch.Tensor, # (..., 3, H, W) uint8
     shift = images.new_tensor([255*m for m in MEAN], dtype=torch.float32)[:, None, None]
     return (images.float() - shift) / scale
 
-# %% ../../nbs/data/06_augment.ipynb #cell-09
-def denormalise(images:torch.Tensor, # (..., 3, H, W) float, from `normalise`
-               ) -> torch.Tensor:
+def denormalise(images:torch.Tensor) -> torch.Tensor: # (..., 3, H, W) float, from `normalise`
     "The inverse of `normalise`, rounded and clamped to uint8 (..., 3, H, W)."
     scale = images.new_tensor([255*s for s in STD])[:, None, None]
     shift = images.new_tensor([255*m for m in MEAN])[:, None, None]
@@ -119,8 +116,7 @@ class StrongView:
         self.colours = v2.Compose([v2.RandomApply([v2.ColorJitter(*jitter)], p=p_jitter),
                                    v2.RandomGrayscale(p_grey)])
 
-    def __call__(self, image:torch.Tensor, # (3, h, w) uint8
-                ) -> torch.Tensor:
+    def __call__(self, image:torch.Tensor) -> torch.Tensor: # (3, h, w) uint8
         "Returns the strong view, (3, h, w) uint8."
         from torchvision import tv_tensors
         from torchvision.transforms import v2

@@ -24,7 +24,6 @@ class CityscapesLabel(NamedTuple):
     train_id: int  # class number, or 255 for ignored
     colour: tuple  # (r, g, b)
 
-# %% ../../nbs/data/02_cityscapes.ipynb #3cceb437
 CITYSCAPES_LABELS = tuple(CityscapesLabel(i, *row) for i, row in enumerate((
     ("unlabeled", 255, (0, 0, 0)), ("ego vehicle", 255, (0, 0, 0)),
     ("rectification border", 255, (0, 0, 0)), ("out of roi", 255, (0, 0, 0)),
@@ -58,7 +57,6 @@ def cityscapes_folder(root) -> Path:
         "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com there")
     return base
 
-# %% ../../nbs/data/02_cityscapes.ipynb #424080fe
 ANNOTATIONS = dict(fine=("train", "val"), coarse=("train", "val", "train_extra"), none=())
 
 def find_cityscapes(root, split:str,         # train, val, test or train_extra

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAMVID_SPEC', 'CAMVID_COUNTS', 'STREETSCENES_SIZE', 'CAMVID_URL', 'CITYSCAPES_SPEC', 'UNLABELLED', 'DATASETS',
            'StreetScenes', 'BlueMarble', 'CamVid', 'unpack_camvid', 'download_camvid', 'Cityscapes', 'folder_pairs',
-           'split_column', 'class_lines', 'read_classes', 'FolderDataset', 'load_dataset', 'data_digest']
+           'split_column', 'class_lines', 'FolderDataset', 'load_dataset', 'data_digest']
 
 # %% ../../nbs/data/04_datasets.ipynb #a4fa000c
 import hashlib, os, re, shutil, tempfile, urllib.request, zipfile, zlib
@@ -22,19 +22,16 @@ from ..core import cache_folder, cached_arrays, file_digest, read_text
 from .files import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, PairDataset,
                                    SegmentationSpec, check_size, check_split, list_files,
                                    find_spelling, match_pairs, unused_files)
-from .toy.streetscenes import SCENES_VERSION, draw_scene
+from .toy.streetscenes import CLASSES, SCENES_VERSION, draw_scene
 from ..show import distinct_colours
 from .voc import VOC
 
 # %% ../../nbs/data/04_datasets.ipynb #cell-05
-CAMVID_SPEC = SegmentationSpec("CamVid",
-    ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
-     "bicyclist"),
+CAMVID_SPEC = SegmentationSpec("CamVid", CLASSES,
     ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
      (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)))
 CAMVID_COUNTS = dict(train=367, val=101, test=233)
 
-# %% ../../nbs/data/04_datasets.ipynb #cell-06
 STREETSCENES_SIZE = 128, 160 # default (height, width)
 
 class StreetScenes(PairDataset):
@@ -115,7 +112,6 @@ def unpack_camvid(archive, # zip file
         os.replace(Path(part)/"camvid", target)
     return target
 
-# %% ../../nbs/data/04_datasets.ipynb #cell-25
 def download_camvid(root,             # camvid/ is created in this folder
                     sha256:str=None,  # of the archive, checked before unpacking; None: not checked
                     url:str=CAMVID_URL) -> Path:
@@ -128,10 +124,9 @@ def download_camvid(root,             # camvid/ is created in this folder
     with tempfile.TemporaryFile(dir=root) as f:
         with urllib.request.urlopen(url, timeout=60) as response: shutil.copyfileobj(response, f)
         f.seek(0)
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20): digest.update(block)
-        if sha256 and digest.hexdigest() != sha256.lower():
-            raise ValueError(f"{url} has the sha256 {digest.hexdigest()}, not {sha256}")
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if sha256 and digest != sha256.lower():
+            raise ValueError(f"{url} has the sha256 {digest}, not {sha256}")
         return unpack_camvid(f, root)
 
 # %% ../../nbs/data/04_datasets.ipynb #d619d480
@@ -209,10 +204,6 @@ def class_lines(path) -> tuple:
     if len(names) < 2: raise ValueError(f"{path} names fewer than 2 classes")
     return names, tuple(colours) or None
 
-def read_classes(path) -> list:
-    "The class names in a classes.txt; raises FileNotFoundError or ValueError."
-    return class_lines(path)[0]
-
 # %% ../../nbs/data/04_datasets.ipynb #95a26f8d
 class FolderDataset(FileDataset):
     """Your own dataset: images and masks in folders, class names in classes.txt or `classes`,
@@ -282,7 +273,6 @@ def load_dataset(name:str,        # a key of DATASETS
     kw = {"incomplete": True} if incomplete else {} # other loaders need not have this parameter
     return DATASETS[name](check_split(split), root, check_size(size), **kw)
 
-# %% ../../nbs/data/04_datasets.ipynb #d1e10001
 def data_digest(name:str, root, splits:tuple) -> str|None:
     """Returns a digest of the classes, ids, file sizes and some masks, which identifies the data of
     a run; the name of a built-in dataset; None if the dataset cannot be opened."""

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['SPLITS', 'DECODE_ERRORS', 'MASK_TYPES', 'IMAGE_TYPES', 'SYNTHETIC', 'NO_IMAGE', 'HIDDEN', 'SegmentationSpec',
            'UnreadableFile', 'open_image', 'turn_upright', 'read_image', 'as_mask', 'grey_factor', 'read_mask',
-           'write_mask', 'mask_numbers', 'check_numbers', 'check_sizes', 'check_pair', 'translate_mask', 'check_size',
-           'resize', 'resize_pair', 'read_all', 'PairDataset', 'note_unreadable', 'tolerant_reader', 'preload',
-           'sampled_sizes', 'mean_pixels', 'common_size', 'check_split', 'find_spelling', 'list_files', 'match_pairs',
-           'png_has_metadata', 'orientation', 'image_file_size', 'is_turned', 'FileDataset', 'unused_files',
-           'describe_unused']
+           'write_mask', 'mask_numbers', 'check_numbers', 'check_sizes', 'translate_mask', 'check_size', 'resize',
+           'resize_pair', 'read_all', 'PairDataset', 'note_unreadable', 'tolerant_reader', 'preload', 'sampled_sizes',
+           'common_size', 'check_split', 'find_spelling', 'list_files', 'match_pairs', 'png_has_metadata',
+           'orientation', 'image_file_size', 'is_turned', 'FileDataset', 'unused_files', 'describe_unused']
 
 # %% ../../nbs/data/01_files.ipynb #65b49e4e
 import os, struct, warnings, zlib
@@ -57,13 +56,15 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.
                  Image.DecompressionBombError) # Pillow raises all of these for damaged files
 
 @contextmanager
-def open_image(path):
-    "Context of Pillow's Image; not mapped into memory: Pillow decodes a mapped TIFF into stripes."
-    with open(path, "rb") as file:
-        try: f = Image.open(file)
-        except UnidentifiedImageError: # Pillow does not name an open file
-            raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from None
-        with f: yield f
+def open_image(path, what:str="image"): # what: the content, for the message
+    """Context of Pillow's Image; raises UnreadableFile, also for errors of decoding in the block.
+    The file is not mapped into memory, since Pillow decodes a mapped TIFF into stripes."""
+    try:
+        with open(path, "rb") as file, Image.open(file) as f: yield f
+    except DECODE_ERRORS as e:
+        is_unknown = isinstance(e, UnidentifiedImageError) # Pillow does not name an open file
+        reason = f"cannot identify image file {str(path)!r}" if is_unknown else e
+        raise UnreadableFile(f"cannot read the {what} {path}: {reason}") from None
 
 def turn_upright(f) -> Image.Image:
     "Decode an open image and apply its EXIF orientation."
@@ -73,12 +74,9 @@ def turn_upright(f) -> Image.Image:
 def read_image(path) -> np.ndarray:
     """Read an image file as upright RGB, (H, W, 3) uint8; raises UnreadableFile, or ValueError for
     more than 8 bits per channel."""
-    try:
-        with open_image(path) as f:
-            is_deep = f.mode[0] in "IF"
-            image = np.asarray(turn_upright(f).convert("RGB"))
-    except DECODE_ERRORS as e:
-        raise UnreadableFile(f"cannot read the image {path}: {e}") from None
+    with open_image(path) as f:
+        is_deep = f.mode[0] in "IF"
+        image = np.asarray(turn_upright(f).convert("RGB"))
     if is_deep: raise ValueError(f"the image {path} must have 8 bits per channel")
     return image
 
@@ -103,11 +101,8 @@ def grey_factor(path) -> int:
 def read_mask(path) -> np.ndarray:
     """Read a grey or palette mask, turned upright, (H, W) uint8; raises UnreadableFile, or
     ValueError for its content."""
-    try:
-        with open_image(path) as f: numbers = np.asarray(turn_upright(f))
-        if (factor := grey_factor(path)) > 1: numbers = numbers//factor
-    except DECODE_ERRORS as e:
-        raise UnreadableFile(f"cannot read the mask {path}: {e}") from None
+    with open_image(path, "mask") as f: numbers = np.asarray(turn_upright(f))
+    if (factor := grey_factor(path)) > 1: numbers = numbers//factor
     return as_mask(numbers, path)
 
 # %% ../../nbs/data/01_files.ipynb #1e0e0a71
@@ -124,8 +119,7 @@ def write_mask(path, mask:np.ndarray, # (H, W) class numbers, 0 to 255
     return path
 
 # %% ../../nbs/data/01_files.ipynb #db4e62eb
-def mask_numbers(mask:np.ndarray, # (H, W) uint8
-                ) -> list:
+def mask_numbers(mask:np.ndarray) -> list: # (H, W) uint8
     "The numbers that occur in a mask, sorted."
     # a histogram is many times faster than sorting the pixels, as np.unique does
     return np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
@@ -148,12 +142,6 @@ def check_sizes(image:np.ndarray, mask:np.ndarray, path) -> None:
                 if image.shape[:2] == mask.shape[::-1] else "")
         raise ValueError(f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
                          f"{image.shape[1]} x {image.shape[0]}: they must have the same size{hint}")
-
-def check_pair(image:np.ndarray, mask:np.ndarray, path, # of the mask, for the message
-               spec:SegmentationSpec) -> None:
-    "Raise ValueError when the sizes differ or the mask holds a number that is not a class."
-    check_sizes(image, mask, path)
-    check_numbers(mask, path, spec)
 
 # %% ../../nbs/data/01_files.ipynb #8c8da233
 def translate_mask(mask:np.ndarray, # (H, W) uint8, numbers of the file
@@ -178,7 +166,6 @@ def check_size(size) -> tuple:
         raise ValueError(f"size must be (height, width) in pixels above 0, or None, not {size!r}")
     return h, w
 
-# %% ../../nbs/data/01_files.ipynb #e25f0e17
 def resize(picture:np.ndarray, # (H, W, 3) or, for a mask, (H, W), uint8
            size:tuple,         # (h, w), or None: unchanged
           ) -> np.ndarray:
@@ -225,7 +212,14 @@ class PairDataset(Dataset):
     def read_image(self, i): return self.read(i)[0]
 
     @cached_property
-    def mean_pixels(self): return mean_pixels(self) # per image
+    def mean_pixels(self) -> float:
+        "Mean number of pixels per image, estimated from up to 32 readable images."
+        def size_or_none(i):
+            try: return self.file_size(i)
+            except UnreadableFile: return None
+        sizes = [self.size] if self.size else sampled_sizes(self, size_or_none) or [(0, 0)]
+        return sum(h*w for h, w in sizes)/len(sizes)
+
     def fits(self): return 4*self.mean_pixels*len(self) <= 1e9*self.cache_gb # 4 bytes per pixel
 
     def pair(self, i:int) -> tuple:
@@ -272,8 +266,7 @@ def note_unreadable(dataset:PairDataset, read, i:int):
         dataset.unreadable[dataset.ids[i]] = str(e)
         raise
 
-def tolerant_reader(dataset:PairDataset,
-                    read,     # function of an index
+def tolerant_reader(dataset:PairDataset, read,     # function of an index
                     default): # result for a skipped file
     "Wrap `read` so that it returns `default` for a damaged file if `dataset.skip_unreadable`."
     def read_or_default(i):
@@ -298,14 +291,6 @@ def sampled_sizes(dataset:PairDataset, read, # index -> (H, W), or None
     "The sizes (H, W) of up to 32 images, evenly spaced over the dataset, without None."
     indices = np.linspace(0, len(dataset) - 1, min(32, len(dataset))).round().astype(int).tolist()
     return [size for size in map(read, indices) if size]
-
-def mean_pixels(dataset:PairDataset) -> float:
-    "Mean number of pixels per image, estimated from up to 32 readable images."
-    def size_or_none(i):
-        try: return dataset.file_size(i)
-        except UnreadableFile: return None
-    sizes = [dataset.size] if dataset.size else sampled_sizes(dataset, size_or_none) or [(0, 0)]
-    return sum(h*w for h, w in sizes)/len(sizes)
 
 def common_size(dataset:PairDataset) -> tuple:
     "The size (H, W) of the images, or None if they differ, from the headers of up to 32 images."
@@ -340,7 +325,6 @@ def list_files(folder, types:tuple) -> dict:
         files[p.stem] = p
     return files
 
-# %% ../../nbs/data/01_files.ipynb #cell-32
 def match_pairs(images, masks, # folders
                 incomplete:bool=False, # True: a missing mask is an error when it is read, not here
                ) -> dict:
@@ -389,17 +373,13 @@ def orientation(f,    # the opened image
 
 def image_file_size(path) -> tuple:
     "The size (H, W) of the upright image, from the header alone; raises UnreadableFile."
-    try:
-        with open_image(path) as f:
-            w, h = (f.tag_v2[256], f.tag_v2[257]) if f.format == "TIFF" else f.size # as stored
-            return (w, h) if orientation(f, path) >= 5 else (h, w)
-    except DECODE_ERRORS as e: raise UnreadableFile(f"cannot read the image {path}: {e}") from None
+    with open_image(path) as f:
+        w, h = (f.tag_v2[256], f.tag_v2[257]) if f.format == "TIFF" else f.size # as stored
+        return (w, h) if orientation(f, path) >= 5 else (h, w)
 
 def is_turned(path) -> bool:
     "Whether an image file has an EXIF orientation that turns or mirrors it; raises UnreadableFile."
-    try:
-        with open_image(path) as f: return orientation(f, path) > 1
-    except DECODE_ERRORS as e: raise UnreadableFile(f"cannot read the image {path}: {e}") from None
+    with open_image(path) as f: return orientation(f, path) > 1
 
 # %% ../../nbs/data/01_files.ipynb #6d744e62
 SYNTHETIC = "synthetic.txt" # marks the folder of a dataset that is drawn by a program

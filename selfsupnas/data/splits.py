@@ -42,8 +42,7 @@ def covering_order(present:np.ndarray, # (n images, K classes) bool: the classes
     return first + [int(i) for i in order if int(i) not in front]
 
 # %% ../../nbs/data/05_splits.ipynb #d7ed61ac
-def classes_present(dataset,
-                    rows:list=None, # indices of images; None: all
+def classes_present(dataset, rows:list=None, # indices of images; None: all
                    ) -> np.ndarray:
     "Which classes occur in which image, (len(rows), num_classes) bool; decodes no image."
     rows = range(len(dataset)) if rows is None else rows
@@ -93,8 +92,7 @@ def make_split(dataset,            # the training set
     return LabelSplit(labelled, unlabelled, float(fraction), seed, dataset.spec.name)
 
 # %% ../../nbs/data/05_splits.ipynb #e1917f41
-def save_split(split:LabelSplit,
-               folder,       # created if it is missing
+def save_split(split:LabelSplit, folder,       # created if it is missing
                dataset=None, # write its paths of image and mask, not ids
               ) -> Path:
     "Write labeled.txt, unlabeled.txt (one image per line) and split.json; returns the folder."

@@ -18,14 +18,12 @@ from .files import (SYNTHETIC, FileDataset, SegmentationSpec, UnreadableFile,
 from .toy.streetscenes import draw_scene
 
 # %% ../../nbs/data/03_voc.ipynb #0ee1ba84
-def voc_palette(count:int, # number of colours, 1 to 256
-               ) -> tuple:
+def voc_palette(count:int) -> tuple: # number of colours, 1 to 256
     "The colours (r, g, b) of VOC's masks: each channel has every third bit of the number."
     def channel(number, shift):
         return sum(((number >> (3*k + shift)) & 1) << (7 - k) for k in range(8))
     return tuple(tuple(channel(i, shift) for shift in range(3)) for i in range(count))
 
-# %% ../../nbs/data/03_voc.ipynb #a8aefcbc
 VOC_SPEC = SegmentationSpec("PASCAL VOC 2012", (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa",
@@ -69,7 +67,6 @@ def sbd_folder(root) -> Path:
               for p in ("benchmark_RELEASE/dataset", "sbd", "SBD", "")]
     return next((p for p in places if (p/"cls").is_dir() and (p/"train.txt").is_file()), None)
 
-# %% ../../nbs/data/03_voc.ipynb #8e94240c
 def read_names(path) -> list:
     """The ids in a list of images, whose lines start with an id or a path such as
     /JPEGImages/ID.jpg; raises FileNotFoundError."""
@@ -92,7 +89,6 @@ def augmented_masks(root) -> dict:
     names = read_names(listing) if listing else [p.stem for p in folder.glob("[!.]*.png")]
     return {name: folder/f"{name}.png" for name in names}
 
-# %% ../../nbs/data/03_voc.ipynb #09766885
 def find_voc(root, split:str, # train, val, train_aug, or test (without labels)
              incomplete:bool=False, # True: a missing file is an error when it is read
             ) -> dict:
@@ -113,7 +109,6 @@ def find_voc(root, split:str, # train, val, train_aug, or test (without labels)
         f"{missing[0]}")
     return pairs
 
-# %% ../../nbs/data/03_voc.ipynb #78d8a66a
 class VOC(FileDataset):
     "PASCAL VOC 2012 in the layout of its archive; train_aug needs SBD or SegmentationClassAug."
     def __init__(self, root, split:str, # train, train_aug, val, or test (without labels)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Entries', 'Architecture', 'connected_edges', 'is_connected', 'check_schema', 'architecture_to_json',
            'ArchitectureFile', 'read_entries', 'architecture_from_json', 'save_architecture', 'load_architecture',
-           'draw_architecture', 'drop_cheapest', 'add_back', 'derive_greedily', 'weaker_operations']
+           'draw_architecture', 'drop_cheapest', 'add_back', 'derive_greedily']
 
 # %% ../../nbs/space/06_architecture.ipynb #e8c69e9b
 import dataclasses, math
@@ -94,7 +94,6 @@ def check_schema(data,
         raise ValueError(f"its schema is {schema}, but selfsupnas {selfsupnas.__version__} reads "
                          f"schemas up to {newest}: install a later version")
 
-# %% ../../nbs/space/06_architecture.ipynb #689d8969
 SCHEMA = 2 # raised when the meaning of the JSON changes; 1: version 0.1, edges were named paths
 
 def architecture_to_json(architecture: Architecture) -> dict:
@@ -174,8 +173,7 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
     return ax
 
 # %% ../../nbs/space/06_architecture.ipynb #ab9efe90
-def drop_cheapest(space: SearchSpace,
-                  selected: set, # connected, see connected_edges
+def drop_cheapest(space: SearchSpace, selected: set, # connected, see connected_edges
                   importance: Mapping, cost: Callable, budget: float) -> set:
     """`selected` within `budget`: drops, one after the other, the edge or candidate that loses
     least importance per unit of cost saved, with all that it connects."""
@@ -219,12 +217,10 @@ def add_back(space: SearchSpace, selected: set, dropped: set, importance: Mappin
         if live[edge[:2]] == () and edge.kind != "keep": too_expensive.clear()
         selected = selected | {edge}
 
-# %% ../../nbs/space/06_architecture.ipynb #0b5873cc
 def derive_greedily(space: SearchSpace,
                     importance: Mapping[Edge, float], # mean gate of everything in space.gated()
                     cost: Callable, # set of open edges -> cost, a sum over cells, edges and decoder
                     budget: float, # in the unit of `cost`
-                    keep_operations: int | None = None, # most candidates of a searched cell
                    ) -> Architecture:
     """The strongest connected edges whose `cost` is within `budget`, greedily. `cost` must grow
     with the set, and be a sum over the cells that compute, their open edges and candidates, and the
@@ -236,21 +232,8 @@ def derive_greedily(space: SearchSpace,
     if not budget >= least:
         raise ValueError(f"budget {budget:,} is under {least:,}, the cost of stem, decoder and "
                          "classifier alone")
-    allowed = ({edge for edge in space.gated_set if importance[edge] > 0}
-               - weaker_operations(space, importance, keep_operations))
+    allowed = {edge for edge in space.gated_set if importance[edge] > 0}
     selected = drop_cheapest(space, connected_edges(space, allowed), importance, cost, budget)
     selected = add_back(space, selected, allowed - selected, importance, cost, budget)
     return Architecture(space, {p: importance[p] for p in selected if p.kind in STEP},
                         operations={p: importance[p] for p in selected if p.kind not in STEP})
-
-# %% ../../nbs/space/06_architecture.ipynb #26afd212
-def weaker_operations(space: SearchSpace, importance: Mapping[Edge, float],
-                      keep: int | None) -> set: # candidates per cell; None = all
-    """The candidates of each searched cell beyond the `keep` strongest; raises ValueError for keep
-    under 1."""
-    if keep is None or not space.search_operations: return set()
-    if keep < 1: raise ValueError(f"a cell keeps 1 operation or more, not {keep}")
-    def ranked(cell):
-        return sorted((Edge(*cell, name) for name in space.operations),
-                      key=lambda p: -importance[p])
-    return {p for cell in space.cells() for p in ranked(cell)[keep:]}

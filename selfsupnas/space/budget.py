@@ -80,27 +80,18 @@ class CostTable:
         return self._tensors[device]
 
 # %% ../../nbs/space/09_budget.ipynb #838ba119
-class _WithSize(nn.Module):
-    "`up(features, size)` as a module of one input, which fvcore needs."
-    def __init__(self, up, size):
-        super().__init__()
-        self.up, self.size = up, size
-
-    def forward(self, features): return self.up(features, self.size)
-
 class _WithSum(nn.Module):
     "A part and the sum after it, which has no multiply-adds but takes time."
-    def __init__(self, part):
+    def __init__(self, part, *arguments): # arguments: of the part, beside its features
         super().__init__()
-        self.part = part
+        self.part, self.arguments = part, arguments
 
     def forward(self, features):
-        result = self.part(features)
+        result = self.part(features, *self.arguments)
         return result + result
 
 # %% ../../nbs/space/09_budget.ipynb #38320f8f
-def measure_costs(space: SearchSpace,
-                  size: tuple, # (H,W) of the images, each 32 or more
+def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 32 or more
                   kind: str = "flops", # or parameters, latency: see selfsupnas.space.cost.COSTS
                   gate: str = "conditional", shrink: int = 4, # see selfsupnas.space.gate
                   device="cpu") -> CostTable: # where latency is measured
@@ -122,7 +113,7 @@ def measure_costs(space: SearchSpace,
         except Exception as e:
             raise ValueError(f"the cost of operation {name!r} cannot be measured: {e}") from e
     def up(scale):
-        return cost(_WithSum(_WithSize(Up(space.channels_at(scale)), sizes[scale - 1])), scale)
+        return cost(_WithSum(Up(space.channels_at(scale)), sizes[scale - 1]), scale)
     def edges(scale):
         costs = {"keep": cost(_WithSum(nn.ReLU()), scale)}
         if scale > 0: costs["up"] = up(scale)
@@ -130,9 +121,8 @@ def measure_costs(space: SearchSpace,
         return costs
     values = {len(space.gated_at(*cell)) for cell in space.cells()}
     last = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
-    classify = _WithSize(lambda x, s: nn.functional.interpolate(classifier(x), s, mode="bilinear",
-                                                                align_corners=False), tuple(size))
-    classifier = classify.classifier = nn.Conv2d(c, space.num_classes, 3, padding=1)
+    classify = nn.Sequential(nn.Conv2d(c, space.num_classes, 3, padding=1),
+                             nn.Upsample(tuple(size), mode="bilinear", align_corners=False))
     return CostTable(space, tuple(size), kind, cost(stem(c), 0, 3, size),
                      tuple({o: operation(o, s) for o in space.operations} for s in range(4)),
                      tuple(edges(s) for s in range(4)),
@@ -149,8 +139,7 @@ def costs_to_json(table: CostTable) -> dict:
     return {f.name: plain(getattr(table, f.name)) for f in dataclasses.fields(CostTable)
             if f.name not in ("space", "size", "kind")}
 
-def replace_costs(table: CostTable,
-                  costs: dict, # from `costs_to_json`
+def replace_costs(table: CostTable, costs: dict, # from `costs_to_json`
                  ) -> CostTable:
     "A table of the same space with other costs."
     gates = tuple({int(n): value for n, value in scale.items()} for scale in costs["gates"])

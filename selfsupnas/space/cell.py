@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .gate import CLOSED, index_add_rows, make_gate, select_rows
-from .operations import check_result, make_operation
+from .operations import check_result, conv_norm, make_operation
 from ..distributed import any_sample
 
 # %% ../../nbs/space/04_cell.ipynb #cell-06
@@ -41,26 +41,21 @@ def scale_features(features: torch.Tensor, # (B,C,h,w)
         return features * factor[:, None, None, None].to(features.dtype)
     return features if factor == 1 else features * factor
 
-# %% ../../nbs/space/04_cell.ipynb #d7d0acc8
 class Up(nn.Module):
     "(B,C,h,w) -> (B,C/2,H,W) of the finer scale. Source: Li et al., CVPR 2020."
     def __init__(self, channels: int):
         super().__init__()
-        self.project = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False),
-                                     nn.BatchNorm2d(channels // 2), nn.ReLU(inplace=True))
+        self.project = nn.Sequential(*conv_norm(channels, channels // 2, 1))
 
-    def forward(self, features: torch.Tensor,
-                finer_size, # (H,W)
+    def forward(self, features: torch.Tensor, finer_size, # (H,W)
                 factor=1): # see `scale_features`
         return F.interpolate(scale_features(self.project(features), factor), size=finer_size,
                              mode="bilinear", align_corners=False)
 
-# %% ../../nbs/space/04_cell.ipynb #983d2766
 class Down(nn.Sequential):
     "(B,C,h,w) -> (B,2C,ceil(h/2),ceil(w/2)). Source: Li et al., CVPR 2020."
     def __init__(self, channels: int):
-        super().__init__(nn.Conv2d(channels, 2 * channels, 1, 2, bias=False),
-                         nn.BatchNorm2d(2 * channels), nn.ReLU(inplace=True))
+        super().__init__(*conv_norm(channels, 2 * channels, 1, stride=2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv, *rest = self

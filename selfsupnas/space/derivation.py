@@ -84,8 +84,7 @@ def variable_costs(table: CostTable) -> dict:
 # %% ../../nbs/space/10_derivation.ipynb #d2e32009
 TIE = 1e-6 # weight of the cost, a share of the full grid's, against the largest importance
 
-def best_route(constraints: Constraints,
-               importance: np.ndarray, # of each variable
+def best_route(constraints: Constraints, importance: np.ndarray, # of each variable
                costs: np.ndarray, # of each variable, shares of the full grid's cost
                integral: np.ndarray, # bool, the variables that are declared integral
                excluded: np.ndarray, # bool, variables fixed at 0

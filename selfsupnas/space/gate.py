@@ -7,11 +7,14 @@ __all__ = ['CLOSED', 'GATES', 'gate_activation', 'select_rows', 'place_rows', 'i
            'gates_of', 'set_gate_threshold', 'record_gates', 'fix_gates']
 
 # %% ../../nbs/space/03_gate.ipynb #cell-02
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..distributed import all_reduce_sum
+from .operations import conv_norm
 
 # %% ../../nbs/space/03_gate.ipynb #54012f89
 CLOSED = 1e-4 # gates up to this value are closed, their edges not computed. Li et al., CVPR 2020
@@ -37,7 +40,6 @@ def select_rows(rows: torch.Tensor, # (n, ...), one row per image
     index = images.nonzero().flatten().to(rows.device)
     return rows.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
-# %% ../../nbs/space/03_gate.ipynb #34cd6d91
 def place_rows(rows: torch.Tensor, # (number of True, ...)
                images: torch.Tensor | None, # (B,) bool on the CPU; None = all
               ) -> torch.Tensor:
@@ -73,8 +75,7 @@ class Gate(nn.Module):
         super().__init__()
         self.shrink, self.leak, self.scale = shrink, leak, 8 / (channels // 2)
         self.register_buffer("threshold", torch.tensor(CLOSED))
-        self.reduce = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False),
-                                    nn.BatchNorm2d(channels // 2), nn.ReLU(inplace=True))
+        self.reduce = nn.Sequential(*conv_norm(channels, channels // 2, 1))
         self.logits = nn.Linear(channels // 2, edges)
         nn.init.constant_(self.logits.bias, bias)
 
@@ -115,7 +116,6 @@ class StaticGate(nn.Module):
 
 GATES = {"conditional": Gate, "static": StaticGate} # kinds of gate by name
 
-# %% ../../nbs/space/03_gate.ipynb #61aa96ec
 def make_gate(kind: str, # a key of GATES
               channels: int, edges: int,
               **options) -> nn.Module: # shrink, bias, leak
@@ -133,41 +133,32 @@ def set_gate_threshold(model: nn.Module,
     for gate in gates_of(model).values(): gate.threshold.fill_(threshold)
 
 # %% ../../nbs/space/03_gate.ipynb #36854638
-class record_gates:
+@contextmanager
+def record_gates(model: nn.Module):
     """`with record_gates(model) as gates: model(x)` fills gates[name] = (B,edges) for each gate;
     each call overwrites the last."""
-    def __init__(self, model: nn.Module): self.model = model
+    gates = {}
+    def record(name): return lambda module, args, output: gates.__setitem__(name, output)
+    hooks = [gate.register_forward_hook(record(name)) for name, gate in gates_of(model).items()]
+    try: yield gates
+    finally:
+        for hook in hooks: hook.remove()
 
-    def __enter__(self) -> dict:
-        gates = {}
-        def record(name): return lambda module, args, output: gates.__setitem__(name, output)
-        self.hooks = [gate.register_forward_hook(record(name))
-                      for name, gate in gates_of(self.model).items()]
-        return gates
-
-    def __exit__(self, *_):
-        for hook in self.hooks: hook.remove()
-
-# %% ../../nbs/space/03_gate.ipynb #17bdbc5d
-class fix_gates:
+@contextmanager
+def fix_gates(model: nn.Module,
+              values: dict): # name of a gate in model -> (edges,) or (B,edges) in [0, 1]
     """`with fix_gates(model, values): ...` replaces gates by fixed values; absent images stay at 0.
     Raises ValueError for an unknown name."""
-    def __init__(self, model: nn.Module,
-                 values: dict): # name of a gate in model -> (edges,) or (B,edges) in [0, 1]
-        modules = gates_of(model)
-        unknown = sorted(set(values) - set(modules))
-        if unknown: raise ValueError(f"no gate named {unknown[0]!r}; known: {', '.join(modules)}")
-        self.modules, self.values = modules, values
-
-    def __enter__(self):
-        def fix(value):
-            def hook(module, args, output):
-                fixed = value.to(output).expand_as(output)
-                mask = args[1] if len(args) > 1 else None
-                return fixed if mask is None else place_rows(select_rows(fixed, mask), mask)
-            return hook
-        self.hooks = [self.modules[name].register_forward_hook(fix(v))
-                      for name, v in self.values.items()]
-
-    def __exit__(self, *_):
-        for hook in self.hooks: hook.remove()
+    modules = gates_of(model)
+    unknown = sorted(set(values) - set(modules))
+    if unknown: raise ValueError(f"no gate named {unknown[0]!r}; known: {', '.join(modules)}")
+    def fix(value):
+        def hook(module, args, output):
+            fixed = value.to(output).expand_as(output)
+            mask = args[1] if len(args) > 1 else None
+            return fixed if mask is None else place_rows(select_rows(fixed, mask), mask)
+        return hook
+    hooks = [modules[name].register_forward_hook(fix(v)) for name, v in values.items()]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()

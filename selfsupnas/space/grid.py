@@ -116,15 +116,13 @@ def open_operations(space: SearchSpace, layer: int, scale: int,
     return tuple(name for name in space.operations if Edge(layer, scale, name) in open_edges)
 
 # %% ../../nbs/space/01_grid.ipynb #cell-15
-def coarsest_scale(space: SearchSpace,
-                   live: dict, # from trace_route
+def coarsest_scale(space: SearchSpace, live: dict, # from trace_route
                   ) -> int:
     "The coarsest scale that reaches the decoder, 0 to 3."
     return max(scale for scale in range(len(STRIDES)) if (space.layers, scale) in live)
 
 # %% ../../nbs/space/01_grid.ipynb #5d1c0a02
-def close_edge(space: SearchSpace,
-               live: dict, # from trace_route
+def close_edge(space: SearchSpace, live: dict, # from trace_route
                edge: Edge, # open, in a live cell; a candidate changes no cell
               ) -> tuple[dict, int]:
     """The changes of `live` when one edge is closed, and the last layer checked. Changes are by

@@ -27,8 +27,7 @@ class StaticNetwork(RoutingNetwork):
         self.architecture = architecture
 
 # %% ../../nbs/space/07_network.ipynb #cell-08
-def inherit(network: StaticNetwork,
-            supernet_state: dict, # state_dict of the supernet
+def inherit(network: StaticNetwork, supernet_state: dict, # state_dict of the supernet
            ) -> StaticNetwork:
     """Copy the supernet's weights and batch-norm statistics into `network` and return it. Raises
     ValueError if one is missing or has another shape."""

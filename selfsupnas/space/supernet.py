@@ -18,19 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from .cell import GatedCell, SparseFeatures, Up, sum_features
 from .gate import gates_of, place_rows
 from .grid import STEP, STRIDES, Edge, SearchSpace
-from .operations import separable
+from .operations import conv_norm, separable
 
 # %% ../../nbs/space/05_supernet.ipynb #cell-04
 def stem(channels: int) -> nn.Sequential:
     """Three 3x3 convolutions, strides 2, 1, 2, separable after the first: (B,3,H,W) ->
     (B,channels,ceil(H/4),ceil(W/4)). Source: Li et al., CVPR 2020."""
-    return nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels),
-                         nn.ReLU(inplace=True), separable(channels, channels),
+    return nn.Sequential(*conv_norm(3, channels, stride=2), separable(channels, channels),
                          nn.ReLU(inplace=True),
                          separable(channels, channels, stride=2), nn.ReLU(inplace=True))
 
-def feature_sizes(size, # (H,W) of the image
-                 ) -> list[tuple[int, int]]:
+def feature_sizes(size) -> list[tuple[int, int]]: # (H,W) of the image
     "Sizes (h,w) of the features at strides 4, 8, 16, 32, rounded up."
     # Not -(-n // stride): ONNX divides towards zero, and an exported network would round down.
     return [((size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1) for stride in STRIDES]
@@ -44,8 +42,7 @@ class Decoder(nn.Module):
         super().__init__()
         # up[s-1] leads from scale s to s-1.
         self.up = nn.ModuleList(Up(channels * 2**scale) for scale in range(1, coarsest + 1))
-        self.last = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False),
-                                  nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.last = nn.Sequential(*conv_norm(channels, channels, 1))
 
     def forward(self, by_scale: dict[int, SparseFeatures],
                 sizes) -> list[torch.Tensor]: # from `feature_sizes`
@@ -132,20 +129,14 @@ class RoutingNetwork(nn.Module):
         for layer in range(self.space.layers + 1):
             inputs = defaultdict(list) # of the next layer, by scale
             for scale, sparse in by_scale.items():
-                name = f"{layer}_{scale}"
-                out = (self.run_cell(self.cells[name], sparse, sizes[scale - 1] if scale else None,
-                                     self.recompute and self.training
-                                     and STRIDES[scale] < STRIDES[-1])
-                       if name in self.cells else {"keep": sparse})
+                name, finer_size = f"{layer}_{scale}", sizes[scale - 1] if scale else None
+                recompute = self.recompute and self.training and STRIDES[scale] < STRIDES[-1]
+                if name not in self.cells: out = {"keep": sparse}
+                elif recompute: out = recompute_cell(self.cells[name], sparse, finer_size)
+                else: out = self.cells[name](sparse, finer_size)
                 for kind, output in out.items(): inputs[scale + STEP[kind]].append(output)
             by_scale = {scale: sum_features(inputs[scale]) for scale in sorted(inputs)}
         return by_scale
-
-    def run_cell(self, cell: nn.Module, sparse: SparseFeatures, finer_size,
-                 recompute: bool) -> dict: # see `recompute_cell`
-        "The output of a cell, {kind of edge: SparseFeatures}."
-        if recompute: return recompute_cell(cell, sparse, finer_size)
-        return cell(sparse, finer_size)
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Fused features at strides 4, 8, ... of the network; zeros at scales that no image's route
@@ -185,8 +176,7 @@ def build_supernet(space: SearchSpace,
 # %% ../../nbs/space/05_supernet.ipynb #518e88ad
 def gate_name(layer: int, scale: int) -> str: return f"cells.{layer}_{scale}.gate"
 
-def gates_by_edge(space: SearchSpace,
-                  gates: dict, # from record_gates: name -> (B,edges)
+def gates_by_edge(space: SearchSpace, gates: dict, # from record_gates: name -> (B,edges)
                  ) -> dict:
     """Gates (B,) of each edge, and of each searched candidate, as Edge -> (B,); 0 for cells that no
     image reaches. Raises ValueError for gates of another network."""
@@ -202,8 +192,7 @@ def gates_by_edge(space: SearchSpace,
         by_edge[edge] = example.new_zeros(len(example)) if cell is None else cell[:, column]
     return by_edge
 
-def gates_from_edges(space: SearchSpace,
-                     values: dict, # Edge -> number; missing edges are closed
+def gates_from_edges(space: SearchSpace, values: dict, # Edge -> number; missing edges are closed
                     ) -> dict:
     "The values that `fix_gates` needs for a given route: name -> (edges,)."
     return {gate_name(layer, scale): torch.tensor([float(values.get(Edge(layer, scale, kind), 0))

@@ -45,11 +45,9 @@ HISTORY_PANELS = (
     ("validation mIoU (%)", {"val_miou": "mIoU"}, 100, False),
 )
 
-# %% ../../nbs/viz/01_curves.ipynb #cell-13
 def log_axis(ax, # matplotlib Axes
              which:str, # x or y
-             values, # of the plot; only positive ones count
-            ):
+             values): # of the plot; only positive ones count
     "Make an axis logarithmic, with plain numbers as tick labels: 0.1 or 20, no powers."
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
     values = [value for value in values if value > 0]
@@ -64,8 +62,7 @@ def log_axis(ax, # matplotlib Axes
 def draw_panel(ax, # matplotlib Axes
                rows:list, # log lines
                panel:tuple, # an entry of HISTORY_PANELS
-               level:tuple=None, # (name, fraction) of a horizontal line, such as chance or budget
-              ):
+               level:tuple=None): # (name, fraction) of a horizontal line, such as chance or budget
     "Draw one panel of `plot_history` into `ax`."
     title, names, scale, logarithmic = panel
     plotted = []
@@ -96,8 +93,7 @@ def draw_panel(ax, # matplotlib Axes
 # %% ../../nbs/viz/01_curves.ipynb #cell-15
 def plot_history(rows:list, # log lines, with "step" and any keys of HISTORY_PANELS
                  chance:float=None, # accuracy of guessing the permutation, 0..1
-                 budget:float=None, # share of the full grid's cost, 0..1
-                ):
+                 budget:float=None): # share of the full grid's cost, 0..1
     "A matplotlib Figure of the learning curves of one run; raises ValueError if there are none."
     def has_values(panel):
         values = {key: known_points(rows, key)[1] for key in panel[1]}
@@ -119,8 +115,7 @@ def plot_history(rows:list, # log lines, with "step" and any keys of HISTORY_PAN
 
 # %% ../../nbs/viz/01_curves.ipynb #60c40002
 def plot_candidates(candidates:list, # dicts: importance, choice_miou in 0..1, chosen
-                    rivals:dict={}, # name -> such a dict, of a route that was no candidate
-                   ):
+                    rivals:dict={}): # name -> such a dict, of a route that was no candidate
     "A matplotlib Figure of importance against mIoU (%) on the choice images, by candidate."
     if not candidates or any(row["choice_miou"] is None for row in candidates):
         raise ValueError("these candidates have no choice_miou: it is None if there was one "
@@ -145,8 +140,7 @@ def plot_candidates(candidates:list, # dicts: importance, choice_miou in 0..1, c
     return fig
 
 # %% ../../nbs/viz/01_curves.ipynb #cell-22
-def plot_class_iou(rows:dict, # name -> {class: IoU in 0..1, or None}; the same classes in all
-                  ):
+def plot_class_iou(rows:dict): # name -> {class: IoU in 0..1, or None}; the same classes in all
     "A matplotlib Figure of the IoU of each class as grouped bars; a dash for an absent class."
     classes = list(next(iter(rows.values()), {}))
     if not classes: raise ValueError("no IoU was given: `rows` is empty")
@@ -173,17 +167,14 @@ def plot_class_iou(rows:dict, # name -> {class: IoU in 0..1, or None}; the same 
     return fig
 
 # %% ../../nbs/viz/01_curves.ipynb #cell-26
-def point_name(point:dict, # name, latency_ms
-              ) -> str:
+def point_name(point:dict) -> str: # name, latency_ms
     "The name of a network, with its latency if that was measured."
     latency = point.get("latency_ms")
     return point["name"] if latency is None else f"{point['name']} ({latency:.3g} ms)"
 
-# %% ../../nbs/viz/01_curves.ipynb #cell-27
 def draw_unmeasured(ax, # matplotlib Axes that shares its x axis with the measured points
                     points:list, # dicts: name, gflops, latency_ms
-                    middle:float, # GFLOPs above which names are to the left
-                   ):
+                    middle:float): # GFLOPs above which names are to the left
     "Draw networks of known cost and unknown mIoU, one line each."
     for y, point in enumerate(sorted(points, key=lambda p: p["gflops"])):
         left = point["gflops"] > middle
@@ -195,10 +186,8 @@ def draw_unmeasured(ax, # matplotlib Axes that shares its x axis with the measur
     ax.set_ylabel("mIoU not\nmeasured", fontsize=8, rotation=0, ha="right", va="center")
     ax.set_facecolor("0.96")
 
-# %% ../../nbs/viz/01_curves.ipynb #cell-28
 def draw_measured(ax, # matplotlib Axes
-                  points:list, # dicts: name, gflops, miou in 0..1, latency_ms
-                 ):
+                  points:list): # dicts: name, gflops, miou in 0..1, latency_ms
     "Draw mIoU against GFLOPs; points with the same name are runs of one method."
     names = {}
     for point in points: names.setdefault(point["name"], []).append(point)
@@ -212,8 +201,7 @@ def draw_measured(ax, # matplotlib Axes
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
 
 # %% ../../nbs/viz/01_curves.ipynb #cell-29
-def plot_cost_accuracy(points:list, # dicts: name, gflops, miou (0..1 or None), latency_ms or None
-                      ):
+def plot_cost_accuracy(points:list): # dicts: name, gflops, miou (0..1 or None), latency_ms or None
     "A matplotlib Figure of mIoU against GFLOPs; networks without mIoU are in a strip below."
     if not points: raise ValueError("`points` is empty")
     for p in points:
@@ -244,7 +232,6 @@ FRONT_KINDS = {"derived": dict(color=COLOURS[0], marker="o", ls="-", ms=7),
                "baseline": dict(color=COLOURS[6], marker="", ls="", ms=7)} # marker by name
 FRONT_NAMES = {"dynamic": "dynamic inference, mean cost"}
 
-
 def check_pareto(rows): # dicts: kind, name, gflops, miou
     "Raise ValueError for rows that cannot be drawn."
     if not rows: raise ValueError("`rows` is empty")
@@ -259,8 +246,7 @@ def check_pareto(rows): # dicts: kind, name, gflops, miou
             raise ValueError(f"an mIoU is a fraction in 0..1; {row['name']!r} has {row['miou']}")
 
 # %% ../../nbs/viz/01_curves.ipynb #dffb31ea
-def seed_groups(rows:list, # dicts of one kind: name, gflops, miou and optionally seed
-               ) -> list:
+def seed_groups(rows:list) -> list: # dicts of one kind: name, gflops, miou and optionally seed
     """Groups (rows, mean GFLOPs, mean mIoU) in order of cost. Rows of one name with different
     seeds form a group; any other row is its own group."""
     names = {}
@@ -274,9 +260,7 @@ def seed_groups(rows:list, # dicts of one kind: name, gflops, miou and optionall
     return sorted(((runs, mean(runs, "gflops"), mean(runs, "miou")) for runs in groups),
                   key=lambda group: group[1:])
 
-# %% ../../nbs/viz/01_curves.ipynb #0ed06d65
-def plot_front(rows:list, # dicts: kind (see FRONT_KINDS), name, gflops, miou (0..1), seed or not
-              ):
+def plot_front(rows:list): # dicts: kind (see FRONT_KINDS), name, gflops, miou (0..1), seed or not
     "A matplotlib Figure of mIoU against GFLOPs: the derived front and the networks beside it."
     check_pareto(rows)
     fig, axes = new_figure(figsize=(7.5, 3.4))

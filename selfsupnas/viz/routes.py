@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['GATE_COLOURS', 'CELL_STATES', 'frame_grid', 'draw_gates', 'draw_route', 'gate_bar', 'plot_route', 'draw_kinds',
-           'plot_gate_history', 'draw_image_route', 'cell_legend', 'plot_image_routes', 'plot_cost_distribution',
-           'closed_counts', 'plot_closed', 'operation_matrix', 'draw_operations', 'draw_searched', 'plot_operations']
+           'plot_gate_history', 'draw_image_route', 'cell_legend', 'plot_image_routes', 'closed_counts', 'plot_closed',
+           'operation_matrix', 'draw_operations', 'draw_searched', 'plot_operations']
 
 # %% ../../nbs/viz/02_routes.ipynb #77b63e90
 import math, textwrap
 
 import numpy as np
 
-from ..show import as_array, as_picture, new_figure
+from ..show import as_picture, new_figure
 from ..space.architecture import Architecture, draw_architecture
 from ..space.grid import STEP, STRIDES, Edge, SearchSpace, trace_route
 from .curves import COLOURS, DASHES, MARKERS
@@ -20,8 +20,7 @@ from .curves import COLOURS, DASHES, MARKERS
 # %% ../../nbs/viz/02_routes.ipynb #cell-21
 def frame_grid(ax, # matplotlib Axes with a grid
                space:SearchSpace,
-               names=True, # label layers and strides
-              ):
+               names=True): # label layers and strides
     "Add stem, decoder, and the labels of strides and layers to a grid."
     from matplotlib.patches import Rectangle
     scales = 1 + max(scale for _, scale in space.cells())
@@ -44,13 +43,11 @@ def frame_grid(ax, # matplotlib Axes with a grid
 # %% ../../nbs/viz/02_routes.ipynb #cell-22
 GATE_COLOURS = "viridis_r" # weak: light, strong: dark; readable in grey and with colour blindness
 
-
 def draw_gates(ax, # matplotlib Axes
                space:SearchSpace,
                importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                widest=5., # line width of a gate of 1, points
-               names=True, # label layers and strides
-              ):
+               names=True): # label layers and strides
     "Draw every edge: the stronger its mean gate, the wider and darker; a gate of 0 is dotted."
     import matplotlib
     edges = space.edges()
@@ -72,8 +69,7 @@ def draw_gates(ax, # matplotlib Axes
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-27
 def draw_route(ax, # matplotlib Axes
-               architecture:Architecture,
-              ):
+               architecture:Architecture):
     "Draw the derived route with a legend, and a title with numbers of edges and cells."
     from matplotlib.lines import Line2D
     space, live = architecture.space, architecture.live
@@ -93,10 +89,8 @@ def draw_route(ax, # matplotlib Axes
     ax.legend(handles=keys, ncols=6, loc="upper center", bbox_to_anchor=(.5, -.2), fontsize=8,
               frameon=False, handletextpad=.4, columnspacing=1.2, handlelength=1.4)
 
-# %% ../../nbs/viz/02_routes.ipynb #cell-28
 def gate_bar(fig, # matplotlib Figure
-             axes, # the Axes beside it
-            ):
+             axes): # the Axes beside it
     "Add the colour bar of `draw_gates`."
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -104,12 +98,10 @@ def gate_bar(fig, # matplotlib Figure
     bar.set_label("mean gate", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
-# %% ../../nbs/viz/02_routes.ipynb #cell-29
 def plot_route(space:SearchSpace,
                importance:dict, # Edge -> mean gate in 0..1, for every edge of the grid
                architecture:Architecture=None, # derived from the gates; drawn in a second panel
-               note:str=None, # text above the panels
-              ):
+               note:str=None): # text above the panels
     "A matplotlib Figure of the mean gates on the grid and of the derived route."
     if architecture is not None and architecture.space != space:
         raise ValueError(f"the gates belong to {space}, the architecture to {architecture.space}")
@@ -125,8 +117,7 @@ def plot_route(space:SearchSpace,
 
 # %% ../../nbs/viz/02_routes.ipynb #cell-34
 def draw_kinds(ax, # matplotlib Axes
-               snapshots:list, # (step, {Edge: mean gate})
-              ):
+               snapshots:list): # (step, {Edge: mean gate})
     "Draw the mean gate by kind of edge over the steps."
     for i, kind in enumerate(STEP):
         means = [np.mean([g for edge, g in gates.items() if edge.kind == kind] or [np.nan])
@@ -140,10 +131,8 @@ def draw_kinds(ax, # matplotlib Axes
     ax.grid(color="0.92")
     ax.legend(fontsize=8, frameon=False, ncols=3)
 
-# %% ../../nbs/viz/02_routes.ipynb #cell-35
 def plot_gate_history(space:SearchSpace,
-                      snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
-                     ):
+                      snapshots:list): # (step, {Edge: mean gate in 0..1}), one or more
     "A matplotlib Figure of the grid at up to six steps, and of the mean gate by kind of edge."
     if not snapshots: raise ValueError("`snapshots` is empty")
     snapshots = sorted(snapshots, key=lambda snapshot: snapshot[0])
@@ -167,12 +156,10 @@ def plot_gate_history(space:SearchSpace,
 # %% ../../nbs/viz/02_routes.ipynb #7c0bc738
 CELL_STATES = {"computes": COLOURS[0], "passes its input on": "w", "absent": "0.7"}
 
-
 def draw_image_route(ax, # matplotlib Axes
                      space:SearchSpace,
                      gates:dict, # Edge -> gate of this image in 0..1, 0 for a closed edge
-                     widest=3., # line width of a gate of 1, points
-                    ):
+                     widest=3.): # line width of a gate of 1, points
     "Draw the open edges of one image, and which cells compute, pass on, or are absent."
     draw_gates(ax, space, gates, widest=widest, names=False)
     live = trace_route(space, [edge for edge in space.edges() if gates[edge] > 0])
@@ -184,7 +171,6 @@ def draw_image_route(ax, # matplotlib Axes
         ax.plot(layer, scale, "o", ms=2.5 + widest, mec="0.3", mew=.8, mfc=CELL_STATES[state],
                 zorder=3, label=state)
 
-# %% ../../nbs/viz/02_routes.ipynb #335acb89
 def cell_legend(fig): # matplotlib Figure of image routes
     "Add a legend of cells and lines below the figure."
     from matplotlib.lines import Line2D
@@ -196,12 +182,10 @@ def cell_legend(fig): # matplotlib Figure of image routes
                handletextpad=.4, columnspacing=1.2, handlelength=1.6)
 
 # %% ../../nbs/viz/02_routes.ipynb #b6b01e63
-def plot_image_routes(space:SearchSpace,
-                      images, # (n,3,H,W) uint8, or a list of images
+def plot_image_routes(space:SearchSpace, images, # (n,3,H,W) uint8, or a list of images
                       gates:list, # {Edge: gate in 0..1} of each image, for every edge
                       shares, # (n,) realised cost of each image, share of the full grid's in 0..1
-                      titles=None, # of each image
-                     ):
+                      titles=None): # of each image
     "A matplotlib Figure of each image beside its own route and the cost of that route."
     counts = [len(part) for part in (images, gates, shares, titles) if part is not None]
     if len(set(counts)) != 1 or not counts[0]:
@@ -229,47 +213,6 @@ def plot_image_routes(space:SearchSpace,
     cell_legend(fig)
     return fig
 
-# %% ../../nbs/viz/02_routes.ipynb #a42c7c30
-def plot_cost_distribution(shares, # (n,) realised cost of each image, share of the full grid's
-                           budget:float=None, # share in 0..1
-                           expected=None, # expected share, one number or (n,) by image
-                           unit:str="multiply-adds", # of the cost
-                          ):
-    "A matplotlib Figure: histogram of the cost of images, with mean and budget; shares in 0..1."
-    shares = 100 * as_array(shares).astype(float).ravel()
-    if not shares.size: raise ValueError("`shares` is empty")
-    lines = [("mean", shares.mean(), dict(color=COLOURS[0], ls="-"))]
-    if budget is not None:
-        lines.append(("budget", 100 * budget, dict(color=COLOURS[1], ls="--")))
-    if expected is not None:
-        lines.append(("expected, mean", 100 * as_array(expected).mean(),
-                      dict(color=COLOURS[6], ls=":")))
-    for value in (*shares, *(value for _, value, _ in lines)):
-        if not 0 <= value <= 100:
-            raise ValueError("a share of the full grid's cost must be in 0..1, "
-                             f"not {value / 100:.4g}")
-    least, most = shares.min(), shares.max()
-    room = max(2., .15 * (most - least))
-    fig, axes = new_figure(figsize=(6, 2.6))
-    ax = axes[0, 0]
-    bins = np.linspace(least, most, 21) if most - least > .5 else [least - .25, most + .25]
-    tallest = ax.hist(shares, bins, color="0.8", ec="0.55", lw=.6)[0].max()
-    ax.plot(shares, np.full(len(shares), -.06 * tallest), "|", ms=8, color="0.2", label="an image")
-    for name, value, style in lines:
-        ax.axvline(value, lw=1.8, label=f"{name} {value:.1f} %", **style)
-    ends = [least, most, *(value for _, value, _ in lines)]
-    ax.set(xlim=(min(ends) - room, max(ends) + room), ylim=(-.13 * tallest, 1.1 * tallest))
-    kinds = len(np.unique(shares.round(6)))
-    costs = f"one cost: {least:.1f} %" if kinds == 1 else (
-        f"{kinds} different costs: {least:.1f} to {most:.1f} %")
-    ax.set_title(f"{len(shares)} images, {costs}", fontsize=9)
-    ax.set_xlabel(f"realised cost of an image (% of the full grid's {unit})", fontsize=8)
-    ax.set_ylabel("images", fontsize=8)
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.tick_params(labelsize=8)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-    return fig
-
 # %% ../../nbs/viz/02_routes.ipynb #7c77d901
 def closed_counts(space:SearchSpace,
                   snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
@@ -294,11 +237,9 @@ def closed_counts(space:SearchSpace,
     return counts
 
 # %% ../../nbs/viz/02_routes.ipynb #bfd0ba68
-def plot_closed(space:SearchSpace,
-                snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
+def plot_closed(space:SearchSpace, snapshots:list, # (step, {Edge: mean gate in 0..1}), one or more
                 parts=None, # of space.gated(), to be counted; None: all edges
-                name:str="edges", # of the parts
-               ):
+                name:str="edges"): # of the parts
     "A matplotlib Figure of the numbers of open, closed and reopened edges over the steps."
     counts = closed_counts(space, snapshots, parts)
     styles = {"open": dict(fc="#BFDDF0", hatch=None), "open again": dict(fc="#F0C9A8", hatch="..."),
@@ -348,8 +289,7 @@ def operation_matrix(space:SearchSpace,
 def draw_operations(ax, # matplotlib Axes
                     space:SearchSpace,
                     values:dict, # Edge -> mean gate in 0..1, for every searched candidate
-                    kept=(), # Edges of the candidates of an architecture, which get a frame
-                   ):
+                    kept=()): # Edges of the candidates of an architecture, which get a frame
     "Draw the matrix of `operation_matrix`, with numbers for up to 12 layers."
     import matplotlib
     from matplotlib.patches import Patch, Rectangle
@@ -382,8 +322,7 @@ def draw_operations(ax, # matplotlib Axes
 
 # %% ../../nbs/viz/02_routes.ipynb #16fbc6ef
 def draw_searched(ax, # matplotlib Axes
-                  architecture:Architecture, # of a space whose operations are searched
-                 ):
+                  architecture:Architecture): # of a space whose operations are searched
     "Draw the route; each computing cell is a box with a letter for each selected candidate."
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch, Rectangle
@@ -418,8 +357,7 @@ def draw_searched(ax, # matplotlib Axes
 # %% ../../nbs/viz/02_routes.ipynb #45cde94c
 def plot_operations(space:SearchSpace,
                     values:dict, # Edge -> mean gate in 0..1, for every searched candidate
-                    architecture:Architecture=None, # derived; adds frames and a second panel
-                   ):
+                    architecture:Architecture=None): # derived; adds frames and a second panel
     "A matplotlib Figure of the candidates' gates and of the operations of an architecture."
     if architecture is not None and architecture.space != space:
         raise ValueError(f"the gates belong to {space}, the architecture to {architecture.space}")

@@ -73,8 +73,7 @@ def entries(mapping:dict, prefix:str=""):
         if isinstance(value, dict): yield from entries(value, f"{prefix}{key}.")
 
 def record_value(record:dict, # a run record
-                 name:str, # "miou", "iou.pole", "parameters.steps", "seed", ...
-                ):
+                 name:str): # "miou", "iou.pole", "parameters.steps", "seed", ...
     "The value of that name, or None; raises ValueError if two sections have different values."
     values = {key: value for key, value in entries(record) if value is not None}
     if name in values and name not in SECTIONS: return values[name]
@@ -86,8 +85,7 @@ def record_value(record:dict, # a run record
 
 # %% ../../nbs/viz/04_tables.ipynb #cell-25
 def check_seeds(records:list, # the runs of one group that have the metric
-                group:dict, # values that they share, for the message
-               ):
+                group:dict): # values that they share, for the message
     "Raise ValueError if a seed occurs twice: a copy, or a parameter missing in `by`."
     for k, record in enumerate(records):
         other = next((r for r in records[:k] if r["seed"] == record["seed"]), None)
@@ -173,8 +171,7 @@ def summary_figure(rows:list, # dicts, from `summarise`
                    figure:str, # name of the metric to draw
                    by:list, # names whose values label a row
                    xlabel:str=None, # with its unit; None: the metric's name
-                   percent:bool=False, # draw fractions as per cent
-                  ):
+                   percent:bool=False): # draw fractions as per cent
     """A matplotlib Figure with one line for each group: an open dot for each run, a bar for the
     mean. Raises ValueError if no row has the metric."""
     rows = [row for row in rows if isinstance(row.get(figure), Summary)]

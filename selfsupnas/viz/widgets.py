@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DPI', 'SIGNS', 'as_png', 'display_width', 'Explorer', 'draw_progress', 'live_plot', 'InheritedNetworks',
-           'budget_range', 'explore_budget', 'route_summary', 'edge_buttons', 'open_edges', 'edit_architecture',
-           'browse_images', 'play_jigsaw', 'explore_split']
+           'explore_budget', 'route_summary', 'edge_buttons', 'open_edges', 'edit_architecture', 'browse_images',
+           'play_jigsaw', 'explore_split']
 
 # %% ../../nbs/viz/05_widgets.ipynb #2fea9c98
 import base64, html, io
@@ -24,9 +24,8 @@ from ..space.gate import record_gates
 from ..space.grid import STRIDES, Edge
 from ..tasks.jigsaw import cut_and_shuffle, unshuffle
 from .predictions import plot_jigsaw, plot_predictions
-from .routes import draw_gates, draw_route, gate_bar, plot_route
+from .routes import draw_gates, draw_route, gate_bar, plot_image_routes, plot_route
 from .curves import plot_history
-from .routes import plot_image_routes
 from ..stages.calibration import GateStatistics, plain_images
 from ..stages.configs import SearchConfig
 from ..stages.choice import derive_candidates, inherited_network
@@ -66,8 +65,7 @@ class Explorer:
     cell. Raises what the first call of `draw` raises."""
     def __init__(self, draw, # values of the controls by name -> list of matplotlib Figures
                  controls: dict, # ipywidgets widgets with a value, by name
-                 layout=None, # the arranged widgets; None: one below the other
-                ):
+                 layout=None): # the arranged widgets; None: one below the other
         import ipywidgets as widgets
         self.draw, self.controls = draw, controls
         # without align_self, the box would stretch the picture to the width of the cell
@@ -132,8 +130,7 @@ def live_plot(config: TrainingConfig):
 class InheritedNetworks:
     "Networks with inherited weights and their mIoU on a few validation images, by architecture."
     def __init__(self, result, # SearchResult of `selfsupnas.stages.searching.search`
-                 count: int = 24, # validation images
-                ):
+                 count: int = 24): # validation images
         config, val = SearchConfig(**result.record.parameters), result.data.val
         self.state, self.classes = result.trained.model.state_dict(), val.spec.classes
         self.plain = plain_images(config, result.data)
@@ -152,18 +149,14 @@ class InheritedNetworks:
         return self.cache[key]
 
 # %% ../../nbs/viz/05_widgets.ipynb #571966e1
-def budget_range(table: CostTable) -> tuple:
-    """Least and greatest budget of the slider in per cent: the cost of stem, decoder and
-    classifier alone, rounded up, and 100."""
-    return int(-(-100 * static_cost(table, ()) // table.full)), 100
-
 def explore_budget(table: CostTable, statistics: GateStatistics,
                    worth=None, # Architecture -> (network, mIoU): InheritedNetworks; None: no mIoU
                    budget: float = .5, # initial budget, a share of the full grid's cost
                   ) -> Explorer:
     "A slider over budgets, with the derived route, its GFLOPs and its forecast mIoU."
     import ipywidgets as widgets
-    least, most = budget_range(table)
+    # the cost of stem, decoder and classifier alone, rounded up
+    least = int(-(-100 * static_cost(table, ()) // table.full))
     def draw(values):
         architecture, = derive_candidates(table, statistics, values["budget"] / 100, None, {})
         fig, axes = new_figure(2, 1, figsize=(9, 5))
@@ -174,13 +167,11 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
         draw_route(axes[1, 0], architecture)
         fig.suptitle(route_summary(table, architecture, worth), fontsize=10)
         return [fig]
-    slider = widgets.IntSlider(min(max(round(100 * budget), least), most), least, most,
+    slider = widgets.IntSlider(min(max(round(100 * budget), least), 100), least, 100,
                                description="budget, %", continuous_update=False)
     return Explorer(draw, {"budget": slider})
 
-# %% ../../nbs/viz/05_widgets.ipynb #54374fbf
-def route_summary(table: CostTable, architecture: Architecture,
-                  worth=None, # see `explore_budget`
+def route_summary(table: CostTable, architecture: Architecture, worth=None, # see `explore_budget`
                  ) -> str:
     "One line with the cost of a route and its forecast mIoU."
     cost = static_cost(table, architecture.selected)
@@ -214,8 +205,7 @@ def edge_buttons(architecture: Architecture) -> tuple:
                                            for layer in range(space.layers + 1))]))
     return buttons, widgets.VBox(rows, layout=widgets.Layout(overflow="auto"))
 
-def open_edges(architecture: Architecture,
-               values: dict, # Edge -> is it open?
+def open_edges(architecture: Architecture, values: dict, # Edge -> is it open?
               ) -> Architecture:
     "The architecture of the open edges; edges that `architecture` lacks get weight 1."
     return Architecture(architecture.space,

@@ -55,7 +55,6 @@ BLUEMARBLE_PALETTE = ((0, 114, 178), (86, 180, 233), (0, 158, 115), (240, 228, 6
                       (204, 121, 167), (170, 68, 0), (110, 110, 110), (245, 245, 245))
 ZONES = {2: range(1, 5), 3: (7, 8), 4: (5, 6), 5: range(9, 18), 6: range(18, 30), 7: [31], 8: [30]}
 
-# %% ../../../nbs/data/toy/02_bluemarble.ipynb #cell-23
 def zone_classes(mask:np.ndarray,  # (H, W) 0 ocean, 1 land, 2 lake
                  zones:np.ndarray, # (H, W) 1..31 climate zones, 32 ocean
                 ) -> np.ndarray:
@@ -91,7 +90,6 @@ def select_tiles(labels:np.ndarray, # (H, W) uint8
     return [(y, x) for y in range(rows) for x in range(cols)
             if share(y, x, 0) < 0.9 and share(y, x, 8) < 0.9 and share(y, x, 255) < 0.2]
 
-# %% ../../../nbs/data/toy/02_bluemarble.ipynb #cell-37
 def tile_split(column:int) -> str:
     "The split of a column: of seven blocks of three columns, 4 are train, 1 is val and 2 are test."
     return ("test", "val", "test", "train", "train", "train", "train")[column//3 % 7]
@@ -107,9 +105,7 @@ def cut_tiles(image:np.ndarray,  # (H, W, 3) uint8
     return dict(tiles=np.array(tiles), images=np.stack([image[b] for b in boxes]),
                 labels=np.stack([labels[b] for b in boxes]))
 
-# %% ../../../nbs/data/toy/02_bluemarble.ipynb #cell-44
-def bluemarble_tiles(split:str, # 'train', 'val' or 'test'
-                    ) -> dict:
+def bluemarble_tiles(split:str) -> dict: # 'train', 'val' or 'test'
     """The tiles of one split, cached: arrays tiles (N, 2), images (N, 128, 128, 3) and labels
     (N, 128, 128) uint8; raises FileNotFoundError, ValueError."""
     if split not in ("train", "val", "test"):

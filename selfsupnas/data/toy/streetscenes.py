@@ -41,8 +41,7 @@ MATERIALS = {'steel': (STONE, TAR, PAINT), 'paint': (PAINT, PAINT, STONE),
              'dark': (((34, 34, 36),),), 'cream': (((224, 220, 204),),),
              'red': (((214, 56, 44),),), 'green': (((80, 190, 130),),)}
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-10
-def pick(rng:np.random.Generator, # the scene's source of chance
+def pick(rng:np.random.Generator,
          *materials:tuple, # one or more lists of base colours
          spread:float=0.18, # relative range of the lightness
         ) -> tuple:
@@ -115,7 +114,6 @@ class Scene:
         self.draw.polygon((u0, v0 - k0 * low, u0, v0 - k0 * high, u1, v1 - k1 * high,
                            u1, v1 - k1 * low), ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-17
 @dataclass
 class Thing:
     "An object on the street."
@@ -124,26 +122,20 @@ class Thing:
     foot:tuple # footprint x0, x1, z0, z1 and height of the shadow, in metres
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-20
-def noise(rng:np.random.Generator, # the scene's source of chance
-          cells:tuple, # columns, rows of random values
+def noise(rng:np.random.Generator, cells:tuple, # columns, rows of random values
           size:tuple, # width, height of the result in pixels
          ) -> np.ndarray:
     "Smooth noise (height, width) float32 of about zero mean and unit variance."
     grid = rng.standard_normal((cells[1], cells[0]), np.float32)
     return np.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-21
-def static(rng:np.random.Generator, # the scene's source of chance
-           shape:tuple, # of the result
-          ) -> np.ndarray:
-    "Independent noise, float32 of zero mean and unit variance, with a triangular distribution."
+def static(rng:np.random.Generator, shape:tuple) -> np.ndarray:
+    "Independent noise, float32 of zero mean, unit variance and triangular distribution."
     pair = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint8).reshape(2, *shape)
     return (pair[0].astype(np.float32) + pair[1] - 255) / 104.5
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-23
-def draw_sky(rng:np.random.Generator, # the scene's source of chance
-             size:tuple, # canvas width, height in pixels
-            ) -> tuple:
+def draw_sky(rng:np.random.Generator, size:tuple) -> tuple: # size: width, height in pixels
     "Returns an RGBA canvas full of sky, and the colour (3,) at the horizon."
     tops = ((96, 140, 200), (150, 176, 206), (226, 228, 232), (150, 152, 156), (120, 124, 140))
     lows = ((214, 222, 230), (244, 244, 242), (232, 214, 192), (176, 178, 180))
@@ -159,9 +151,7 @@ def draw_sky(rng:np.random.Generator, # the scene's source of chance
     return canvas, low
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-26
-def open_scene(rng:np.random.Generator, # the scene's source of chance
-               size:tuple, # canvas width, height in pixels
-              ) -> tuple:
+def open_scene(rng:np.random.Generator, size:tuple) -> tuple: # size: width, height in pixels
     "Draw camera, weather and light at random; returns the Scene and its RGBA canvas with the sky."
     canvas, low = draw_sky(rng, size)
     w, h = size
@@ -177,8 +167,7 @@ def open_scene(rng:np.random.Generator, # the scene's source of chance
     return scene, canvas
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-29
-def read_parts(text:str, # parts separated by `;`: shape, class, material, shade, numbers
-              ) -> tuple:
+def read_parts(text:str) -> tuple: # `;` between parts: shape, class, material, shade, numbers
     "(points, thickness, class id, material, shade) of each part; thickness 0 is a filled polygon."
     tenth, parts = math.tau / 10, []
     turn = [(math.cos(t * tenth), math.sin(t * tenth)) for t in range(11)]
@@ -193,14 +182,12 @@ def read_parts(text:str, # parts separated by `;`: shape, class, material, shade
     return tuple(parts)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-32
-def draw_parts(scene:Scene, # painted on in place
-               parts:tuple, # from `read_parts`
+def draw_parts(scene:Scene, parts:tuple, # from `read_parts`
                x:float, # metres from the camera's path, of the parts' origin
                z:float, # metres ahead
                along:tuple=(1.0, 0.0), # metres in x and z for one unit across
                high:float=1.0, # metres for one unit up
-               **fixed, # colours of materials; others are drawn at random
-              ):
+               **fixed): # colours of materials; others are drawn at random
     "Paint an object from its parts, with one colour per material."
     dx, dz = along
     k = scene.camera.post(x, z)[2] * high
@@ -215,11 +202,9 @@ def draw_parts(scene:Scene, # painted on in place
             scene.draw.polygon(spots, ink)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-35
-def draw_shadows(scene:Scene, # camera and sun
-                 canvas:Image.Image, # RGBA canvas with only the ground
+def draw_shadows(scene:Scene, canvas:Image.Image, # RGBA canvas with only the ground
                  things:list, # of `Thing`
-                 depth:float, # darkness of a shadow, 0..1
-                ):
+                 depth:float): # darkness of a shadow, 0..1
     "Darken the ground in the shadows of objects; labels are unchanged."
     mask = Image.new('L', canvas.size, 0)
     draw, (sx, sz) = ImageDraw.Draw(mask), scene.sun
@@ -235,8 +220,7 @@ def draw_shadows(scene:Scene, # camera and sun
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-39
 SOLID = np.isin(np.arange(256), (BUILDING, TREE, CAR))
 
-def soften(label:np.ndarray, # (H,W) uint8
-          ) -> np.ndarray:
+def soften(label:np.ndarray) -> np.ndarray:
     "Returns the label (H,W) uint8 with a void border of one pixel between solid objects."
     solid, out = SOLID[label], label.copy()
     for a, ok, to in ((label, solid, out), (label.T, solid.T, out.T)):
@@ -245,10 +229,8 @@ def soften(label:np.ndarray, # (H,W) uint8
     return out
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #cell-42
-def develop(scene:Scene, # with the random generator
-            canvas:Image.Image, # RGBA canvas at twice the size of the image
-           ) -> tuple:
-    "Returns the image uint8 (H,W,3) and the label uint8 (H,W) of a canvas."
+def develop(scene:Scene, canvas:Image.Image) -> tuple:
+    "The image uint8 (H,W,3) and label uint8 (H,W) of an RGBA canvas of twice their size."
     rng, (w, h) = scene.rng, (scene.size[0] // 2, scene.size[1] // 2)
     code = np.asarray(canvas.getchannel('A'))[1::2, 1::2]
     label, code = code >> 4, (code & 15).ravel()
@@ -327,13 +309,10 @@ CARS = ((SALOON, LOW, 1.75, 1.42, 4.4), (HATCH, LOW, 1.7, 1.5, 3.7), (HATCH, LOW
         (VAN, TALL, 2.0, 2.2, 5.2), (BUS, TALL, 2.5, 3.3, 10.0))  # side, end, metres
 PARKED, MOVING = (0, 0, 0, 1, 1, 2, 2, 3), (0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 4)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #961948cf
-def draw_car(scene:Scene, # painted on in place
-             x:float, # metres, the centre of the car
+def draw_car(scene:Scene, x:float, # metres, the centre of the car
              z:float, # metres ahead, the end that faces the camera
              car:tuple, # one of `CARS`
-             heading:int, # +1 same direction, -1 oncoming, 0 crossing
-            ):
+             heading:int): # +1 same direction, -1 oncoming, 0 crossing
     "Paint a car, van or bus from behind, from the front, or from the side."
     side, end, wide, high, long = car
     count = 1 if z > 45 else 9 # distant cars need fewer parts
@@ -348,12 +327,10 @@ def draw_car(scene:Scene, # painted on in place
     draw_parts(scene, end[:5] if z > 45 else end, x, z, (wide / 2, 0), high, **look)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #d1666216
-def draw_wall(scene:Scene, # painted on in place
-              ends:tuple, # x0, z0, x1, z1 of the ground line, metres
+def draw_wall(scene:Scene, ends:tuple, # x0, z0, x1, z1 of the ground line, metres
               floors:tuple, # heights of the floors' lower edges and the eaves, metres
               look:tuple, # colour, texture, shade of the wall
-              panes:tuple, # glass, door; shares of width, height; metres per column; shop or not
-             ):
+              panes:tuple): # glass, door; shares of width, height; metres per column; shop or not
     "Paint one wall with its rows of windows."
     (x0, z0, x1, z1), (colour, texture, shade) = ends, look
     glass, door, wide, tall, column, shop = panes
@@ -374,14 +351,12 @@ def draw_wall(scene:Scene, # painted on in place
                 scene.band(a, b, max(top - size * (high - low), low), top,
                            inks[3 if size == .95 else tone])
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #2ca803c8
-def draw_roof(scene:Scene, # painted on in place
+def draw_roof(scene:Scene,
               across:tuple, # x of the front eaves, the ridge and the back eaves, metres
               near:float, # metres ahead where it starts
               far:float, # metres ahead where it ends
               top:float, # height of the eaves, metres
-              gable:tuple, # ink of the end wall
-             ):
+              gable:tuple): # ink of the end wall
     "Paint a pitched roof with two chimneys."
     rng, (x, ridge, back), peak = scene.rng, across, top + scene.rng.uniform(1, 4)
     tile = partial(scene.ink, pick(rng, BRICK, TAR), BUILDING, near, COURSES + 2)
@@ -391,13 +366,11 @@ def draw_roof(scene:Scene, # painted on in place
         scene.strip(ridge, z, ridge + 1, z, peak - .5, peak + 1.2, tile(.7))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #8967a343
-def draw_building(scene:Scene, # painted on in place
-                  side:int, # -1 left, +1 right
+def draw_building(scene:Scene, side:int, # -1 left, +1 right
                   x:float, # metres, the wall that faces the road
                   near:float, # metres ahead where it starts
                   far:float, # metres ahead where it ends
-                  storeys:int, # floors above the ground floor
-                 ):
+                  storeys:int): # floors above the ground floor
     "Paint a building with two visible walls, windows, a shop or plain ground floor, and a roof."
     rng, deep = scene.rng, x + side * 10
     first, rise = rng.uniform(2.8, 4.2), rng.uniform(2.6, 3.4)
@@ -416,11 +389,9 @@ def draw_building(scene:Scene, # painted on in place
         scene.strip(x, near, x, far, low, high, trim)
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #d9034469
-def draw_tree(scene:Scene, # painted on in place
-              x:float, # metres from the camera's path
+def draw_tree(scene:Scene, x:float, # metres from the camera's path
               z:float, # metres ahead
-              high:float, # metres
-             ):
+              high:float): # metres
     "Paint a trunk with a crown of ragged lobes, or with bare branches."
     rng, (px, py, k) = scene.rng, scene.camera.post(x, z)
     leaf, wide, kind = pick(rng, LEAF), high * rng.uniform(.2, .42), rng.random()
@@ -442,7 +413,6 @@ def draw_tree(scene:Scene, # painted on in place
     for lobe, tone in zip(np.stack((xs, ys), -1).reshape(n, -1).tolist(), tones.tolist()):
         scene.draw.polygon(lobe, scene.ink(leaf, TREE, z, FOLIAGE + 3, tone))
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #d3aa90bc
 def draw_hedge(scene, x, near, far, high):
     "Paint a hedge, of the class tree, along the road at x, from near to far, all in metres."
     rng, leaf = scene.rng, pick(scene.rng, LEAF)
@@ -471,8 +441,7 @@ def draw_fence(scene, x, near, far, high):
         scene.strip(x, near, x, far, y - .05, y + .05, ink(near, GRAIN + 2))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #3b7c0d43
-def draw_backdrop(scene:Scene, # painted on in place
-                 ):
+def draw_backdrop(scene:Scene):
     "Paint two distant rows, of roofs and of tree tops."
     rng, tall, xs = scene.rng, scene.rng.uniform(2, 11), (np.arange(30) - 15) * 12.0
     for label in (BUILDING, TREE)[::scene.rng.choice((-1, 1))]:
@@ -482,7 +451,6 @@ def draw_backdrop(scene:Scene, # painted on in place
         ink = scene.ink(pick(rng, LEAF if label == TREE else STONE), label, 140, FOLIAGE + 2)
         scene.fill([(xs[0], -9, 140), *line, (xs[-1], -9, 140)], ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7d2923aa
 def draw_bonnet(scene):
     "Paint the bonnet of the camera car along the lower edge, as void."
     (w, h), rise = scene.size, scene.rng.uniform(.03, .12)
@@ -504,8 +472,7 @@ class Street:
     gaps:tuple # (start, width) in metres ahead of the side road, left and right
     kinds:tuple # of the left and right side: 'city', 'houses' or 'park'
 
-def plan_street(rng:np.random.Generator, # the scene's source of chance
-               ) -> Street:
+def plan_street(rng:np.random.Generator) -> Street:
     "Draw lanes, pavements, side roads and the kind of each side at random."
     lane, ahead, oncoming = rng.uniform(2.6, 3.4), *(1 + (rng.random(2) < .33)).tolist()
     left = -lane * (rng.integers(ahead) + .5) + rng.uniform(-.5, .5)
@@ -527,10 +494,7 @@ def patch(scene, x0, x1, z0, z1, ink):
     "Paint a rectangle of ground, in metres."
     scene.fill([(x0, 0, z0), (x0, 0, z1), (x1, 0, z1), (x1, 0, z0)], ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #95cc7a7e
-def draw_ground(scene:Scene, # painted on in place
-                street:Street, # where the parts lie
-               ):
+def draw_ground(scene:Scene, street:Street):
     "Paint yards, pavements, side roads and the road with its worn patches."
     rng, (left, right), (a, b) = scene.rng, street.kerbs, street.walls
     tar, slab = pick(rng, TAR), pick(rng, STONE, TAR, BRICK if rng.random() < .3 else STONE)
@@ -549,10 +513,7 @@ def draw_ground(scene:Scene, # painted on in place
         ink = scene.ink(tar, ROAD, z, surface, tone)
         patch(scene, x, min(x + long * .5, right), z, z + long, ink)
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #09f53060
-def draw_markings(scene:Scene, # painted on in place
-                  street:Street, # where the parts lie
-                 ):
+def draw_markings(scene:Scene, street:Street):
     "Paint lane dashes, edge lines and sometimes a crossing, all of the class road."
     rng, (left, right) = scene.rng, street.kerbs
     white, yellow = pick(rng, ((205, 204, 196), (170, 170, 164))), pick(rng, ((188, 160, 70),))
@@ -570,10 +531,8 @@ def draw_markings(scene:Scene, # painted on in place
             patch(scene, x, x + .55, z, z + 3, ink(white, z=z))
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #7e0f283b
-def line_side(rng:np.random.Generator, # the scene's source of chance
-              street:Street, # where the parts lie
-              side:int, # -1 left, +1 right
-             ) -> list:
+def line_side(rng:np.random.Generator, street:Street,
+              side:int) -> list: # -1 left, +1 right
     "The `Thing`s of the plots along one side: buildings, hedges, fences and trees."
     k, things, z, tall = (side + 1) // 2, [], rng.uniform(-6, 1.5), rng.uniform(1, 5)
     x, kind, (gap, wide) = street.walls[k], street.kinds[k], street.gaps[k]
@@ -602,10 +561,8 @@ def line_side(rng:np.random.Generator, # the scene's source of chance
     return things
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #157ee202
-def furnish_side(rng:np.random.Generator, # the scene's source of chance
-                 street:Street, # where the parts lie
-                 side:int, # -1 left, +1 right
-                ) -> list:
+def furnish_side(rng:np.random.Generator, street:Street,
+                 side:int) -> list: # -1 left, +1 right
     "The `Thing`s on one pavement: posts, signs, street trees, clutter, people and a railing."
     kerb, wall = street.kerbs[(side + 1) // 2], street.walls[(side + 1) // 2]
     edge, things = kerb + side * .45, []
@@ -635,9 +592,7 @@ def furnish_side(rng:np.random.Generator, # the scene's source of chance
     return things
 
 # %% ../../../nbs/data/toy/01_streetscenes.ipynb #72e69aaa
-def add_traffic(rng:np.random.Generator, # the scene's source of chance
-                street:Street, # where the parts lie
-               ) -> list:
+def add_traffic(rng:np.random.Generator, street:Street) -> list:
     "The `Thing`s for cars in the lanes, along the kerbs, and in side roads."
     things, (left, right) = [], street.kerbs
     def add(x, z, car, heading):
@@ -660,10 +615,7 @@ def add_traffic(rng:np.random.Generator, # the scene's source of chance
             add(side * rng.uniform(2, 14) - 2, z + wide / 2, CARS[rng.integers(4)], 0)
     return things
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #7f421d83
-def add_crossers(rng:np.random.Generator, # the scene's source of chance
-                 street:Street, # where the parts lie
-                ) -> list:
+def add_crossers(rng:np.random.Generator, street:Street) -> list:
     "The `Thing`s for cyclists on the road and people who cross it."
     things, (left, right) = [], street.kerbs
     walkers = rng.integers(1, 4) * (rng.random() < .25)
@@ -693,14 +645,12 @@ def check_scene(seed, size):
         raise ValueError(f'size must be at least 64 by 64 pixels (height, width), got {size!r}')
     return seed, height, width
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #a896250e
 def in_view(scene, thing):
     "Whether an object may be visible, by its columns; always True beyond 20 m."
     x0, x1, z0, z1, _ = thing.foot
     columns = [scene.camera.post(x, z)[0] for x in (x0, x1) for z in (z0, z1)]
     return z0 > 20 or (max(columns) >= 0 and min(columns) <= scene.size[0])
 
-# %% ../../../nbs/data/toy/01_streetscenes.ipynb #70fa5a34
 def draw_scene(seed:int, # number of the scene, 0 or more
                size:tuple=(128, 160), # height, width in pixels, 64 or more each
               ) -> tuple:
