@@ -7,9 +7,10 @@ from torch.nn import functional as F
 
 from selfsupnas.data.augment import cutmix_boxes
 from selfsupnas.train.batches import load_training_data, make_batches, make_streams, present
-from selfsupnas.train.config import STATISTICS, TrainingConfig
+from selfsupnas.train.config import STATISTICS, TrainingConfig, ViewConfig
 from selfsupnas.space.budget import budget_loss, expected_cost, measure_costs, realised_cost
 from selfsupnas.space.grid import SearchSpace
+from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.jigsaw import JigsawHead, cut_and_shuffle
 from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, consistency_term,
                                    jigsaw_term, run_passes, supervised_term)
@@ -19,7 +20,7 @@ from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.stages.searching import search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.tasks.teacher import ClassThreshold, EMATeacher, RelativeThreshold
-from selfsupnas.train.loop import step_weights, train
+from selfsupnas.train.loop import train
 
 SMALL = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, ramp=(0., 0.), logs=2, steps=4)
 SPACE = dict(layers=3, channels=8)
@@ -139,7 +140,7 @@ def test_a_share_of_jigsaws_keeps_its_order(config, share):
 # ---- schedules
 
 def test_what_a_step_weighs(config):
-    def at(share, **changes): return step_weights(dataclasses.replace(config, **changes), share, None)
+    def at(share, **changes): return Objective(dataclasses.replace(config, **changes), None).weights(share)
     assert at(.0) == LossWeights(sup=1., jig=.5, semi=1.) == at(1.), "as ever"
     stages = dict(sup_start=.2, jigsaw_decay=(.2, .2), ramp=(.5, .5), w_strong=2.)
     assert [at(share, **stages) for share in (.0, .19, .2, .5)] == [
@@ -313,7 +314,7 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
     from selfsupnas.stages.calibration import plain_images
     from selfsupnas.data.augment import normalise
-    x = normalise(plain_images(RetrainConfig(folder="x", **small), done.data, 4)) # the stem's first norm, by hand
+    x = normalise(plain_images(done.data, None, 0, 4)) # the stem's first norm, by hand
     first = done.trained.model.stem
     features = F.conv2d(x, first[0].weight, None, 2, 1)
     torch.testing.assert_close(first[1].running_mean, features.mean((0, 2, 3)).detach(), atol=1e-4, rtol=1e-3)
@@ -330,13 +331,13 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)
     first, second = (build_supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
-    plain = recalibrate_batch_norm(copy.deepcopy(second), images := plain_images(config, data, 6))
+    plain = recalibrate_batch_norm(copy.deepcopy(second), images := plain_images(data, config.crop, config.seed, 6))
     second.drop_path(.9)
     for module in second.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
     from selfsupnas.metrics import ImageSubset, evaluate_segmenter
     report = ImageSubset(data.val, data.val.ids[:8])
-    metrics = recalibrated_metrics(TrainResult(first, None, second, [], 0., None), config, data, report)
+    metrics = recalibrated_metrics(TrainResult(first, None, second, [], 0., None), images, report)
     assert metrics["student_recalibrated_val_miou"] == pytest.approx(evaluate_segmenter(plain, report, progress=False).miou, abs=1e-9)
     rival = build_baseline("deeplabv3_mobilenet_v3_large", 5)
     once, again = (recalibrate_batch_norm(copy.deepcopy(rival), images) for _ in range(2))
@@ -363,7 +364,7 @@ def jigsaw_alone(net, config, batch):
 
 
 def consistency_alone(net, config, batch):
-    views, teacher = UnlabelledViews(batch.unlabelled, config, torch.Generator().manual_seed(0)), EMATeacher(net)
+    views, teacher = UnlabelledViews(batch.unlabelled, CONSISTENCY["fixmatch"], ViewConfig(), torch.Generator().manual_seed(0)), EMATeacher(net)
     student = {name: net(images)["out"] for name, images in views.images().items()}
     loss, metrics = consistency_term(views, student, {"strong": teacher(batch.unlabelled.weak)["out"]}, 0.)
     assert metrics.pseudo_share == 1
