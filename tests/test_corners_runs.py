@@ -277,7 +277,7 @@ def test_the_command_explains_a_relative_root_too(place, monkeypatch, capsys):
 
 def test_a_script_that_is_stopped_ends_in_one_line():
     "Exit status 130, no traceback, and `finally` blocks run."
-    code = "from selfsupnas.train.checkpoint import stop_in_one_line\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nclass Config: folder = 'run'\ntry:\n    with stop_in_one_line(Config()): signal.raise_signal(signal.SIGINT)\nfinally: print('last')"
+    code = "from selfsupnas.train.checkpoint import stop_in_one_line\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\ntry:\n    with stop_in_one_line('run'): signal.raise_signal(signal.SIGINT)\nfinally: print('last')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 130 and done.stderr == "" and done.stdout.splitlines()[-1] == "last" and len(done.stdout.splitlines()) == 2
 
@@ -367,16 +367,16 @@ def test_a_retraining_does_not_write_over_what_it_reads(place):
 
 def test_an_overwritten_front_goes_on_where_it_was_stopped(place, monkeypatch):
     import selfsupnas.stages.pareto_front as module
-    plain, done = module.train_member, []
-    def stops(config, searched, name):
+    plain, done = module.retrain_or_load, []
+    def stops(config):
         if len(done) == 1: raise KeyboardInterrupt
-        done.append(name)
-        return plain(config, searched, name)
-    monkeypatch.setattr(module, "train_member", stops)
+        done.append(config.folder)
+        return plain(config)
+    monkeypatch.setattr(module, "retrain_or_load", stops)
     again = dataclasses.replace(PARETO, steps=2, overwrite=True)
     with pytest.raises(KeyboardInterrupt): pareto(again)
-    monkeypatch.setattr(module, "train_member", plain)
-    first = Path(f"pareto/{done[0]}/retrain-record.json")
+    monkeypatch.setattr(module, "retrain_or_load", plain)
+    first = Path(done[0])/"retrain-record.json"
     made = first.read_text()
     pareto(again)
     assert first.read_text() == made and RunRecord.load("pareto/pareto-record.json").parameters["steps"] == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import selfsupnas.stages.searching
+import selfsupnas.stages.choice, selfsupnas.stages.searching
 from selfsupnas.space.architecture import Architecture, load_architecture, save_architecture
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
 from selfsupnas.space.budget import measure_costs, static_cost
@@ -22,7 +22,7 @@ from selfsupnas.space.gate import set_gate_threshold
 from selfsupnas.space.grid import STEP, SearchSpace
 from selfsupnas.stages.retraining import RetrainConfig, retrain
 from selfsupnas.stages.searching import load_supernet, search
-from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.configs import BudgetConfig, SearchConfig
 from selfsupnas.stages.choice import choice_images, best_candidate, choose_route, inherited_network, without_choice_images
 from selfsupnas.stages.calibration import plain_images
 from conftest import draw_folder
@@ -199,7 +199,7 @@ def test_the_two_programs_of_this_file_agree():
 
 def inherited_miou(config, done, route, dataset):
     "Of an architecture with the weights of a finished search, measured here."
-    network = inherited_network(route, done.trained.model.state_dict(), plain_images(config, done.data))
+    network = inherited_network(route, done.trained.model.state_dict(), plain_images(done.data, config.crop, config.seed))
     return evaluate_segmenter(network, dataset, progress=False).miou
 
 def tiny(place, **more):
@@ -217,7 +217,7 @@ def made(tmp_path_factory):
         Image.fromarray(mask).save(place/"data"/"masks"/"val"/f"{i}.png")
     config = tiny(place)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (selfsupnas.stages.searching, selfsupnas.stages.choice):
+        for module in (selfsupnas.stages.choice, selfsupnas.stages.searching):
             patch.setattr(module, "miou_of", lambda network, dataset: (measured.append(dataset), miou_of(network, dataset))[1])
         return config, search(config), measured
 
@@ -238,14 +238,14 @@ def test_the_second_by_importance_is_chosen_if_it_is_better():
 
 def test_the_best_of_a_pool_by_its_inherited_weights(made, monkeypatch):
     config, found, _ = made
-    images, space = choice_images(config, found.data.val), found.table.space
+    images, space = choice_images(found.data.val, config, config.seed), found.table.space
     pool = derive(space, found.statistics.importance, found.table, found.table.full, 3)
     scores = [inherited_miou(config, found, route, images) for route in pool]
     order = sorted(range(3), key=lambda i: scores[i])
     pool = [pool[order[1]], pool[order[2]], pool[order[0]]] # hand-made: the best is the second
     monkeypatch.setattr(selfsupnas.stages.choice, "derive", lambda *args, **more: pool)
-    state, plain = found.trained.model.state_dict(), plain_images(config, found.data)
-    best, rows = choose_route(config, found.table, found.statistics, 1., {"data": found.data.val.spec.name},
+    state, plain = found.trained.model.state_dict(), plain_images(found.data, config.crop, config.seed)
+    best, rows = choose_route(found.table, found.statistics, dataclasses.replace(config, budget=1.), {"data": found.data.val.spec.name},
                               lambda route: inherited_network(route, state, plain), images)
     assert max(scores) > min(scores) and set(best.edges) == set(pool[1].edges)
     assert [row["chosen"] for row in rows] == [False, True, False]
@@ -280,15 +280,15 @@ def test_images_that_choose_are_not_reported_and_never_of_the_training_set(made)
 
 def test_the_draw_of_choice_images(made):
     config, found, _ = made
-    def drawn(count, **more):
-        images = choice_images(dataclasses.replace(config, choice_images=count, **more), found.data.val)
+    def drawn(count, seed=0, **more):
+        images = choice_images(found.data.val, BudgetConfig(choice_images=count, **more), seed)
         return images and set(images.ids)
     assert drawn(2) < drawn(3) < drawn(4) == drawn(32), "seeded, nested, at most half"
     assert drawn(4) == drawn(4) != drawn(4, seed=1)
-    assert drawn(4, candidates=1) is None and drawn(4, w_sup=0., w_jig=1.) is None
+    assert drawn(4, candidates=1) is None
     one = copy.copy(found.data.val)
     one.ids = one.ids[:1]
-    assert choice_images(config, one) is None, "the only image is reported"
+    assert choice_images(one, config, 0) is None, "the only image is reported"
     elsewhere = dataclasses.replace(found.architecture, provenance={**found.architecture.provenance, "data": "another"})
     assert len(without_choice_images(found.data.val, elsewhere)) == len(without_choice_images(found.data.val, found.architecture)), "a folder that was renamed"
     elsewhere.provenance["classes"] = ["cat", "dog", "bird"]
@@ -311,8 +311,8 @@ def test_nothing_chooses_without_candidates_or_labels(made, tmp_path, monkeypatc
 def test_a_pool_of_one_reads_no_label(made):
     config, found, _ = made
     least = static_cost(found.table, ()) / found.table.full
-    route, rows = choose_route(config, found.table, found.statistics, least, {}, lambda _: 1 / 0,
-                               choice_images(config, found.data.val))
+    route, rows = choose_route(found.table, found.statistics, dataclasses.replace(config, budget=least), {}, lambda _: 1 / 0,
+                               choice_images(found.data.val, config, config.seed))
     assert not route.edges and rows[0]["choice_miou"] is None and len(rows) == 1 and "chosen_on" not in route.provenance
 
 def test_a_retraining_leaves_out_what_chose(made, copied, tmp_path):

@@ -36,7 +36,6 @@ from selfsupnas.viz.routes import plot_closed, plot_image_routes, plot_operation
 from selfsupnas.viz.curves import plot_front
 from selfsupnas.data.toy.streetscenes import draw_scene
 from selfsupnas.stages.calibration import GateStatistics
-from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.show import ERROR_COLOURS, colourise, error_map, legend, overlay, show_images, show_samples
 from selfsupnas.data.splits import make_split
 from selfsupnas.data.inspection import sample_sheet, survey
@@ -648,7 +647,7 @@ def test_draw_progress():
         return as_png(drawn, dpi)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(widgets, "as_png", watched)
-        png = draw_progress(SearchConfig(layers=SPACE.layers, budget=.4), rows, dpi=30)
+        png = draw_progress(rows, .4, SPACE, dpi=30)
     curves, route = figures
     assert len(curves.axes) == 2
     check_level(line(panel(curves, "cost"), "budget"), "y", 40)

@@ -17,7 +17,7 @@ from selfsupnas.stages.retraining import RetrainConfig, load_network, retrain
 from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.stages.searching import load_supernet, search
 from selfsupnas.space.supernet import build_supernet
-from selfsupnas.train.loop import build_training_state, seed_step, step_weights, train
+from selfsupnas.train.loop import build_training_state, seed_step, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")
 
@@ -48,7 +48,7 @@ def one_pass(config, data, device):
     torch.manual_seed(0)
     run = build_training_state(build_supernet(config.space(data.train.spec.num_classes), gate=config.gate), config, data, accelerator)
     run.multitask.train()
-    weights = step_weights(config, 1., None)
+    weights = run.objective.weights(1.)
     losses, _ = run.objective(next(make_batches(config, data)).to(accelerator.device), weights, seed_step(0, 0))
     losses.total(weights).backward()
     state.AcceleratorState._reset_state(True)

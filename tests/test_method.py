@@ -109,11 +109,11 @@ def test_alternating_turns_split_data_and_parameters(config):
     assert not set(a.split_ids) & set(b.split_ids) and set(a.split_ids) | set(b.split_ids) == set(data.split_ids)
     model = build_supernet(search_space(config, data))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(model, dataclasses.replace(config, steps=1), data, phases=make_phases(data, config))
+    train(model, dataclasses.replace(config, steps=1), data, phases=make_phases(data, config.update, config.seed))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and not any(".gate." in n for n in moved), "the first phase trains the weights"
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(model, dataclasses.replace(config, steps=1, folder=config.folder + "-reversed"), data, phases=make_phases(data, config)[::-1])
+    train(model, dataclasses.replace(config, steps=1, folder=config.folder + "-reversed"), data, phases=make_phases(data, config.update, config.seed)[::-1])
     assert {n.split(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"gate"}
 
 
@@ -124,7 +124,7 @@ def test_an_interrupted_run_is_the_same_run(config, variant, monkeypatch):
     data = load_training_data(config)
     def run(config):
         torch.manual_seed(0)
-        return train(build_supernet(search_space(config, data)), config, data, phases=make_phases(data, config))
+        return train(build_supernet(search_space(config, data)), config, data, phases=make_phases(data, config.update, config.seed))
     whole, plain = run(dataclasses.replace(config, folder=config.folder + "-whole")), drawn.to_device
     calls = []
     def interrupt(*args):

@@ -50,7 +50,7 @@ def run_case(name, folder):
         model = build_supernet(table.space)
         with torch.no_grad(): # some gates are closed from the start, so that one process may use an edge alone
             for gate in (m for m in model.modules() if hasattr(m, "threshold")): gate.logits.bias.normal_(0., .2)
-        return training.train(model, config, data, BudgetLosses(model, table, config), make_phases(data, config))
+        return training.train(model, config, data, BudgetLosses(model, table, config), make_phases(data, config.update, config.seed))
     if name == "stopped" and world().rank == 1: stop_at(training, 3)
     try: trained = run()
     except KeyboardInterrupt: trained = run()

@@ -347,5 +347,4 @@ def test_rivals_of_a_run_that_began_with_jigsaws_begin_with_labels(place, tmp_pa
     assert member_config(ParetoConfig(folder=str(tmp_path)), searched, "derived-0.5").sup_start == 0
     first = config(place, str(place/"search"), equal_cost=None, folder=str(tmp_path/"run"), sup_start=.5, w_semi=0.)
     retrain(first)
-    asked = EvaluateConfig(folder=str(tmp_path/"evaluate"), network=first.folder)
-    assert train_baseline("lraspp_mobilenet_v3_large", dataclasses.asdict(first), asked)(torch.zeros(1, 3, 64, 80)).shape[1] == 3
+    assert train_baseline("lraspp_mobilenet_v3_large", dataclasses.asdict(first), f"{first.folder}/split", str(tmp_path/"evaluate"), 0, False)(torch.zeros(1, 3, 64, 80)).shape[1] == 3

@@ -1,25 +1,31 @@
 "One step by every recipe, against the same computed by hand; batch norm by groups; what a schedule weighs; what a teacher remembers."
-import copy, dataclasses, itertools, json, math
+import copy, dataclasses, importlib, inspect, itertools, json, math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from imports import MODULES
 from selfsupnas.data.augment import cutmix_boxes
-from selfsupnas.train.batches import load_training_data, make_batches, make_streams, present
-from selfsupnas.train.config import STATISTICS, TrainingConfig
-from selfsupnas.space.budget import budget_loss, expected_cost, measure_costs, realised_cost
+from selfsupnas.data.datasets import load_dataset
+from selfsupnas.metrics import ImageSubset
+from selfsupnas.train.batches import LabelledBatch, StepBatch, UnlabelledBatch, load_training_data, make_batches, make_streams, present
+from selfsupnas.train.config import STATISTICS, ConsistencyConfig, JigsawConfig, OptimiserConfig, TrainingConfig, ViewConfig
+from selfsupnas.space.budget import budget_loss, expected_cost, measure_costs, realised_cost, static_cost
 from selfsupnas.space.grid import SearchSpace
+from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.jigsaw import JigsawHead, cut_and_shuffle
-from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, consistency_term,
-                                   jigsaw_term, run_passes, supervised_term)
+from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, configured_consistency,
+                                   consistency_term, draw_mix_masks, jigsaw_term, run_passes, supervised_term)
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig, retrain
-from selfsupnas.stages.configs import SearchConfig
+from selfsupnas.stages.calibration import gate_statistics
+from selfsupnas.stages.choice import choice_images, choose_route
+from selfsupnas.stages.configs import BudgetConfig, SearchConfig
 from selfsupnas.stages.searching import search
 from selfsupnas.space.supernet import build_supernet
-from selfsupnas.tasks.teacher import ClassThreshold, EMATeacher, RelativeThreshold
-from selfsupnas.train.loop import step_weights, train
+from selfsupnas.tasks.teacher import AdaptiveThreshold, ClassThreshold, EMATeacher, RelativeThreshold
+from selfsupnas.train.loop import TrainResult, jigsaw_metrics, make_moving_threshold, make_optimiser, solve_jigsaws, teacher_student_views, train
 
 SMALL = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, ramp=(0., 0.), logs=2, steps=4)
 SPACE = dict(layers=3, channels=8)
@@ -139,7 +145,7 @@ def test_a_share_of_jigsaws_keeps_its_order(config, share):
 # ---- schedules
 
 def test_what_a_step_weighs(config):
-    def at(share, **changes): return step_weights(dataclasses.replace(config, **changes), share, None)
+    def at(share, **changes): return Objective(dataclasses.replace(config, **changes), None).weights(share)
     assert at(.0) == LossWeights(sup=1., jig=.5, semi=1.) == at(1.), "as ever"
     stages = dict(sup_start=.2, jigsaw_decay=(.2, .2), ramp=(.5, .5), w_strong=2.)
     assert [at(share, **stages) for share in (.0, .19, .2, .5)] == [
@@ -313,7 +319,7 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     assert known and all(entry["share"] == 1 for entry in known), "tau is 0"
     from selfsupnas.stages.calibration import plain_images
     from selfsupnas.data.augment import normalise
-    x = normalise(plain_images(RetrainConfig(folder="x", **small), done.data, 4)) # the stem's first norm, by hand
+    x = normalise(plain_images(done.data, None, 0, 4)) # the stem's first norm, by hand
     first = done.trained.model.stem
     features = F.conv2d(x, first[0].weight, None, 2, 1)
     torch.testing.assert_close(first[1].running_mean, features.mean((0, 2, 3)).detach(), atol=1e-4, rtol=1e-3)
@@ -330,13 +336,13 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     config = RetrainConfig(folder=str(tmp_path), recalibrate=6, **SMALL)
     data = load_training_data(config)
     first, second = (build_supernet(SearchSpace(data.train.spec.num_classes, **SPACE)) for _ in range(2))
-    plain = recalibrate_batch_norm(copy.deepcopy(second), images := plain_images(config, data, 6))
+    plain = recalibrate_batch_norm(copy.deepcopy(second), images := plain_images(data, config.crop, config.seed, 6))
     second.drop_path(.9)
     for module in second.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
     from selfsupnas.metrics import ImageSubset, evaluate_segmenter
     report = ImageSubset(data.val, data.val.ids[:8])
-    metrics = recalibrated_metrics(TrainResult(first, None, second, [], 0., None), config, data, report)
+    metrics = recalibrated_metrics(TrainResult(first, None, second, [], 0., None), images, report)
     assert metrics["student_recalibrated_val_miou"] == pytest.approx(evaluate_segmenter(plain, report, progress=False).miou, abs=1e-9)
     rival = build_baseline("deeplabv3_mobilenet_v3_large", 5)
     once, again = (recalibrate_batch_norm(copy.deepcopy(rival), images) for _ in range(2))
@@ -363,7 +369,7 @@ def jigsaw_alone(net, config, batch):
 
 
 def consistency_alone(net, config, batch):
-    views, teacher = UnlabelledViews(batch.unlabelled, config, torch.Generator().manual_seed(0)), EMATeacher(net)
+    views, teacher = UnlabelledViews(batch.unlabelled, CONSISTENCY["fixmatch"], ViewConfig(), torch.Generator().manual_seed(0)), EMATeacher(net)
     student = {name: net(images)["out"] for name, images in views.images().items()}
     loss, metrics = consistency_term(views, student, {"strong": teacher(batch.unlabelled.weak)["out"]}, 0.)
     assert metrics.pseudo_share == 1
@@ -392,3 +398,64 @@ def test_a_term_is_used_alone_on_any_segmenter(term, config):
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
     part = net.backbone if term is jigsaw_alone else net.classifier
     assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+
+
+# ---- each function that takes a group of parameters reads no other
+
+SPACE_ALONE = SearchSpace(5, **SPACE)
+
+
+def views_alone(group):
+    images, generator = torch.randint(256, (2, 3, 64, 80), dtype=torch.uint8), torch.Generator().manual_seed(0)
+    batch = UnlabelledBatch(images, torch.ones(2, 64, 80, dtype=bool), torch.zeros(2, 64, 80).long(), images, images)
+    for kind in CONSISTENCY.values(): assert "strong" in UnlabelledViews(batch, kind, group(cutout_p=.5), generator).images()
+    assert draw_mix_masks(images, group(cutmix_p=1.), generator).box.any()
+    model = build_supernet(SPACE_ALONE).eval()
+    shown = teacher_student_views(TrainResult(model, None, model, [], 0., None), StepBatch(LabelledBatch(images), batch), group(), 0)
+    assert set(shown) == {"weak", "strong", "taught", "student"}
+    return draw_mix_masks, UnlabelledViews, teacher_student_views
+
+
+def consistency_settings_alone(group):
+    for kind in CONSISTENCY: assert configured_consistency(group(consistency=kind)).weights == CONSISTENCY[kind].weights
+    moving = [make_moving_threshold(group(**changes), .9) for changes in ({}, dict(threshold_kind="class"), dict(threshold_kind="relative"), dict(adaptive_threshold=True))]
+    assert [type(threshold) for threshold in moving] == [type(None), ClassThreshold, RelativeThreshold, AdaptiveThreshold]
+    return configured_consistency, make_moving_threshold
+
+
+def optimiser_alone(group):
+    for name, kind in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        assert isinstance(make_optimiser(torch.nn.Linear(2, 2), group(optimiser=name)), kind)
+    return make_optimiser,
+
+
+def jigsaw_settings_alone(group):
+    model, head, data = build_supernet(SPACE_ALONE).eval(), JigsawHead(SPACE_ALONE.channels_at(1), 2, 24), load_dataset("streetscenes", "val", size=(64, 80))
+    images = ImageSubset(data, data.ids[:2])
+    solved = solve_jigsaws(model, head, torch.stack([image for image, _ in images]), group(), torch.Generator())
+    assert solved["guess"].shape == solved["truth"].shape == (2, 4)
+    assert jigsaw_metrics(TrainResult(model, head, None, [], 0., None), images, group(), 0)["jigsaw_chance"] == 1 / 24
+    return solve_jigsaws, jigsaw_metrics
+
+
+def choice_alone(group):
+    model, data = build_supernet(SPACE_ALONE).eval(), load_dataset("streetscenes", "val", size=(64, 80))
+    images, table = choice_images(data, group(choice_images=3), 0), measure_costs(SPACE_ALONE, (64, 80))
+    assert len(images) == 3 and choice_images(data, group(candidates=1), 0) is None
+    statistics = gate_statistics(model, images, table)
+    route, rows = choose_route(table, statistics, group(budget=.6), {}, lambda _: 1 / 0, None)
+    assert len(rows) == 1 and static_cost(table, route.selected) <= .6 * table.full
+    return choice_images, choose_route
+
+
+ALONE = {ViewConfig: views_alone, ConsistencyConfig: consistency_settings_alone, OptimiserConfig: optimiser_alone, JigsawConfig: jigsaw_settings_alone,
+         BudgetConfig: choice_alone}
+
+
+@pytest.mark.parametrize("group", ALONE, ids=lambda group: group.__name__)
+def test_a_function_that_takes_a_group_reads_no_other(group):
+    "A group alone has no other field: reading one would raise AttributeError. None of these functions is left out."
+    taking = {function for module in MODULES for function in vars(importlib.import_module(f"selfsupnas.{module}")).values()
+              if inspect.isfunction(function) or inspect.isclass(function)
+              if any(a is group for a in inspect.get_annotations(function.__init__ if inspect.isclass(function) else function).values())}
+    assert set(ALONE[group](group)) == taking

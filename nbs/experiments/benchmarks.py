@@ -39,7 +39,7 @@ from selfsupnas.stages.calibration import make_table
 from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.batches import load_training_data, make_batches
 from selfsupnas.train.loop import (build_training_state, forward_state, make_optimiser, seed_step,
-                                   step_weights, take_step, train)
+                                   take_step, train)
 from selfsupnas.train.step import LossWeights
 from selfsupnas.zoo import load
 
@@ -407,7 +407,7 @@ class SearchStep:
         self.batch = next(self.views).to(self.accelerator.device)
 
     def __call__(self):
-        weights, before = step_weights(self.config, 1., self.cost), forward_state(self.state)
+        weights, before = self.state.objective.weights(1.), forward_state(self.state)
         with self.accelerator.autocast():
             losses, _ = self.state.objective(self.batch, weights, seed_step(0, 0))
         take_step(losses.total(weights), self.state, 1, lambda name: True, before)

@@ -25,7 +25,6 @@ from ..space.grid import SearchSpace
 from ..space.supernet import RoutingNetwork, gates_by_edge
 from .configs import SearchConfig
 from ..train.batches import TrainingData, image_size
-from ..train.config import TrainingConfig
 
 # %% ../../nbs/stages/01_calibration.ipynb #17eca937
 class GateStatistics(NamedTuple):
@@ -51,10 +50,11 @@ def gate_statistics(model, dataset, table: CostTable, batch_size: int = 8) -> Ga
                           torch.cat(expected), torch.cat(realised))
 
 # %% ../../nbs/stages/01_calibration.ipynb #fea295da
-def plain_images(config: TrainingConfig, data: TrainingData, count: int = 64) -> torch.Tensor:
+def plain_images(data: TrainingData, crop: tuple | None, seed: int,
+                 count: int = 64) -> torch.Tensor:
     """Training images (count,3,H,W) uint8 as in use: no zoom, no flip, no label; cropped if the run
     crops."""
-    stream = Stream(data.train, data.split_ids, WeakView(config.crop, (1., 1.), 0.), config.seed,
+    stream = Stream(data.train, data.split_ids, WeakView(crop, (1., 1.), 0.), seed,
                     kind="plain")
     return torch.stack([stream[k]["image"] for k in range(min(count, len(data.split_ids)))])
 

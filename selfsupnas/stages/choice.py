@@ -20,16 +20,16 @@ from ..space.budget import CostTable, static_cost
 from ..space.derivation import derive
 from ..space.network import StaticNetwork, inherit
 from .calibration import GateStatistics, recalibrate_batch_norm
-from .configs import SearchConfig
+from .configs import BudgetConfig
 
 # %% ../../nbs/stages/02_choice.ipynb #c40ce002
-def choice_images(config: SearchConfig, val) -> ImageSubset | None:
+def choice_images(val, budget: BudgetConfig, seed: int) -> ImageSubset | None:
     """Labelled validation images for the choice, drawn by the seed; a larger `choice_images` adds
     further images. None: importance alone decides."""
-    if config.candidates == 1 or not config.w_sup: return None
+    if budget.candidates == 1: return None
     rows = np.flatnonzero(classes_present(val).any(1))
-    count = min(config.choice_images, len(rows) // 2)
-    selected = np.random.default_rng(config.seed).permutation(rows)[:count]
+    count = min(budget.choice_images, len(rows) // 2)
+    selected = np.random.default_rng(seed).permutation(rows)[:count]
     return ImageSubset(val, [val.ids[i] for i in selected]) if count else None
 
 def without_choice_images(val, *architectures: Architecture):
@@ -69,15 +69,14 @@ def best_candidate(pool: list, # architectures, by falling importance
     scores = [score(architecture) for architecture in pool] if len(pool) > 1 else [None]
     return (0 if None in scores else scores.index(max(scores))), scores
 
-def choose_route(config: SearchConfig, table: CostTable, statistics: GateStatistics,
-                 budget: float, # share of the full grid's cost
+def choose_route(table: CostTable, statistics: GateStatistics, budget: BudgetConfig,
                  provenance: dict,
                  inherited: Callable, # Architecture -> network with the supernet's weights
                  images: ImageSubset | None, # see `choice_images`
                 ) -> tuple[Architecture, list]:
     "The best of the strongest routes by inherited mIoU, and the candidates for a record."
-    pool = derive_candidates(table, statistics, budget, config.keep_operations, provenance,
-                             config.candidates if images else 1)
+    pool = derive_candidates(table, statistics, budget.budget, budget.keep_operations, provenance,
+                             budget.candidates if images else 1)
     best, scores = best_candidate(pool, lambda candidate: miou_of(inherited(candidate), images))
     rows = [{"importance": math.fsum(statistics.importance[part] for part in candidate.selected),
              "cost_share": static_cost(table, candidate.selected) / table.full,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cost_row', 'train_baseline', 'check_labels', 'class_order', 'Reordered', 'recorded_root', 'training_class_counts',
-           'EvaluateResult', 'load_evaluation', 'open_evaluation', 'report_images', 'evaluate', 'evaluation_table']
+           'EvaluateResult', 'load_evaluation', 'open_evaluation', 'evaluate', 'evaluation_table']
 
 # %% ../../nbs/stages/05_evaluation.ipynb #987b2240
 import contextlib, dataclasses, shutil
@@ -41,16 +41,16 @@ def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
 
 # %% ../../nbs/stages/05_evaluation.ipynb #af0ef6a5
 def train_baseline(name: str, retrained: dict, # parameters of the retraining
-                   config: EvaluateConfig):
+                   split_folder: str, folder: str, seed: int, overwrite: bool):
     """The hand-crafted network `name`, trained on the labelled images with the split, views, steps
     and schedule of the retraining."""
     # records of older versions lack some parameters
     fields = {f.name: retrained.get(f.name, f.default) for f in dataclasses.fields(TrainingConfig)}
     for key in ("size", "crop", "zoom", "jigsaw_zoom", "ramp"):
         fields[key] = fields[key] and tuple(fields[key])
-    fields.update(folder=f"{config.folder}/{name}", split_folder=f"{config.network}/split",
-                  w_sup=1., sup_start=0., w_jig=0., w_semi=0., drop_path=0., recompute=False,
-                  seed=config.seed, resume=True, overwrite=config.overwrite)
+    fields.update(folder=folder, split_folder=split_folder, w_sup=1., sup_start=0., w_jig=0.,
+                  w_semi=0., drop_path=0., recompute=False, seed=seed, resume=True,
+                  overwrite=overwrite)
     return retrain_or_load(RetrainConfig(**fields, architecture=name)).trained.model
 
 # %% ../../nbs/stages/05_evaluation.ipynb #1a9cf1c1
@@ -63,19 +63,21 @@ def check_labels(dataset: PairDataset, split: str):
 
 # %% ../../nbs/stages/05_evaluation.ipynb #d1e55002
 def class_order(names: tuple, # of the network's classes; None: from an old record
-                config: EvaluateConfig, spec) -> list: # SegmentationSpec of the data
+                classes: tuple, # of the data, for each of the network's; None: the same names
+                spec, # SegmentationSpec of the data
+                network: str) -> list: # its folder, for the message
     """For each class of the data, its number in the network; raises ValueError if the names differ
-    and `config.classes` does not map them."""
-    if config.classes is not None:
-        if sorted(config.classes) != sorted(spec.classes):
+    and `classes` does not map them."""
+    if classes is not None:
+        if sorted(classes) != sorted(spec.classes):
             raise ValueError(f"classes must name each class of {spec.name} once, in the order of "
                              f"the network's ({', '.join(names or ['not recorded'])}): "
-                             f"{', '.join(spec.classes)}; not {', '.join(config.classes)}")
-        return [config.classes.index(name) for name in spec.classes]
+                             f"{', '.join(spec.classes)}; not {', '.join(classes)}")
+        return [classes.index(name) for name in spec.classes]
     if names is not None and tuple(names) != tuple(spec.classes):
         relation = ("the same classes in another order" if sorted(names) == sorted(spec.classes)
                     else "other classes")
-        raise ValueError(f"{spec.name} has {relation} than {config.network}: "
+        raise ValueError(f"{spec.name} has {relation} than {network}: "
                          f"{', '.join(spec.classes)}, and the network {', '.join(names)}. Set "
                          "classes=(...) to the class of the data for each class of the network, in "
                          "the network's order")
@@ -102,14 +104,17 @@ def recorded_root(given: str | None, # root from the parameters; None: take the 
         raise FileNotFoundError(f"{e}. The record of {folder} has root={recorded!r}, relative to "
                                 f"{Path.cwd()}: give another root") from None
 
-def training_class_counts(record: RunRecord, config: EvaluateConfig, size) -> torch.Tensor:
+def training_class_counts(record: RunRecord, network: str, # folder of the record
+                          root: str | None, # of its data; None: the recorded one
+                          skip_unreadable: bool) -> torch.Tensor:
     "Labelled training pixels of each class (K,), from the record of the retraining, else counted."
     if "class_pixels" in record.metrics: return torch.tensor(record.metrics["class_pixels"])
-    given = None if config.data else config.root # with other data, root is that of the other data
-    with recorded_root(given, record.parameters["root"], config.network) as root:
-        train_set = load_dataset(record.parameters["data"], "train", root, size)
-    train_set.skip_unreadable = config.skip_unreadable
-    split = load_split(Path(config.network)/"split", train_set)
+    retrained = record.parameters
+    size = retrained["size"] and tuple(retrained["size"])
+    with recorded_root(root, retrained["root"], network) as root:
+        train_set = load_dataset(retrained["data"], "train", root, size)
+    train_set.skip_unreadable = skip_unreadable
+    split = load_split(Path(network)/"split", train_set)
     return class_counts(train_set, split.labelled)
 
 # %% ../../nbs/stages/05_evaluation.ipynb #0f259305
@@ -151,17 +156,11 @@ def open_evaluation(config: EvaluateConfig) -> tuple:
     if count != (network_count := record.metrics.get("num_classes", count)):
         raise ValueError(f"{config.network} has {network_count} classes, {data.spec.name} has "
                          f"{count}")
-    order = class_order(record.metrics.get("classes"), config, data.spec)
+    order = class_order(record.metrics.get("classes"), config.classes, data.spec, config.network)
     if order != list(range(count)): network = Reordered(network, order).eval()
     return network, data, record
 
 # %% ../../nbs/stages/05_evaluation.ipynb #d1e55011
-def report_images(config: EvaluateConfig, data):
-    "Images to report on: of the validation set those that did not serve to choose; else all."
-    file = Path(config.network)/"architecture.json"
-    if config.split != "val" or not file.is_file(): return data
-    return without_choice_images(data, load_architecture(file))
-
 @run_once("evaluate", load_evaluation)
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
     """Evaluate a retrained network; writes evaluate-record.json and confusion.json to
@@ -170,15 +169,17 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     timer, folder, inputs = Timer(), Path(config.folder), config.inputs()
     network, data, retrain_record = open_evaluation(config)
     retrained, device = retrain_record.parameters, local_device()
-    size = retrained["size"] and tuple(retrained["size"])
-    counts = training_class_counts(retrain_record, config, size)
+    root = None if config.data else config.root # with other data, root is that of the other data
+    counts = training_class_counts(retrain_record, config.network, root, config.skip_unreadable)
     if isinstance(network, Reordered): counts = counts[network.order]
     if config.overwrite and (folder/"evaluate-record.json").exists():
         for name in config.baselines: shutil.rmtree(folder/name, ignore_errors=True)
     remove_earlier_run(config, "evaluate")
     cost_size = image_size(data, retrained.get("crop"))
     views = {"window": config.window, "scales": config.scales, "flip": config.flip}
-    report = report_images(config, data)
+    report, searched = data, Path(config.network)/"architecture.json"
+    if config.split == "val" and searched.is_file(): # without the images that served to choose
+        report = without_choice_images(data, load_architecture(searched))
     with timer("evaluation"):
         measured = evaluate_segmenter(network, report, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, report)
@@ -191,8 +192,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     for baseline in (other for other in config.baselines if other != first):
         with timer(baseline):
             torch.manual_seed(config.seed)
-            model = (train_baseline(baseline, retrained, config) if config.train_baselines
-                     else build_baseline(baseline, data.spec.num_classes)).to(device)
+            model = (train_baseline(baseline, retrained, f"{config.network}/split",
+                                    f"{config.folder}/{baseline}", config.seed, config.overwrite)
+                     if config.train_baselines else
+                     build_baseline(baseline, data.spec.num_classes)).to(device)
             row, latencies[baseline] = cost_row(baseline, model, cost_size, config.latency_repeats)
             if isinstance(network, Reordered): model = Reordered(model, network.order)
             scores = (record_metrics(evaluate_segmenter(model, report, config.batch_size, **views))

@@ -199,7 +199,7 @@ def make_batches(config: TrainingConfig, data: TrainingData,
     for drawn in draw_batches(make_streams(config, data), steps, config.workers, world().share):
         yield step_batch(drawn)
 
-def batch_ids(config: TrainingConfig, data: TrainingData, step: int) -> dict:
+def batch_ids(streams: dict, step: int) -> dict: # streams: of `make_streams`
     "Ids of the images of a step by name of the batch, unreadable ones included."
     return {name: [stream.dataset.ids[stream.source(step * size + j)] for j in range(size)]
-            for name, (stream, size) in make_streams(config, data).items()}
+            for name, (stream, size) in streams.items()}

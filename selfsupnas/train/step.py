@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'GROUPS', 'MultiTaskOutput', 'MultiTaskModel', 'perturb_rows', 'concatenate_sparse', 'build_multitask_model',
            'PassOutputs', 'run_passes', 'concatenate_gates', 'MixMasks', 'draw_mix_masks', 'configured_consistency',
            'UnlabelledViews', 'Losses', 'LossWeights', 'StepMetrics', 'class_weights_of', 'supervised_term',
-           'jigsaw_term', 'consistency_term', 'budget_term', 'StepViews', 'draw_views', 'update_threshold', 'Objective']
+           'jigsaw_term', 'consistency_term', 'budget_term', 'StepViews', 'update_threshold', 'Objective']
 
 # %% ../../nbs/train/03_step.ipynb #c0f47003
 import contextlib, copy
@@ -20,7 +20,8 @@ from torch import nn
 from ..data.augment import cutmix, cutmix_boxes
 from .batches import StepBatch, TrainingData, UnlabelledBatch, present
 from ..space.cell import SparseFeatures
-from .config import STATISTICS, TrainingConfig
+from .config import (STATISTICS, ConsistencyConfig, TrainingConfig, ViewConfig,
+                                     ramp_up)
 from ..tasks.consistency import (CONSISTENCY, Consistency, consistency_loss, mean_teacher,
                                           perturb_features)
 from ..metrics import class_counts
@@ -192,28 +193,30 @@ class MixMasks(NamedTuple):
     def mask(self, valid): return self.blank(self.paste(valid), False)
 
 def draw_mix_masks(images: torch.Tensor, # (B,3,H,W) of this process
-                   config: TrainingConfig, generator: torch.Generator) -> MixMasks:
+                   views: ViewConfig, generator: torch.Generator) -> MixMasks:
     "Boxes of CutMix and Cutout for the images of this process."
     def boxes(p, area):
         def draw(n): return cutmix_boxes(n, images.shape[-2:], generator, p=p, area=area)
         return world().draw_share(len(images), draw).to(images.device)
-    return MixMasks(boxes(config.cutmix_p, config.cutmix_area),
-                    boxes(config.cutout_p, config.cutout_area) if config.cutout_p else None)
+    return MixMasks(boxes(views.cutmix_p, views.cutmix_area),
+                    boxes(views.cutout_p, views.cutout_area) if views.cutout_p else None)
 
-def configured_consistency(config: TrainingConfig) -> Consistency:
+def configured_consistency(consistency: ConsistencyConfig) -> Consistency:
     "The run's kind of consistency, its loss with the run's parameters."
-    kind = CONSISTENCY[config.consistency]
+    kind = CONSISTENCY[consistency.consistency]
     if kind.term is not mean_teacher: return kind
-    return replace(kind, term=partial(mean_teacher, summed=config.squares == "summed",
-                                      temperature=config.temperature))
+    return replace(kind, term=partial(mean_teacher, summed=consistency.squares == "summed",
+                                      temperature=consistency.temperature))
 
 # %% ../../nbs/train/03_step.ipynb #fea24185
 class UnlabelledViews:
     "The views of one unlabelled batch that a kind of consistency compares, with their masks."
-    def __init__(self, batch: UnlabelledBatch, config: TrainingConfig, generator: torch.Generator):
-        self.batch, self.kind = batch, configured_consistency(config)
-        self.clean = config.statistics == "clean" # its running statistics need the weak views
-        self.strong_masks = {name: draw_mix_masks(batch.weak, config, generator)
+    def __init__(self, batch: UnlabelledBatch, kind: Consistency, views: ViewConfig,
+                 generator: torch.Generator, # of the boxes
+                 weak: bool = False): # also show the student the weak views
+        self.batch, self.kind = batch, kind
+        self.weak = weak or kind.perturbed or kind.teacher != "ema"
+        self.strong_masks = {name: draw_mix_masks(batch.weak, views, generator)
                              for name in ("strong", "strong2")[:self.kind.strong_views]}
         self.masks = {**self.strong_masks, "peer": self.strong_masks["strong"],
                       "perturbed": MixMasks()}
@@ -227,8 +230,7 @@ class UnlabelledViews:
         "Images for the student by name of the view."
         views = {name: masks.view(getattr(self.batch, name))
                  for name, masks in self.strong_masks.items()}
-        weak = self.kind.perturbed or self.kind.teacher != "ema" or self.clean
-        return {**views, "weak": self.batch.weak} if weak else views
+        return {**views, "weak": self.batch.weak} if self.weak else views
 
     def logits(self, outputs: PassOutputs,
                averaged: torch.Tensor | None # (B,K,H,W) of the averaged teacher on the weak views
@@ -364,19 +366,6 @@ class StepViews:
         own = {name: images for name, images in present(self).items() if name in VIEWS}
         return {**own, **(self.unlabelled.images() if self.unlabelled else {})}
 
-def draw_views(batch: StepBatch, weights: LossWeights, config: TrainingConfig,
-               permutations: torch.Tensor | None, generator: torch.Generator) -> StepViews:
-    "The views of the losses that have a weight; the generator draws boxes and jigsaws."
-    views = StepViews(batch.labelled.image)
-    if weights.strong:
-        views.mix = draw_mix_masks(views.labelled, config, generator)
-        views.strong_labelled = views.mix.view(batch.labelled.strong)
-    if weights.semi: views.unlabelled = UnlabelledViews(batch.unlabelled, config, generator)
-    if weights.jig:
-        views.jigsaw, views.order = cut_and_shuffle(batch.jigsaw, permutations, generator,
-                                                    world=world(), share=config.jigsaw_share)
-    return views
-
 def update_threshold(threshold, # moving threshold of selfsupnas.tasks.teacher
                      teacher_logits: torch.Tensor, valid: torch.Tensor, # of the weak views
                      logits: torch.Tensor, labels: torch.Tensor): # of the labelled images
@@ -409,7 +398,7 @@ class Objective:
         """Losses and metrics of one step. With several processes each loss is this process's share;
         the shares add up."""
         labels, losses, metrics = batch.labelled.label, Losses(), StepMetrics()
-        views = draw_views(batch, weights, self.config, self.permutations, generator)
+        views = self.draw_views(batch, weights, generator)
         averaged = self.averaged_logits(views.unlabelled)
         outputs = self.outputs(views)
         if weights.sup: losses.sup = self.supervised(outputs.of("labelled"), labels)
@@ -426,6 +415,29 @@ class Objective:
             losses, metrics = (replace(part, **present(more))
                                for part, more in ((losses, charged), (metrics, found)))
         return losses, metrics
+
+    def weights(self, share: float) -> LossWeights: # of the steps done
+        c, cost = self.config, self.cost.weights(share) if self.cost else LossWeights()
+        labels, jig = share >= c.sup_start, c.w_jig * ramp_up(share, *c.jigsaw_ramp)
+        if c.jigsaw_decay[0] < 1: jig *= 1 - ramp_up(share, *c.jigsaw_decay, "linear")
+        return replace(cost, sup=c.w_sup * labels, jig=jig,
+                       strong=c.w_strong * labels if c.w_strong else None,
+                       semi=c.w_semi * ramp_up(share, *c.ramp))
+
+    def draw_views(self, batch: StepBatch, weights: LossWeights,
+                   generator: torch.Generator) -> StepViews:
+        "The views of the losses that have a weight; the generator draws boxes and jigsaws."
+        views, config = StepViews(batch.labelled.image), self.config
+        if weights.strong:
+            views.mix = draw_mix_masks(views.labelled, config, generator)
+            views.strong_labelled = views.mix.view(batch.labelled.strong)
+        if weights.semi: # the running statistics of `clean` need the weak views
+            views.unlabelled = UnlabelledViews(batch.unlabelled, configured_consistency(config),
+                                               config, generator, config.statistics == "clean")
+        if weights.jig:
+            views.jigsaw, views.order = cut_and_shuffle(batch.jigsaw, self.permutations, generator,
+                                                        share=config.jigsaw_share)
+        return views
 
     def outputs(self, views: StepViews) -> PassOutputs:
         "One pass, or several, through the network."

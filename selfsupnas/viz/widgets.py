@@ -21,7 +21,7 @@ from ..train.config import TrainingConfig
 from ..core import is_live
 from ..metrics import Metrics, confusion_matrix, segment
 from ..space.gate import record_gates
-from ..space.grid import STRIDES, Edge
+from ..space.grid import STRIDES, Edge, SearchSpace
 from ..tasks.jigsaw import cut_and_shuffle, unshuffle
 from .predictions import plot_jigsaw, plot_predictions
 from .routes import draw_gates, draw_route, gate_bar, plot_image_routes, plot_route
@@ -102,14 +102,14 @@ class Explorer:
                 "this notebook in JupyterLab to move its controls"}
 
 # %% ../../nbs/viz/05_widgets.ipynb #c0fe7002
-def draw_progress(config: TrainingConfig, # of the search or retraining
-                  rows: list, # of the log so far
+def draw_progress(rows: list, # of the log so far
+                  budget: float | None = None, # of a search, with its space
+                  space: SearchSpace | None = None,
                   dpi: int = DPI, # see `as_png`
                  ) -> bytes:
     "PNG of the learning curves and, for a search, of the mean gates of the last log row."
-    figures = [plot_history(rows, budget=getattr(config, "budget", None))]
+    figures = [plot_history(rows, budget=budget)]
     if gates := rows[-1].get("gates"):
-        space = config.space(num_classes=2) # the edges do not depend on the classes
         figures.append(plot_route(space, dict(zip(space.gated(), gates))))
     return as_png(figures, dpi)
 
@@ -118,9 +118,11 @@ def live_plot(config: TrainingConfig):
     each log row; None without a front end."""
     if not is_live(): return None
     from IPython.display import Image as NotebookImage, display
-    handles = []
+    handles, searched = [], {}
+    if isinstance(config, SearchConfig): # the edges do not depend on the classes
+        searched = {"budget": config.budget, "space": config.space(num_classes=2)}
     def draw(rows):
-        png = draw_progress(config, rows, 2 * DPI)
+        png = draw_progress(rows, **searched, dpi=2 * DPI)
         image = NotebookImage(png, width=display_width(png, 2 * DPI))
         if handles: handles[0].update(image)
         else: handles.append(display(image, display_id=True))
@@ -133,7 +135,7 @@ class InheritedNetworks:
                  count: int = 24): # validation images
         config, val = SearchConfig(**result.record.parameters), result.data.val
         self.state, self.classes = result.trained.model.state_dict(), val.spec.classes
-        self.plain = plain_images(config, result.data)
+        self.plain = plain_images(result.data, config.crop, config.seed)
         self.images, self.labels = map(torch.stack,
                                        zip(*(val[i] for i in range(min(count, len(val))))))
         self.cache = {}
