@@ -185,7 +185,7 @@ def check_training_inputs(stage: str, config, later: bool):
         size, classes = config.size or STREETSCENES_SIZE, CAMVID_SPEC.num_classes
     else:
         from selfsupnas.train.batches import image_size, training_sets
-        train = training_sets(config)[0]
+        train = training_sets(config, config.w_sup)[0]
         size, classes = image_size(train, config.crop), train.spec.num_classes
         if config.split_folder: load_split(config.split_folder, train)
         elif config.w_sup: label_count(config.label_fraction, len(train.labelled_ids))
@@ -268,7 +268,7 @@ def run_stage(stage:str,
     folder = Path(folder)
     config = STAGES[stage](**{**parameters, "folder": str(folder)})
     if (record := finished_run(config, stage)) and (folder/f"{stage}.ipynb").is_file():
-        print(f"selfsupnas {stage}: {finished_message(config, record)}; its notebook is "
+        print(f"selfsupnas {stage}: {finished_message(folder, record)}; its notebook is "
               f"{folder}/{stage}.ipynb")
         return 0
     try: folder.mkdir(parents=True, exist_ok=True)

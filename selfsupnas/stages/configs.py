@@ -30,6 +30,11 @@ class SpaceConfig:
     gate: Literal["conditional", "static"] = "conditional" # static: one value for all images
     leak: NonNegativeFloat = 0.1 # slope of a closed gate, see selfsupnas.space.gate; 0 = published
 
+    def space(self, num_classes: int) -> SearchSpace:
+        "The search space for images of `num_classes` classes."
+        return SearchSpace(num_classes, self.layers, self.channels, self.operations,
+                           self.search_operations)
+
 # %% ../../nbs/stages/00_configs.ipynb #6001318e
 @checked_dataclass
 class BudgetConfig:
@@ -46,6 +51,11 @@ class BudgetConfig:
     keep_operations: PositiveInt | None = None # of a derived cell, at most; None: by the budget
     candidates: Candidates = 8 # routes compared with inherited weights; 1: importance alone
     choice_images: PositiveInt = 32 # validation images for that, at most half; not in any report
+
+    @property
+    def controlled(self) -> bool:
+        "Does the control move the gate threshold?"
+        return bool(self.w_cost and self.budget_gain and self.budget_of == "realised")
 
 # %% ../../nbs/stages/00_configs.ipynb #03a559e5
 SEARCH_FILES = ("architecture.json", "supernet.safetensors", "derived.safetensors",
@@ -65,17 +75,7 @@ class SearchConfig(BudgetConfig, SpaceConfig, TrainingConfig):
             from selfsupnas.space.operations import OPERATIONS
             check_names("operations", self.operations, OPERATIONS)
 
-    def space(self, num_classes: int) -> SearchSpace:
-        "The search space for images of `num_classes` classes."
-        return SearchSpace(num_classes, self.layers, self.channels, self.operations,
-                           self.search_operations)
-
     def output_files(self) -> tuple: return SEARCH_FILES
-
-    @property
-    def controlled(self) -> bool:
-        "Does the control move the gate threshold?"
-        return bool(self.w_cost and self.budget_gain and self.budget_of == "realised")
 
 # %% ../../nbs/stages/00_configs.ipynb #56f96b2a
 @checked_dataclass
@@ -87,6 +87,17 @@ class NetworkConfig:
     recalibrate: NonNegativeInt = 0 # training images for batch-norm statistics at the end; 0: none
     equal_cost: PathText | None = None # architecture whose cost a rival gets, if built to a cost
     gflops: PositiveFloat | None = None # or the cost, 1e9 multiply-adds: narrow_unet, fast_scnn
+
+    @property
+    def file(self) -> Path:
+        "File of the architecture, or of the one whose cost a rival meets."
+        path = Path(self.equal_cost or self.architecture)
+        return path/"architecture.json" if path.is_dir() else path
+
+    @property
+    def weights(self) -> Path:
+        "File of the weights to inherit."
+        return Path(self.supernet or self.file.with_name("supernet.safetensors"))
 
 # %% ../../nbs/stages/00_configs.ipynb #581fd1b5
 def check_rival(config):
@@ -134,17 +145,6 @@ class RetrainConfig(NetworkConfig, TrainingConfig):
             if not is_allowed:
                 raise ValueError(f"{self.architecture} is no routing network: {name} must be "
                                  f"{allowed}, not {getattr(self, name)!r}")
-
-    @property
-    def file(self) -> Path:
-        "File of the architecture, or of the one whose cost a rival meets."
-        path = Path(self.equal_cost or self.architecture)
-        return path/"architecture.json" if path.is_dir() else path
-
-    @property
-    def weights(self) -> Path:
-        "File of the weights to inherit."
-        return Path(self.supernet or self.file.with_name("supernet.safetensors"))
 
     def inputs(self) -> dict:
         "Digests of the files a run builds on, by the parameter that names them; None: unknown."

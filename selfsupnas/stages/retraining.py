@@ -19,7 +19,7 @@ from ..rivals import (BASELINES, GRID_RIVALS, SCALABLE, build_baseline, fit_chan
 from ..train.batches import TrainingData, image_size, load_training_data
 from ..train.checkpoint import (finished_run, load_weights, read_weights,
                                          remove_earlier_run, run_once, save_weights)
-from .configs import RetrainConfig
+from .configs import NetworkConfig, RetrainConfig
 from ..core import RunRecord, Timer, write_json
 from ..space.cost import count_cost
 from ..metrics import class_counts, none_if_nan, metrics_or_none, miou_of
@@ -35,12 +35,12 @@ def require_weights(file: Path, user: str): # user: what needs the weights, for 
     if not file.exists():
         raise FileNotFoundError(f"{user} needs the supernet's weights at {file}")
 
-def check_files(config: RetrainConfig):
+def check_files(network: NetworkConfig):
     "Raise FileNotFoundError or ValueError for an architecture or a supernet that cannot be read."
-    if config.equal_cost or not is_hand_crafted(config.architecture):
-        configured_architecture(config.file, config.equal_cost)
-    if config.architecture == "batch_norm_route":
-        require_weights(config.weights, config.architecture)
+    if network.equal_cost or not is_hand_crafted(network.architecture):
+        configured_architecture(network.file, network.equal_cost)
+    if network.architecture == "batch_norm_route":
+        require_weights(network.weights, network.architecture)
 
 def grid_rival(name: str, searched: Architecture, # whose grid and cost the rival takes
                size, # (H,W) of the images

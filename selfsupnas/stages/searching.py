@@ -31,7 +31,7 @@ from .calibration import (GateStatistics, calibrate_gate_threshold, check_budget
                                            gate_statistics, make_table, plain_images)
 from .choice import (choice_images, choose_route, inherited_network,
                                       without_choice_images)
-from .configs import SEARCH_FILES, SearchConfig
+from .configs import SEARCH_FILES, BudgetConfig, SearchConfig
 from ..train.batches import TrainingData, load_training_data
 from ..train.checkpoint import load_weights, remove_earlier_run, run_once, save_weights
 from ..train.config import ramp_up
@@ -43,11 +43,11 @@ from ..train.step import LossWeights, Losses, StepMetrics
 # %% ../../nbs/stages/03_searching.ipynb #254a708a
 class BudgetLosses:
     "Cost and binarization loss of a search, as `train` calls them; moves the gate threshold."
-    def __init__(self, model: RoutingNetwork, table: CostTable, config: SearchConfig):
-        self.model, self.table, self.config = model, table, config
+    def __init__(self, model: RoutingNetwork, table: CostTable, budget: BudgetConfig):
+        self.model, self.table, self.budget = model, table, budget
 
     def weights(self, share: float) -> LossWeights: # of the steps done
-        c = self.config
+        c = self.budget
         return LossWeights(cost=c.w_cost * ramp_up(share, *c.cost_ramp, "linear"),
                            binary=c.w_binary * ramp_up(share, *c.binary_ramp, "linear"))
 
@@ -55,7 +55,7 @@ class BudgetLosses:
                  share: float, # of the steps done
                  network: RoutingNetwork | None = None, # that has the gates; None: the model
                 ) -> tuple[Losses, StepMetrics]:
-        c, by_edge = self.config, gates_by_edge(self.table.space, gates)
+        c, by_edge = self.budget, gates_by_edge(self.table.space, gates)
         network = self.model if network is None else network
         expected, realised = expected_cost(self.table, by_edge), realised_cost(self.table, by_edge)
         realised_share = realised.mean().item() / self.table.full

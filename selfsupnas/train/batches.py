@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.augment import StrongView, WeakView
-from .config import MIN_SIDE, TrainingConfig
+from .config import MIN_SIDE, DataConfig, TrainingConfig
 from ..tasks.consistency import CONSISTENCY
 from ..data.datasets import load_dataset
 from ..metrics import readable_pairs
@@ -82,22 +82,21 @@ def warn_of_unused(*datasets: PairDataset):
     warnings.warn(f"not read in {base}: {'; '.join(describe_unused(unused, base))}; see "
                   "`selfsupnas data`", stacklevel=3)
 
-def training_sets(config: TrainingConfig) -> tuple:
+def training_sets(data: DataConfig, labels: bool) -> tuple: # labels: are they used?
     """Training set, validation set, and remarks on their classes by name of the set; raises
     ValueError for sizes or labels that a run cannot use."""
-    sets = {name: load_dataset(config.data, name, config.root, config.size)
-            for name in ("train", "val")}
+    sets = {name: load_dataset(data.data, name, data.root, data.size) for name in ("train", "val")}
     for dataset in sets.values():
-        dataset.cache_gb, dataset.skip_unreadable = config.cache_gb, config.skip_unreadable
-    image_size(sets["train"], config.crop)
-    remarks = {name: check_classes(dataset, name) if config.w_sup else ""
+        dataset.cache_gb, dataset.skip_unreadable = data.cache_gb, data.skip_unreadable
+    image_size(sets["train"], data.crop)
+    remarks = {name: check_classes(dataset, name) if labels else ""
                for name, dataset in sets.items()}
     return *sets.values(), remarks
 
 def load_training_data(config: TrainingConfig) -> TrainingData:
     "Open the sets, and draw or load the split; writes nothing."
     check_shares(config, world())
-    train, val, remarks = training_sets(config)
+    train, val, remarks = training_sets(config, config.w_sup)
     warn_of_unused(train, val)
     if config.split_folder: split = load_split(config.split_folder, train)
     elif config.w_sup: split = make_split(train, config.label_fraction, config.seed)

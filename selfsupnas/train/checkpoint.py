@@ -320,7 +320,7 @@ def run_once(stage: str,
             first = world().first
             with stop_in_one_line(config.folder):
                 record = finished_run(config, stage) if first else None
-                if record: print(finished_message(config, record), flush=True)
+                if record: print(finished_message(config.folder, record), flush=True)
                 if broadcast(record is not None):
                     places = {name: getattr(config, name) for name in PLACES
                               if hasattr(config, name)}
@@ -332,6 +332,6 @@ def run_once(stage: str,
         return run_in_folder
     return decorate
 
-def finished_message(config, record: RunRecord) -> str:
-    return (f"{config.folder} holds this run, finished {record.created}: its results are read, "
+def finished_message(folder, record: RunRecord) -> str:
+    return (f"{folder} holds this run, finished {record.created}: its results are read, "
             "nothing is computed (overwrite=True repeats it)")

@@ -149,6 +149,12 @@ class OptimiserConfig:
     ema_start: ShareBelow1 = 0.0 # share of the steps at which it restarts as a copy of the student
     ema_buffers: Literal["copied", "averaged"] = "copied" # running statistics of the teacher
 
+    @property
+    def decay(self) -> float:
+        "Decay of the teacher: `ema_decay`, or the one that averages over `ema_horizon`."
+        if self.ema_horizon is None: return self.ema_decay
+        return max(0., 1 - 1 / (self.ema_horizon * self.steps))
+
 # %% ../../nbs/train/01_config.ipynb #7b8f8f4c
 @checked_dataclass
 class ViewConfig:
@@ -222,12 +228,6 @@ class TrainingConfig(MachineConfig, ConsistencyConfig, JigsawConfig, SupervisedC
     "Parameters of a training stage: those of all groups."
     def __post_init__(self): check_training(self)
     def output_files(self) -> tuple: return () # names of the files that a finished run leaves
-
-    @property
-    def decay(self) -> float:
-        "Decay of the teacher: `ema_decay`, or the one that averages over `ema_horizon`."
-        if self.ema_horizon is None: return self.ema_decay
-        return max(0., 1 - 1 / (self.ema_horizon * self.steps))
 
     def inputs(self) -> dict:
         "Digests of the files a run builds on, by the parameter that names them; None: unknown."
