@@ -1042,10 +1042,10 @@ CHANGES = {
     "a lower confidence threshold": (test_plot_views, plot_views, lambda draw, *args: draw(*args[:-1], .5)),
     "student in place of teacher": (test_plot_views, plot_views, lambda draw, weak, strong, taught, own, *args:
                                     draw(weak, strong, own, taught, *args)),
-    "another budget": (test_draw_progress, draw_progress, lambda draw, config, rows, dpi:
-                       draw(replace(config, budget=.9), rows, dpi)),
-    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, config, rows, dpi:
-                             draw(config, [{**row, "gates": row["gates"][::-1]} for row in rows], dpi)),
+    "another budget": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi:
+                       draw(rows, .9, space, dpi)),
+    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi:
+                             draw([{**row, "gates": row["gates"][::-1]} for row in rows], budget, space, dpi)),
     "a lower IoU": (test_plot_class_iou, plot_class_iou, with_iou("car", .56)),
     "an IoU of None drawn as 0": (test_plot_class_iou, plot_class_iou, with_iou("fence", 0.)),
     "an unmeasured mIoU drawn as 0": (test_plot_cost_accuracy, plot_cost_accuracy, lambda draw, points:

@@ -22,8 +22,8 @@ from selfsupnas.stages.retraining import RetrainConfig, retrain
 from selfsupnas.stages.calibration import gate_statistics
 from selfsupnas.stages.choice import choice_images, choose_route
 from selfsupnas.stages.configs import BudgetConfig, SearchConfig
-from selfsupnas.stages.searching import search
-from selfsupnas.space.supernet import build_supernet
+from selfsupnas.stages.searching import BudgetLosses, search
+from selfsupnas.space.supernet import build_supernet, gates_from_edges
 from selfsupnas.tasks.teacher import AdaptiveThreshold, ClassThreshold, EMATeacher, RelativeThreshold
 from selfsupnas.train.loop import TrainResult, jigsaw_metrics, make_moving_threshold, make_optimiser, solve_jigsaws, teacher_student_views, train
 
@@ -445,7 +445,9 @@ def choice_alone(group):
     statistics = gate_statistics(model, images, table)
     route, rows = choose_route(table, statistics, group(budget=.6), {}, lambda _: 1 / 0, None)
     assert len(rows) == 1 and static_cost(table, route.selected) <= .6 * table.full
-    return choice_images, choose_route
+    losses = BudgetLosses(model, table, group(w_cost=2.))
+    assert losses.weights(1.).cost == 2. and losses({name: gate.expand(2, -1) for name, gate in gates_from_edges(SPACE_ALONE, {}).items()}, 1.)[1].realised < .5
+    return choice_images, choose_route, BudgetLosses
 
 
 ALONE = {ViewConfig: views_alone, ConsistencyConfig: consistency_settings_alone, OptimiserConfig: optimiser_alone, JigsawConfig: jigsaw_settings_alone,
