@@ -750,6 +750,7 @@ def frozen_kinds():
     def spec(*classes): return SegmentationSpec("s", list(classes), [[0, 0, 0], [1, 2, 3]])
     kept, searched = {Edge(0, 0, "keep"): .5, Edge(0, 0, "down"): 1.}, space(search_operations=True)
     cells = {Edge(0, 0, "identity"): 1, Edge(0, 0, "sep_conv_3x3"): .5}
+    assert SegmentationSpec("s", ("a", "b"), np.array([[0, 0, 0], [1, 2, 3]], np.uint8)) == spec("a", "b"), "a palette of NumPy"
     return {
         "SearchSpace": lambda: (space(), SearchSpace(3, 2, 4, ("sep_conv_3x3", "identity")), space(3)),
         "Architecture": lambda: (Architecture(space(), kept, {"seed": 1}), Architecture(space(), dict(reversed(kept.items())), {"seed": [2]}), Architecture(space(), {**kept, Edge(0, 0, "keep"): .6})),
