@@ -18,6 +18,7 @@ from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.stages.searching import load_supernet, search
 from selfsupnas.space.supernet import build_supernet
 from selfsupnas.train.loop import build_training_state, seed_step, train
+from selfsupnas.train.step import step_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of CUDA here, or not asked for: make test-gpu")
 
@@ -48,7 +49,7 @@ def one_pass(config, data, device):
     torch.manual_seed(0)
     run = build_training_state(build_supernet(config.space(data.train.spec.num_classes), gate=config.gate), config, data, accelerator)
     run.multitask.train()
-    weights = run.objective.weights(1.)
+    weights = step_weights(run.config, 1., run.objective.cost)
     losses, _ = run.objective(next(make_batches(config, data)).to(accelerator.device), weights, seed_step(0, 0))
     losses.total(weights).backward()
     state.AcceleratorState._reset_state(True)

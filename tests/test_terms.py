@@ -15,7 +15,7 @@ from selfsupnas.space.budget import budget_loss, expected_cost, measure_costs, r
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.tasks.consistency import CONSISTENCY
 from selfsupnas.tasks.jigsaw import JigsawHead, cut_and_shuffle
-from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, configured_consistency,
+from selfsupnas.train.step import (Losses, LossWeights, Objective, StepMetrics, UnlabelledViews, budget_term, build_multitask_model, configured_consistency, step_weights,
                                    consistency_term, draw_mix_masks, jigsaw_term, run_passes, supervised_term)
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.stages.retraining import RetrainConfig, retrain
@@ -145,7 +145,7 @@ def test_a_share_of_jigsaws_keeps_its_order(config, share):
 # ---- schedules
 
 def test_what_a_step_weighs(config):
-    def at(share, **changes): return Objective(dataclasses.replace(config, **changes), None).weights(share)
+    def at(share, **changes): return step_weights(dataclasses.replace(config, **changes), share)
     assert at(.0) == LossWeights(sup=1., jig=.5, semi=1.) == at(1.), "as ever"
     stages = dict(sup_start=.2, jigsaw_decay=(.2, .2), ramp=(.5, .5), w_strong=2.)
     assert [at(share, **stages) for share in (.0, .19, .2, .5)] == [

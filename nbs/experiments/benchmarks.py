@@ -40,7 +40,7 @@ from selfsupnas.tasks.losses import pixel_cross_entropy
 from selfsupnas.train.batches import load_training_data, make_batches
 from selfsupnas.train.loop import (build_training_state, forward_state, make_optimiser, seed_step,
                                    take_step, train)
-from selfsupnas.train.step import LossWeights
+from selfsupnas.train.step import LossWeights, step_weights
 from selfsupnas.zoo import load
 
 HERE = Path(__file__).resolve().parent
@@ -407,7 +407,8 @@ class SearchStep:
         self.batch = next(self.views).to(self.accelerator.device)
 
     def __call__(self):
-        weights, before = self.state.objective.weights(1.), forward_state(self.state)
+        weights = step_weights(self.state.config, 1., self.state.objective.cost)
+        before = forward_state(self.state)
         with self.accelerator.autocast():
             losses, _ = self.state.objective(self.batch, weights, seed_step(0, 0))
         take_step(losses.total(weights), self.state, 1, lambda name: True, before)

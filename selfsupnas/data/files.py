@@ -7,8 +7,9 @@ __all__ = ['SPLITS', 'Byte', 'DECODE_ERRORS', 'MASK_TYPES', 'IMAGE_TYPES', 'SYNT
            'UnreadableFile', 'open_image', 'turn_upright', 'read_image', 'as_mask', 'grey_factor', 'read_mask',
            'write_mask', 'mask_numbers', 'check_numbers', 'check_sizes', 'translate_mask', 'check_size', 'resize',
            'resize_pair', 'read_all', 'PairDataset', 'note_unreadable', 'tolerant_reader', 'preload', 'sampled_sizes',
-           'common_size', 'check_split', 'find_spelling', 'list_files', 'match_pairs', 'png_has_metadata',
-           'orientation', 'image_file_size', 'is_turned', 'FileDataset', 'unused_files', 'describe_unused']
+           'mean_pixels', 'common_size', 'check_split', 'find_spelling', 'list_files', 'match_pairs',
+           'png_has_metadata', 'orientation', 'image_file_size', 'is_turned', 'FileDataset', 'unused_files',
+           'describe_unused']
 
 # %% ../../nbs/data/01_files.ipynb #65b49e4e
 import os, struct, warnings, zlib
@@ -215,14 +216,7 @@ class PairDataset(Dataset):
     def read_image(self, i): return self.read(i)[0]
 
     @cached_property
-    def mean_pixels(self) -> float:
-        "Mean number of pixels per image, estimated from up to 32 readable images."
-        def size_or_none(i):
-            try: return self.file_size(i)
-            except UnreadableFile: return None
-        sizes = [self.size] if self.size else sampled_sizes(self, size_or_none) or [(0, 0)]
-        return sum(h*w for h, w in sizes)/len(sizes)
-
+    def mean_pixels(self): return mean_pixels(self) # per image
     def fits(self): return 4*self.mean_pixels*len(self) <= 1e9*self.cache_gb # 4 bytes per pixel
 
     def pair(self, i:int) -> tuple:
@@ -294,6 +288,14 @@ def sampled_sizes(dataset:PairDataset, read, # index -> (H, W), or None
     "The sizes (H, W) of up to 32 images, evenly spaced over the dataset, without None."
     indices = np.linspace(0, len(dataset) - 1, min(32, len(dataset))).round().astype(int).tolist()
     return [size for size in map(read, indices) if size]
+
+def mean_pixels(dataset:PairDataset) -> float:
+    "Mean number of pixels per image, estimated from up to 32 readable images."
+    def size_or_none(i):
+        try: return dataset.file_size(i)
+        except UnreadableFile: return None
+    sizes = [dataset.size] if dataset.size else sampled_sizes(dataset, size_or_none) or [(0, 0)]
+    return sum(h*w for h, w in sizes)/len(sizes)
 
 def common_size(dataset:PairDataset) -> tuple:
     "The size (H, W) of the images, or None if they differ, from the headers of up to 32 images."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['search_config', 'keep_search_record', 'member_config', 'derive_budgets', 'member_row', 'ParetoResult', 'load_pareto',
-           'pareto', 'ranks']
+           'check_searched_classes', 'pareto', 'ranks']
 
 # %% ../../nbs/stages/06_pareto_front.ipynb #aa39c46f
 import dataclasses, shutil
@@ -127,6 +127,14 @@ def load_pareto(folder,
     return ParetoResult(architectures=architectures, rows=rows, record=record, data=data)
 
 # %% ../../nbs/stages/06_pareto_front.ipynb #d1e56011
+def check_searched_classes(search: str, spec): # folder of the search, SegmentationSpec of the data
+    "Raise ValueError if a search was made for other classes than those of the data."
+    names = load_architecture(search).provenance.get("classes") or spec.classes
+    if list(names) != list(spec.classes):
+        raise ValueError(f"{search} was searched for the classes {', '.join(names)}, but "
+                         f"{spec.name} has {', '.join(spec.classes)}")
+
+# %% ../../nbs/stages/06_pareto_front.ipynb #bc4c5f71
 @run_once("pareto", load_pareto)
 def pareto(config: ParetoConfig) -> ParetoResult:
     """Derive, train and measure a front; writes NAME.json and NAME/ for each member and
@@ -136,10 +144,7 @@ def pareto(config: ParetoConfig) -> ParetoResult:
         data = load_training_data(dataclasses.replace(searched, w_sup=1.))
     table = make_table(searched, data, config.search)
     for budget in config.budgets: check_budget(table, budget)
-    names = load_architecture(config.search).provenance.get("classes") or data.train.spec.classes
-    if list(names) != list(data.train.spec.classes):
-        raise ValueError(f"{config.search} was searched for the classes {', '.join(names)}, but "
-                         f"{data.train.spec.name} has {', '.join(data.train.spec.classes)}")
+    check_searched_classes(config.search, data.train.spec)
     keep_search_record(config.search, config.folder, config.overwrite)
     if config.overwrite and (Path(config.folder)/"pareto-record.json").exists():
         for path in Path(config.folder).glob("*/retrain-record.json"):

@@ -31,7 +31,8 @@ from ..core import (in_own_process, keep_freed_memory, progress_bar, rename_keys
 from ..metrics import ImageSubset, miou_of, same_size_batches
 from ..space.grid import STRIDES
 from .step import (Losses, LossWeights, MultiTaskModel, Objective,
-                                   build_multitask_model, class_weights_of, draw_mix_masks)
+                                   build_multitask_model, class_weights_of, draw_mix_masks,
+                                   step_weights)
 from ..tasks.jigsaw import cut_and_shuffle, jigsaw_guess, unshuffle
 from ..tasks.permutations import permutation_set
 from ..distributed import (all_gather_dict, all_reduce_gradients, all_reduce_sum, any_rank,
@@ -257,8 +258,9 @@ def schedule(state: TrainingState, share: float, step: int) -> LossWeights:
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
     if config.drop_path: state.multitask.drop_path(config.drop_path * share)
-    return state.objective.weights(share)
+    return step_weights(config, share, state.objective.cost)
 
+# %% ../../nbs/train/06_loop.ipynb #08071a25
 def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in place
           config: TrainingConfig, data: TrainingData,
           cost: Callable | None = None, # with `weights`; see BudgetLosses of the search

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['VIEWS', 'GROUPS', 'MultiTaskOutput', 'MultiTaskModel', 'perturb_rows', 'concatenate_sparse', 'build_multitask_model',
            'PassOutputs', 'run_passes', 'concatenate_gates', 'MixMasks', 'draw_mix_masks', 'configured_consistency',
-           'UnlabelledViews', 'Losses', 'LossWeights', 'StepMetrics', 'class_weights_of', 'supervised_term',
-           'jigsaw_term', 'consistency_term', 'budget_term', 'StepViews', 'update_threshold', 'Objective']
+           'UnlabelledViews', 'Losses', 'LossWeights', 'step_weights', 'StepMetrics', 'class_weights_of',
+           'supervised_term', 'jigsaw_term', 'consistency_term', 'budget_term', 'StepViews', 'draw_views',
+           'update_threshold', 'Objective']
 
 # %% ../../nbs/train/03_step.ipynb #c0f47003
 import contextlib, copy
@@ -269,6 +270,15 @@ class LossWeights:
     cost: float | None = None
     binary: float | None = None
 
+def step_weights(config: TrainingConfig, share: float, # of the steps done
+                 cost: Callable | None = None) -> LossWeights: # see `budget_term`
+    "The weights of the losses at this point of the run."
+    labels, jig = share >= config.sup_start, config.w_jig * ramp_up(share, *config.jigsaw_ramp)
+    if config.jigsaw_decay[0] < 1: jig *= 1 - ramp_up(share, *config.jigsaw_decay, "linear")
+    return replace(cost.weights(share) if cost else LossWeights(), sup=config.w_sup * labels,
+                   jig=jig, strong=config.w_strong * labels if config.w_strong else None,
+                   semi=config.w_semi * ramp_up(share, *config.ramp))
+
 @dataclass
 class StepMetrics:
     "What the log shows beside the losses of a step; None: not measured."
@@ -366,6 +376,22 @@ class StepViews:
         own = {name: images for name, images in present(self).items() if name in VIEWS}
         return {**own, **(self.unlabelled.images() if self.unlabelled else {})}
 
+def draw_views(config: TrainingConfig, batch: StepBatch, weights: LossWeights,
+               permutations: torch.Tensor | None, # of the jigsaws
+               generator: torch.Generator) -> StepViews: # of boxes and jigsaws
+    "The views of the losses that have a weight."
+    views = StepViews(batch.labelled.image)
+    if weights.strong:
+        views.mix = draw_mix_masks(views.labelled, config, generator)
+        views.strong_labelled = views.mix.view(batch.labelled.strong)
+    if weights.semi: # the running statistics of `clean` need the weak views
+        views.unlabelled = UnlabelledViews(batch.unlabelled, configured_consistency(config), config,
+                                           generator, config.statistics == "clean")
+    if weights.jig:
+        views.jigsaw, views.order = cut_and_shuffle(batch.jigsaw, permutations, generator,
+                                                    share=config.jigsaw_share)
+    return views
+
 def update_threshold(threshold, # moving threshold of selfsupnas.tasks.teacher
                      teacher_logits: torch.Tensor, valid: torch.Tensor, # of the weak views
                      logits: torch.Tensor, labels: torch.Tensor): # of the labelled images
@@ -398,7 +424,7 @@ class Objective:
         """Losses and metrics of one step. With several processes each loss is this process's share;
         the shares add up."""
         labels, losses, metrics = batch.labelled.label, Losses(), StepMetrics()
-        views = self.draw_views(batch, weights, generator)
+        views = draw_views(self.config, batch, weights, self.permutations, generator)
         averaged = self.averaged_logits(views.unlabelled)
         outputs = self.outputs(views)
         if weights.sup: losses.sup = self.supervised(outputs.of("labelled"), labels)
@@ -415,29 +441,6 @@ class Objective:
             losses, metrics = (replace(part, **present(more))
                                for part, more in ((losses, charged), (metrics, found)))
         return losses, metrics
-
-    def weights(self, share: float) -> LossWeights: # of the steps done
-        c, cost = self.config, self.cost.weights(share) if self.cost else LossWeights()
-        labels, jig = share >= c.sup_start, c.w_jig * ramp_up(share, *c.jigsaw_ramp)
-        if c.jigsaw_decay[0] < 1: jig *= 1 - ramp_up(share, *c.jigsaw_decay, "linear")
-        return replace(cost, sup=c.w_sup * labels, jig=jig,
-                       strong=c.w_strong * labels if c.w_strong else None,
-                       semi=c.w_semi * ramp_up(share, *c.ramp))
-
-    def draw_views(self, batch: StepBatch, weights: LossWeights,
-                   generator: torch.Generator) -> StepViews:
-        "The views of the losses that have a weight; the generator draws boxes and jigsaws."
-        views, config = StepViews(batch.labelled.image), self.config
-        if weights.strong:
-            views.mix = draw_mix_masks(views.labelled, config, generator)
-            views.strong_labelled = views.mix.view(batch.labelled.strong)
-        if weights.semi: # the running statistics of `clean` need the weak views
-            views.unlabelled = UnlabelledViews(batch.unlabelled, configured_consistency(config),
-                                               config, generator, config.statistics == "clean")
-        if weights.jig:
-            views.jigsaw, views.order = cut_and_shuffle(batch.jigsaw, self.permutations, generator,
-                                                        share=config.jigsaw_share)
-        return views
 
     def outputs(self, views: StepViews) -> PassOutputs:
         "One pass, or several, through the network."
