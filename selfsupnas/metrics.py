@@ -336,8 +336,8 @@ class ImageSubset(Subset):
 def class_counts(dataset, # [i] -> (image, label), with .ids and .spec
                  ids=None, # of the counted images, for example the labelled ones; None: all
                 ) -> torch.Tensor:
-    "Labelled pixels of each class, int64 (K,); raises ValueError for no id or an unknown one."
-    indices = range(len(dataset.ids)) if ids is None else find_ids(dataset, ids)
+    "Labelled pixels of each class, int64 (K,); raises ValueError for an unknown id."
+    indices = range(len(dataset.ids)) if ids is None else ids and find_ids(dataset, ids)
     counts = torch.zeros(dataset.spec.num_classes, dtype=torch.int64)
     for _, _, label in readable_pairs(dataset, indices):
         counts += confusion_matrix(label, label, len(counts), dataset.spec.ignore_index).diagonal()

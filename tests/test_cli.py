@@ -56,9 +56,14 @@ def test_help_and_mistakes_load_nothing_heavy(words, seconds):
 
 
 def test_the_former_form_still_works_and_names_the_new_one(capsys):
-    assert replace_pairs(["-p", "size", "(64, 80)", "-p", "root", "null", "-p", "overwrite", "True", "-p", "baselines", "()", "--flip"], "here") == [
-        "--size", "64", "80", "--root", "None", "--overwrite", "--baselines", "--flip"]
-    assert "--size 64 80 --root None" in capsys.readouterr().err
+    assert replace_pairs("evaluate", ["-p", "window", "(64, 80)", "-p", "root", "null", "-p", "overwrite", "True", "-p", "baselines", "()", "--flip"]) == [
+        "--window", "64", "80", "--root", "None", "--overwrite", "--baselines", "--flip"]
+    assert "--window 64 80 --root None" in capsys.readouterr().err
+
+
+def test_a_former_value_of_text_stays_text(capsys):
+    assert replace_pairs("search", ["-p", "folder", "[1]"]) == ["--folder", "[1]"]
+    assert replace_pairs("search", ["-p", "folder", "a b;c"]) == ["--folder", "a b;c"] and "--folder 'a b;c'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("search", "-p", "data"), ("demo", "--data")])
@@ -113,7 +118,7 @@ def test_the_installed_command_answers_a_mistake_in_words(command, tmp_path):
 def test_every_default_can_be_said_on_the_command_line(stage):
     cls = STAGES[stage]
     for f in dataclasses.fields(cls):
-        assert parse_options(stage, option_words(f.name, str(f.default))) == {f.name: f.default}
+        assert parse_options(stage, option_words(f.name, f.default)) == {f.name: f.default}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -335,7 +335,7 @@ def comparison_table(results:list, # from `compared`
 
 def command_words(folder: Path, stage: str, parameters: dict) -> list:
     "The arguments of `selfsupnas` for one stage, which resumes from its checkpoint."
-    options = [option_words(name, str(value)) for name, value in parameters.items()]
+    options = [option_words(name, value) for name, value in parameters.items()]
     return [stage, "--folder", str(folder), *sum(options, [])]
 
 def lock_gpu(folder: str) -> str: # folder: for the lock files

@@ -66,7 +66,7 @@ rule stage:
     threads: CONFIG.threads
     params: words=words, gpu=lock_gpu(CONFIG.folder)
     shell: "{params.gpu}selfsupnas {params.words:q} >>{log:q} 2>&1 "
-           "&& cd $(dirname {log:q}) && rm -f checkpoint-*.pt best.pt"
+           "&& cd -- \"$(dirname -- {log:q})\" && rm -f checkpoint-*.pt best.pt"
 
 def report(log=None):
     "Keep the records of finished runs; print why others failed, and the table."

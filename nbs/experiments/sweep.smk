@@ -46,7 +46,9 @@ def point_name(values: dict) -> str:
 def record_file(point: str) -> str: return f"{SWEEP['folder']}/{point}/{STAGE}/{STAGE}-record.json"
 
 if STAGE not in STAGES: raise ValueError(f"there is no stage {STAGE!r}; known: {', '.join(STAGES)}")
-if not GRID or not all(isinstance(values, list) and values for values in GRID.values()):
+if not SWEEP["folder"]: raise ValueError("folder is empty")
+if not (isinstance(GRID, dict) and GRID
+        and all(isinstance(values, list) and values for values in GRID.values())):
     raise ValueError(f"grid must have a list of values for each parameter, not {GRID}")
 POINTS, MISSING = {}, [] # name -> parameters; names of the points without a record
 for values in itertools.product(*GRID.values()):
@@ -59,7 +61,7 @@ for values in itertools.product(*GRID.values()):
     POINTS[name] = SWEEP["parameters"] | point
 
 def command_words(wildcards) -> list:
-    options = [option_words(name, str(value)) for name, value in POINTS[wildcards.point].items()]
+    options = [option_words(name, value) for name, value in POINTS[wildcards.point].items()]
     return [STAGE, "--folder", str(Path(record_file(wildcards.point)).parent), *sum(options, [])]
 
 # ---- GPUs: each run locks one of several; a queue assigns its own

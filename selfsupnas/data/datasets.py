@@ -22,12 +22,14 @@ from ..core import cache_folder, cached_arrays, file_digest, read_text
 from .files import (IMAGE_TYPES, MASK_TYPES, SPLITS, FileDataset, PairDataset,
                                    SegmentationSpec, check_size, check_split, list_files,
                                    find_spelling, match_pairs, unused_files)
-from .toy.streetscenes import CLASSES, SCENES_VERSION, draw_scene
+from .toy.streetscenes import SCENES_VERSION, draw_scene
 from ..show import distinct_colours
 from .voc import VOC
 
 # %% ../../nbs/data/04_datasets.ipynb #cell-05
-CAMVID_SPEC = SegmentationSpec("CamVid", CLASSES,
+CAMVID_SPEC = SegmentationSpec("CamVid",
+    ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+     "bicyclist"),
     ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
      (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)))
 CAMVID_COUNTS = dict(train=367, val=101, test=233)

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Callable, Mapping
 
-from pydantic import Strict
-
 import selfsupnas
-from ..core import (FrozenDict, checked_dataclass, hash_fields, read_json, rename_keys,
-                             write_json)
+from ..core import (AsTuple, FrozenDict, checked_dataclass, hash_fields, read_json,
+                             rename_keys, write_json)
 from .grid import (STEP, STRIDES, Edge, SearchSpace, coarsest_scale, close_edge,
                                    open_operations, trace_route)
 
@@ -103,7 +101,7 @@ def architecture_to_json(architecture: Architecture) -> dict:
             "edges": entries(architecture.edges), "operations": entries(architecture.operations),
             "provenance": architecture.provenance}
 
-Entries = list[Annotated[tuple[int, int, str, float], Strict(False)]] # layer, scale, kind, weight
+Entries = list[Annotated[tuple[int, int, str, float], AsTuple]] # layer, scale, kind, weight
 
 @checked_dataclass
 class ArchitectureFile:

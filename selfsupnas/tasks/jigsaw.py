@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed import world
+from ..distributed import World
 from .teacher import logits_of
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-06
@@ -70,6 +70,7 @@ def crop_tiles(images: torch.Tensor, # (B, C, H, W)
                source: torch.Tensor, # (B, n*n) int64, the cell that each output position shows
                tile_share: float, # side of a tile as a share of its cell's side, in (0, 1]
                generator: torch.Generator, # draws the offset of every tile inside its cell
+               world: World = World(), # processes that share a batch
                ) -> torch.Tensor:
     """Crop one tile at a random place inside the source cell of each position: (B, n*n, C, tile
     height, tile width). Raises `ValueError` for a tile without pixels."""
@@ -83,7 +84,7 @@ def crop_tiles(images: torch.Tensor, # (B, C, H, W)
     def offset(slack):
         place = dict(generator=generator, device=generator.device)
         def draw(n): return torch.randint(slack + 1, (n, *source.shape[1:]), **place)
-        return world().draw_share(len(source), draw).to(images.device)
+        return world.draw_share(len(source), draw).to(images.device)
 
     top = source // n * cell_h + offset(cell_h - tile_h)
     left = source % n * cell_w + offset(cell_w - tile_w)
@@ -109,6 +110,7 @@ def cut_and_shuffle(images: torch.Tensor, # (B, 3, H, W) float, as the model tak
                     grey_p: float = 0.3, # probability that an image is made grey
                     normalise: bool = True, # False: tiles keep their brightness and contrast
                     share: float = 1.0, # of shuffled images; the others keep their order
+                    world: World = World(), # processes that share a batch
                     ) -> tuple:
     """Make jigsaws: returns the shuffled images (B, 3, H, W) and target (B,) int64; position j
     shows source tile `permutations[target][j]`."""
@@ -121,22 +123,21 @@ def cut_and_shuffle(images: torch.Tensor, # (B, 3, H, W) float, as the model tak
                          f"{tuple(target.shape)}.")
     place = dict(generator=generator, device=generator.device)
     if target is None:
-        target = world().draw_share(batch,
-                                    lambda n: torch.randint(len(permutations), (n,), **place))
+        target = world.draw_share(batch, lambda n: torch.randint(len(permutations), (n,), **place))
         if share < 1:
             identity = (permutations == torch.arange(n * n)).all(1).nonzero().flatten()
             if not len(identity):
                 raise ValueError(f"share={share} leaves some images in order, so permutations must "
                                  "contain the identity")
-            stays = world().draw_share(batch, lambda n: torch.rand(n, **place) >= share)
+            stays = world.draw_share(batch, lambda n: torch.rand(n, **place) >= share)
             target = target.where(~stays, identity[0])
     target = target.to(device)
     luma = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    grey = world().draw_share(batch, lambda n: torch.rand(n, **place) < grey_p)
+    grey = world.draw_share(batch, lambda n: torch.rand(n, **place) < grey_p)
     grey = grey.to(device).view(-1, 1, 1, 1)
     images = torch.where(grey, (images * luma).sum(1, keepdim=True), images)
     source = permutations.to(device)[target]
-    tiles = crop_tiles(images, source, tile_share, generator)
+    tiles = crop_tiles(images, source, tile_share, generator, world)
     if normalise:
         tiles = normalise_tiles(tiles)
     cell = (images.shape[2] // n, images.shape[3] // n)

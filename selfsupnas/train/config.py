@@ -12,9 +12,9 @@ import importlib.util, math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ..core import (Interval, Pair, PathText, PositiveShare, Seed, Share,
+from ..core import (AsTuple, Interval, Pair, PathText, PositiveShare, Seed, Share,
                              checked_dataclass, file_digest)
 from ..space.grid import STRIDES
 
@@ -41,7 +41,7 @@ ShareBelow1 = Annotated[float, Field(ge=0, lt=1)]
 Zoom = Annotated[float, Field(ge=0.01, le=100)]
 Area = Annotated[float, Field(ge=0.001, le=1)] # share of an image
 Hue = Annotated[float, Field(ge=0, le=0.5)]
-Jitter = Annotated[tuple[Share, Share, Share, Hue], Strict(False)]
+Jitter = Annotated[tuple[Share, Share, Share, Hue], AsTuple]
 # groups of images that share a normalisation; does the group move the running statistics?
 STATISTICS = {
     "shared": ((("labelled", "weak", "strong", "jigsaw"), True),),

@@ -133,7 +133,7 @@ class ForwardState(NamedTuple):
     threshold: dict | None # state of the moving threshold
 
 def forward_state(state: TrainingState) -> ForwardState:
-    "Before a forward pass. The buffers are those of a teacher that copies them."
+    "What a forward pass would change; a teacher that copies buffers has them already."
     teacher, threshold = state.teacher, state.threshold
     buffers = (list(teacher.model.buffers()) if teacher.buffers == "copied" else
                [buffer.clone() for buffer in state.multitask.buffers()])
@@ -168,7 +168,7 @@ def take_step(loss: torch.Tensor, state: TrainingState, step: int,
     return bad
 
 def lower_scale(scaler) -> bool: # of fp16; None: the run has no scale
-    "After a gradient that is not finite: did a scale over 1 overflow? It is lower afterwards."
+    "Lower the scale after a gradient that is not finite; True if a scale over 1 had overflowed."
     scale = 0 if scaler is None else scaler.get_scale()
     if scale: scaler.update() # clipping has unscaled the gradient
     return scale > 1 and scaler.get_scale() < scale
@@ -248,7 +248,7 @@ def explain_failures(images: tuple, # labelled, unlabelled and jigsaw images a s
 # %% ../../nbs/train/06_loop.ipynb #c0fe5003
 @dataclass
 class Phase:
-    "One of the phases that a run takes in turn, a step each."
+    "Data and parameters of every n-th step, of a run with n phases in turn."
     data: TrainingData
     learns: Callable # name of a parameter -> is it updated?
 

@@ -262,7 +262,7 @@ class Losses:
 
 @dataclass
 class LossWeights:
-    "Weights of the `Losses` at one step; None: the run has no such loss."
+    "Weights of the `Losses` at one step; 0: not computed; None: the run has no such loss."
     sup: float = 0.
     strong: float | None = None
     jig: float = 0.
@@ -389,7 +389,7 @@ def draw_views(config: TrainingConfig, batch: StepBatch, weights: LossWeights,
                                            generator, config.statistics == "clean")
     if weights.jig:
         views.jigsaw, views.order = cut_and_shuffle(batch.jigsaw, permutations, generator,
-                                                    share=config.jigsaw_share)
+                                                    share=config.jigsaw_share, world=world())
     return views
 
 def update_threshold(threshold, # moving threshold of selfsupnas.tasks.teacher
