@@ -73,7 +73,8 @@ def optional_rule(kinds: tuple): # of the parts: int or float
     def read(words):
         if words == ["None"]: return None
         try: return tuple(kind(word) for kind, word in zip(kinds, words, strict=True))
-        except ValueError: raise ValueError(f"it takes {len(kinds)} numbers ({names}), or None") from None
+        except ValueError:
+            raise ValueError(f"it takes {len(kinds)} numbers ({names}), or None") from None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*", metavar=f"{{None}}|{{{names}}}", instance_from_str=read,
         is_instance=lambda value: value is None or isinstance(value, tuple),

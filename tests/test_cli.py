@@ -43,7 +43,9 @@ def test_a_value_of_the_wrong_type_is_refused(refused, stage):
 @pytest.mark.parametrize("words, named", [
     (("search", "--size", "64"), "--size"), (("search", "--consistency", "magic"), "unimatch"), (("search", "--label-fraction", "1/0"), "--label-fraction"),
     (("search", "--budget", "2"), "budget must be 1 or less"), (("search", "--steps"), "--steps"), (("serch",), "did you mean search"), (("search", "-p", "steps"), "-p needs"),
-    (("retrain", "--gate", "static"), "--gate"), (("evaluate", "--split", "tset"), "'test'"), (("data",), "NAME")], ids=str)
+    (("retrain", "--gate", "static"), "--gate"), (("evaluate", "--split", "tset"), "'test'"), (("data",), "NAME"),
+    (("report",), "which runs"), (("search", "--folder", ""), "folder must"), (("search", "--architecture", "x"), "is an option of retrain"),
+    (("search", "--w-harden", "1"), "--w-binary")], ids=str)
 def test_a_mistake_says_what_would_be_right(refused, words, named): assert named in refused(*words)
 
 
