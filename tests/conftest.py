@@ -67,6 +67,11 @@ def quietly(run, log, *args):
     run(*args)
 
 
+def hear_interrupts():
+    "For `preexec_fn`: a process in the background of a shell ignores ctrl-C, and so would its children."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def start():
     "start(run, log, *args) starts a process that has imported everything."

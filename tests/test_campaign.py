@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from campaign import CampaignConfig, best_lr, command_words, compared, comparison_table, lock_gpu, make_routes, make_splits, missing_stages, plan, whole_plan
-from conftest import ROOT, wait_until
+from conftest import ROOT, hear_interrupts, wait_until
 
 from selfsupnas.core import RunRecord
 from selfsupnas.rivals import all_open
@@ -142,7 +142,7 @@ def snakemake(config, *words):
     file = ROOT/"nbs"/"experiments"/"compare.smk"
     with open(folder/"snakemake.log", "a") as log:
         return subprocess.Popen([sys.executable, "-m", "snakemake", "-s", file, "--configfile", "config.json", "--cores", "2", "--keep-going", *words], cwd=folder, stdout=log,
-                                stderr=log, start_new_session=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+                                stderr=log, start_new_session=True, preexec_fn=hear_interrupts, env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
 
 
 @pytest.fixture(scope="module")

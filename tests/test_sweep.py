@@ -3,7 +3,7 @@ import dataclasses, importlib.util, json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, same_run, wait_until
+from conftest import ROOT, hear_interrupts, same_run, wait_until
 
 from selfsupnas.core import RunRecord
 from selfsupnas.stages.retraining import RetrainConfig
@@ -168,7 +168,7 @@ def test_a_sweep_killed_twice_has_the_records_of_an_undisturbed_one(tmp_path):
     def start(folder, log, *words):
         with open(tmp_path/log, "w") as file:
             return subprocess.Popen(arguments(tmp_path, sweep(folder), "--cores", "2", "--keep-going", *words), cwd=tmp_path, env=environment(), stdout=file, stderr=file,
-                                    start_new_session=True)
+                                    start_new_session=True, preexec_fn=hear_interrupts)
     def checkpoints(): return {path for path in (tmp_path/"killed").rglob("checkpoint-*.pt") if not list(path.parent.glob("*-record.json"))}
     assert start("whole", "whole.log").wait(900) == 0, (tmp_path/"whole.log").read_text()
 
