@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['search_config', 'keep_search_record', 'member_config', 'derive_budgets', 'member_row', 'ParetoResult', 'load_pareto',
-           'check_searched_classes', 'pareto', 'ranks']
+           'baseline_config', 'check_searched_classes', 'pareto', 'ranks']
 
 # %% ../../nbs/stages/06_pareto_front.ipynb #aa39c46f
 import dataclasses, shutil
@@ -127,6 +127,12 @@ def load_pareto(folder,
     return ParetoResult(architectures=architectures, rows=rows, record=record, data=data)
 
 # %% ../../nbs/stages/06_pareto_front.ipynb #d1e56011
+def baseline_config(config: ParetoConfig, searched: SearchConfig, name: str) -> RetrainConfig:
+    "The training of a hand-crafted network, on labels alone."
+    return dataclasses.replace(member_config(config, searched, name), architecture=name,
+                               supernet=None, initialise="scratch", w_jig=0., w_semi=0.,
+                               drop_path=0., recompute=False)
+
 def check_searched_classes(search: str, spec): # folder of the search, SegmentationSpec of the data
     "Raise ValueError if a search was made for other classes than those of the data."
     names = load_architecture(search).provenance.get("classes") or spec.classes
@@ -179,10 +185,8 @@ def pareto(config: ParetoConfig) -> ParetoResult:
               f"{miou_text(rows[-1]['miou'])}, inherited "
               f"{miou_text(rows[-1]['inherited_miou'])}", flush=True)
     for name in config.baselines: # trained on labels, with the members' steps and schedule
-        training = dataclasses.replace(member_config(config, searched, name), architecture=name,
-                                       supernet=None, initialise="scratch", w_jig=0., w_semi=0.,
-                                       drop_path=0., recompute=False)
-        rows.append(member_row(name, retrain_or_load(training).trained.model, dataset, table))
+        trained = retrain_or_load(baseline_config(config, searched, name)).trained
+        rows.append(member_row(name, trained.model, dataset, table))
     chosen_on = {name for architecture in architectures.values()
                  for name in architecture.provenance.get("chosen_on", ())}
     record = RunRecord("pareto", Path(config.folder).name, dataclasses.asdict(config),

@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'GROUPS', 'MultiTaskOutput', 'MultiTaskModel', 'perturb_rows
            'PassOutputs', 'run_passes', 'concatenate_gates', 'MixMasks', 'draw_mix_masks', 'configured_consistency',
            'UnlabelledViews', 'Losses', 'LossWeights', 'step_weights', 'StepMetrics', 'class_weights_of',
            'supervised_term', 'jigsaw_term', 'consistency_term', 'budget_term', 'StepViews', 'draw_views',
-           'update_threshold', 'Objective']
+           'averaged_logits', 'update_threshold', 'Objective']
 
 # %% ../../nbs/train/03_step.ipynb #c0f47003
 import contextlib, copy
@@ -392,6 +392,11 @@ def draw_views(config: TrainingConfig, batch: StepBatch, weights: LossWeights,
                                                     share=config.jigsaw_share, world=world())
     return views
 
+def averaged_logits(teacher: EMATeacher, views: UnlabelledViews | None) -> torch.Tensor | None:
+    "Logits (B,K,H,W) of the averaged teacher on the weak views, where it makes the targets."
+    if views is None or views.kind.teacher != "ema": return None
+    return logits_of(teacher.model.model(views.batch.weak))
+
 def update_threshold(threshold, # moving threshold of selfsupnas.tasks.teacher
                      teacher_logits: torch.Tensor, valid: torch.Tensor, # of the weak views
                      logits: torch.Tensor, labels: torch.Tensor): # of the labelled images
@@ -425,7 +430,7 @@ class Objective:
         the shares add up."""
         labels, losses, metrics = batch.labelled.label, Losses(), StepMetrics()
         views = draw_views(self.config, batch, weights, self.permutations, generator)
-        averaged = self.averaged_logits(views.unlabelled)
+        averaged = averaged_logits(self.teacher, views.unlabelled)
         outputs = self.outputs(views)
         if weights.sup: losses.sup = self.supervised(outputs.of("labelled"), labels)
         if weights.strong:
@@ -447,11 +452,6 @@ class Objective:
         perturb = views.unlabelled is not None and views.unlabelled.kind.perturbed
         return run_passes(self.network or self.multitask, self.multitask, views.images(),
                           self.config.statistics, perturb)
-
-    def averaged_logits(self, views: UnlabelledViews | None) -> torch.Tensor | None:
-        "Logits (B,K,H,W) of the averaged teacher on the weak views, where it makes the targets."
-        if views is None or views.kind.teacher != "ema": return None
-        return logits_of(self.teacher.model.model(views.batch.weak))
 
     def supervised(self, logits: list, labels: torch.Tensor) -> torch.Tensor:
         return supervised_term(logits, labels, self.class_weights, self.config.ohem_threshold)
