@@ -12,21 +12,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .gate import CLOSED, index_add_rows, make_gate, select_rows
+from .gate import CLOSED, index_add_rows, make_gate, select_rows, zero_rows
 from .operations import check_result, conv_norm, make_operation
-from ..distributed import any_sample
+from ..distributed import any_sample, call_masked
 
 # %% ../../nbs/space/04_cell.ipynb #cell-06
 class SparseFeatures(NamedTuple):
     """Features (n,C,H,W) of the images that are present, and the mask of these images: (B,) bool on
-    the CPU, or None for all B."""
+    the CPU, or None for all B. In masked execution (B,C,H,W), zeros for absent images, and the mask
+    on the device."""
     features: torch.Tensor
     mask: torch.Tensor | None = None
 
 def sum_features(inputs: list[SparseFeatures]) -> SparseFeatures:
     "The sum of the features that enter a cell; an image is present if any input has it."
     masks = [sparse.mask for sparse in inputs if sparse.mask is not None]
-    if not masks: return SparseFeatures(sum((s.features for s in inputs[1:]), inputs[0].features))
+    if all(len(s.features) == len(s.mask) for s in inputs if s.mask is not None):
+        features = sum((s.features for s in inputs[1:]), inputs[0].features)
+        known = len(masks) < len(inputs) # an input has all images
+        return SparseFeatures(features, None if known else torch.stack(masks).any(0))
     masks = [torch.ones_like(masks[0]) if s.mask is None else s.mask for s in inputs]
     union = torch.stack(masks).any(0)
     features = index_add_rows([(s.features, mask[union]) for s, mask in zip(inputs, masks)])
@@ -69,11 +73,12 @@ class Down(nn.Sequential):
 # %% ../../nbs/space/04_cell.ipynb #388784af
 def drop_images(features: torch.Tensor, # (B,C,h,w)
                 p: float, # probability for each image, in [0, 1)
+                draws: torch.Tensor | None = None, # (B,) uniform in [0, 1); None: drawn here
                ) -> torch.Tensor:
     """Drop path: (B,C,h,w), zero for random images, divided by 1 - p for the others. Source:
     Larsson et al., FractalNet, ICLR 2017."""
-    keep = torch.rand(len(features), 1, 1, 1, device=features.device) >= p
-    return features * (keep / (1 - p)).to(features.dtype)
+    if draws is None: draws = torch.rand(len(features), device=features.device)
+    return scale_features(features, (draws >= p) / (1 - p))
 
 # %% ../../nbs/space/04_cell.ipynb #afbe21a4
 class Cell(nn.Module):
@@ -90,26 +95,33 @@ class Cell(nn.Module):
                                     if kind in transforms})
         self.kinds, self.weights, self.drop_path = tuple(kinds), dict(weights or {}), 0.
 
-    def apply_operation(self, name, features):
+    def apply_operation(self, name, features,
+                        draws=None, # (B,operations), see `drop_images`
+                        mask=None): # masked: images of the statistics; None = all
         "The result of one operation with drop path, (B,C,h,w)."
         operation = self.operations[name]
-        result = check_result(name, features, operation(features))
-        return (drop_images(result, self.drop_path) if self.training and self.drop_path
-                and not isinstance(operation, nn.Identity) else result)
+        result = check_result(name, features, call_masked(operation, mask, features))
+        if not (self.training and self.drop_path) or isinstance(operation, nn.Identity):
+            return result
+        column = None if draws is None else draws[:, list(self.operations).index(name)]
+        return drop_images(result, self.drop_path, column)
 
-    def apply_operations(self, features):
+    def apply_operations(self, features, draws=None, mask=None):
         "The weighted sum of all operations after ReLU, (B,C,h,w)."
-        results = ([scale_features(self.apply_operation(name, features), self.weights.get(name, 1))
+        results = ([scale_features(self.apply_operation(name, features, draws, mask),
+                                   self.weights.get(name, 1))
                     for name in self.operations] or [features])
         return F.relu(sum(results[1:], results[0]))
 
-    def edge_output(self, kind, output, finer_size, factor=1):
+    def edge_output(self, kind, output, finer_size, factor=1, mask=None):
         "The cell's output after the transform of one edge, times a factor."
-        if kind == "up": return self.edges[kind](output, finer_size, factor)
-        return scale_features(self.edges[kind](output) if kind == "down" else output, factor)
+        if kind == "up": return call_masked(self.edges[kind], mask, output, finer_size, factor)
+        if kind == "down": output = call_masked(self.edges[kind], mask, output)
+        return scale_features(output, factor)
 
-    def forward(self, sparse: SparseFeatures, finer_size=None) -> dict[str, SparseFeatures]:
-        output = self.apply_operations(sparse.features)
+    def forward(self, sparse: SparseFeatures, finer_size=None, # (H,W) of the next finer scale
+                draws=None) -> dict[str, SparseFeatures]: # (B,operations), see `drop_images`
+        output = self.apply_operations(sparse.features, draws)
         return {kind: SparseFeatures(self.edge_output(kind, output, finer_size,
                                                       self.weights.get(kind, 1)))
                 for kind in self.kinds}
@@ -119,6 +131,7 @@ class GatedCell(Cell):
     """A cell of the supernet: a gate scales each edge (and each searched candidate) by image, and
     what is closed is not computed."""
     synchronised = False # batch shared with other processes, see selfsupnas.distributed.synchronise
+    masked = False # masked execution, see `run_masked`
 
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate has a value for each candidate, too
@@ -136,7 +149,8 @@ class GatedCell(Cell):
         return any_sample(images.to(device) if synchronised else images, synchronised)
 
     def apply_candidates(self, features, # (n,C,h,w)
-                         gates): # (n,operations)
+                         gates, # (n,operations)
+                         draws): # (n,operations) or None
         """Like `apply_operations`, (n,C,h,w), with each candidate run on the images whose gate for
         it is open; an image without an open candidate keeps its input."""
         is_open = (gates.detach() > CLOSED).cpu()
@@ -145,20 +159,28 @@ class GatedCell(Cell):
         results = [(select_rows(features, idle), idle)] if idle.any() or not any(runs) else []
         for i, (name, images) in enumerate(zip(self.operations, is_open.unbind(1))):
             if runs[i]:
-                result = self.apply_operation(name, select_rows(features, images))
+                selected = None if draws is None else select_rows(draws, images)
+                result = self.apply_operation(name, select_rows(features, images), selected)
                 results.append((scale_features(result, select_rows(gates, images)[:, i]), images))
         return F.relu(index_add_rows(results))
 
-    def forward(self, sparse: SparseFeatures, finer_size=None) -> dict[str, SparseFeatures]:
+    def forward(self, sparse: SparseFeatures, finer_size=None,
+                draws=None) -> dict[str, SparseFeatures]:
         gates = self.gate(*sparse) # (B, edges and perhaps operations)
         edges, candidates = gates.split([len(self.kinds), gates.shape[1] - len(self.kinds)], 1)
+        run = self.run_masked if self.masked else self.run_grouped
+        return run(sparse, edges, candidates, finer_size, draws)
+
+    def run_grouped(self, sparse, edges, candidates, finer_size, draws):
+        "Pick out the images whose gates are open, compute them, put them back."
         is_open = (edges.detach() > CLOSED).cpu() # the only wait for the GPU
         busy, runs, outputs = is_open.any(1), self.any_sample(is_open, edges.device), {}
         mask = torch.ones_like(busy) if sparse.mask is None else sparse.mask
         if any(runs):
             features = select_rows(sparse.features, busy[mask])
-            result = (self.apply_candidates(features, select_rows(candidates, busy))
-                      if self.search_operations else self.apply_operations(features))
+            if draws is not None: draws = select_rows(draws, busy)
+            result = (self.apply_candidates(features, select_rows(candidates, busy), draws)
+                      if self.search_operations else self.apply_operations(features, draws))
             for i, (kind, images) in enumerate(zip(self.kinds, is_open.unbind(1))):
                 if not runs[i]: continue
                 output = self.edge_output(kind, select_rows(result, images[busy]), finer_size,
@@ -170,3 +192,29 @@ class GatedCell(Cell):
             outputs["keep"] = (sum_features([outputs["keep"], unchanged]) if "keep" in outputs
                                else unchanged)
         return outputs
+
+    def run_masked(self, sparse, edges, candidates, finer_size, draws):
+        "Compute all images; masks decide what counts, and a shut gate is 0 without gradient."
+        features, mask = sparse
+        is_open = edges.detach() > CLOSED
+        busy, edges, outputs = is_open.any(1), torch.where(is_open, edges, 0), {}
+        result = (self.mask_candidates(features, candidates, busy, draws)
+                  if self.search_operations else self.apply_operations(features, draws, busy))
+        for kind, images, gate in zip(self.kinds, is_open.unbind(1), edges.unbind(1)):
+            output = self.edge_output(kind, result, finer_size, gate, images)
+            outputs[kind] = SparseFeatures(output, images)
+        passing = ~busy if mask is None else mask & ~busy
+        unchanged = SparseFeatures(zero_rows(features, passing), passing)
+        outputs["keep"] = (sum_features([outputs["keep"], unchanged]) if "keep" in outputs
+                           else unchanged)
+        return outputs
+
+    def mask_candidates(self, features, gates, busy, draws):
+        "`apply_candidates` of masked execution."
+        is_open = (gates.detach() > CLOSED) & busy[:, None]
+        gates = torch.where(is_open, gates, 0)
+        results = [zero_rows(features, ~is_open.any(1))]
+        for name, images, gate in zip(self.operations, is_open.unbind(1), gates.unbind(1)):
+            result = self.apply_operation(name, features, draws, images)
+            results.append(scale_features(result, gate))
+        return F.relu(sum(results[1:], results[0]))
