@@ -107,8 +107,47 @@ def combine_groups(means: torch.Tensor, variances: torch.Tensor, # (n,C)
     count = counts.sum(0)
     shares = counts / count.clamp(min=1)
     mean = (shares * means).sum(0)
-    return mean, (shares * (variances + (means - mean) ** 2)).sum(0), count
+    differences = means - mean
+    return mean, (shares * torch.addcmul(variances, differences, differences)).sum(0), count
 
+class _Normalise(torch.autograd.Function):
+    """Batch norm of (B,C,H,W) by the statistics of the counted images: the result, and mean (C,),
+    variance (C,) and number of values (1,)."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, eps, synchronised):
+        values = x if x.dtype == torch.float64 else x.float() # half precision rounds sums
+        variances, means = torch.var_mean(values, (2, 3), correction=0) # (B,C) of each image
+        counted = means.new_ones(len(x), 1) if mask is None else mask[:, None].to(means.dtype)
+        statistics = combine_groups(means, variances, counted * (x.shape[2] * x.shape[3]))
+        if synchronised:
+            parts = all_gather(torch.cat(statistics))
+            statistics = combine_groups(*parts.split([means.shape[1], means.shape[1], 1], 1))
+        mean, variance, count = statistics
+        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0., eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance, counted / count.clamp(min=1))
+        ctx.eps, ctx.synchronised = eps, synchronised
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out, mean, variance, count
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        x, weight, mean, variance, shares = ctx.saved_tensors
+        # For constant statistics; the gradients of weight and bias give that of the statistics.
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
+        of_scale, of_shift = of_weight, of_bias
+        if ctx.synchronised:
+            of_scale, of_shift = all_reduce_sum(torch.stack([of_weight, of_bias]))
+        inverse = (variance + ctx.eps).rsqrt()
+        scale = inverse if weight is None else weight * inverse
+        slope = scale * inverse * of_scale
+        offset = torch.addcmul(scale * of_shift, slope, mean, value=-1)
+        slope, offset = ((shares * part)[:, :, None, None] for part in (slope, offset))
+        of_x = (of_x - torch.addcmul(offset, slope, x)).to(x.dtype)
+        if weight is None: of_weight = of_bias = None
+        return of_x, of_weight, of_bias, None, None, None
+
+# %% ../nbs/02_distributed.ipynb #ca5e0114
 class MaskedNorm(nn.BatchNorm2d):
     """Batch norm of (B,C,H,W) over the images of a mask, and over all processes where they share a
     batch; there may be no image."""
@@ -118,34 +157,19 @@ class MaskedNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         of_batch = self.training or self.running_mean is None
         if not of_batch or (self.mask is None and not self.synchronised): return super().forward(x)
-        values = x if x.dtype == torch.float64 else x.float() # half precision rounds counts
-        mean, variance, count = self.statistics(values)
-        if self.training and self.track_running_stats:
-            self.update_statistics(mean, variance, count)
-        scale = (variance + self.eps).rsqrt()
-        if self.affine: scale = self.weight * scale
-        shift = self.bias - mean * scale if self.affine else -mean * scale
-        return torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)
-
-    def statistics(self, values) -> tuple:
-        "Mean (C,), variance (C,) and number of values (1,) of the batch."
-        variances, means = torch.var_mean(values, (2, 3), correction=0) # (B,C) of each image
-        counts = means.new_full((len(values), 1), values.shape[2] * values.shape[3])
-        if self.mask is not None: counts = counts * self.mask[:, None]
-        mean, variance, count = combine_groups(means, variances, counts)
-        if not (self.synchronised and self.training): return mean, variance, count
-        gathered = all_gather(torch.cat([mean, variance, count]))
-        return combine_groups(*gathered.split([len(mean), len(mean), 1], 1))
+        out, *statistics = _Normalise.apply(x, self.weight, self.bias, self.mask, self.eps,
+                                            self.synchronised and self.training)
+        if self.training and self.track_running_stats: self.update_statistics(*statistics)
+        return out
 
     @torch.no_grad()
     def update_statistics(self, mean, variance, count): # of one batch: (C,), (C,), (1,)
         "Update the running statistics, as torch does; without values they stay as they are."
-        counted = count > 0
-        self.num_batches_tracked.add_(counted[0])
-        momentum = counted.to(mean.dtype) * (1 if self.momentum is None else self.momentum)
+        self.num_batches_tracked.add_((count > 0)[0])
+        momentum = count.clamp(max=1) * (1 if self.momentum is None else self.momentum)
         if self.momentum is None: momentum /= self.num_batches_tracked.clamp(min=1)
         self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
+        self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
 
 # %% ../nbs/02_distributed.ipynb #ca5e0115
 def call_masked(module: nn.Module,
