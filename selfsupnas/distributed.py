@@ -116,7 +116,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mask, eps, synchronised):
         values = x if x.dtype == torch.float64 else x.float() # half precision rounds sums
-        variances, means = torch.var_mean(values, (2, 3), correction=0) # (B,C) of each image
+        if len(x): variances, means = torch.var_mean(values, (2, 3), correction=0) # (B,C)
+        else: variances = means = values.sum((2, 3)) # (0,C)
         counted = means.new_ones(len(x), 1) if mask is None else mask[:, None].to(means.dtype)
         statistics = combine_groups(means, variances, counted * (x.shape[2] * x.shape[3]))
         if synchronised:
@@ -133,8 +134,10 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, gradient, *_):
         x, weight, mean, variance, shares = ctx.saved_tensors
         # For constant statistics; the gradients of weight and bias give that of the statistics.
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        if len(x): of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
+        # torch divides by zero for an empty batch, and the process ends
+        else: of_x, of_weight, of_bias = gradient, torch.zeros_like(mean), torch.zeros_like(mean)
         of_scale, of_shift = of_weight, of_bias
         if ctx.synchronised:
             of_scale, of_shift = all_reduce_sum(torch.stack([of_weight, of_bias]))

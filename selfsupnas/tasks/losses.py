@@ -18,8 +18,8 @@ def check_pixels(logits: torch.Tensor, # (B, K, H, W)
                  labels: torch.Tensor, # (B, H, W) int64
                  ignore_index: int = 255, # id of unlabelled pixels
                  ):
-    """Raise `ValueError` if logits and labels do not match, or if labels on the processor hold an id
-    that is not a class."""
+    """Raise `ValueError` if logits and labels do not match, or if a label is not a class; labels
+    are only looked at on the processor."""
     if logits.dim() != 4 or labels.dim() != 3 or labels.dtype != torch.int64:
         raise ValueError("Expected logits (B, K, H, W) and labels (B, H, W) int64, got logits "
                          f"{tuple(logits.shape)} and labels {tuple(labels.shape)} {labels.dtype}.")
