@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['World', 'local_device', 'world', 'all_reduce_sum', 'all_reduce_max', 'local_weight', 'any_rank', 'all_gather_dict',
-           'all_gather', 'roll_across_ranks', 'combine_groups', 'MaskedNorm', 'call_masked', 'any_sample',
-           'use_masked_norms', 'synchronise', 'all_reduce_gradients', 'broadcast']
+           'all_gather', 'roll_across_ranks', 'combine_groups', 'MaskedNorm', 'use_masked_norms', 'call_masked',
+           'any_sample', 'synchronise', 'all_reduce_gradients', 'broadcast']
 
 # %% ../nbs/02_distributed.ipynb #ca5e0003
 import io, os
@@ -175,6 +175,18 @@ class MaskedNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
 
 # %% ../nbs/02_distributed.ipynb #ca5e0115
+def use_masked_norms(model: nn.Module):
+    """Make each batch norm of `model` a `MaskedNorm`, in place. Raises TypeError for other kinds of
+    batch norm."""
+    for module in model.modules():
+        # only the class changes: the optimiser holds the parameters
+        if type(module) is nn.BatchNorm2d: module.__class__ = MaskedNorm
+        elif (isinstance(module, nn.modules.batchnorm._BatchNorm)
+              and not isinstance(module, MaskedNorm)):
+            raise TypeError("several processes, or execution='masked', can only share "
+                            f"{nn.BatchNorm2d.__name__}, but the network has a "
+                            f"{type(module).__name__}")
+
 def call_masked(module: nn.Module,
                 mask: torch.Tensor | None, # (B,) bool on the device; None = all images
                 *inputs):
@@ -192,18 +204,6 @@ def any_sample(images: torch.Tensor, # (B,n) bool: n conditions for each image
     "Whether each of the n conditions holds for any image of the batch, as n bools."
     conditions = images.any(0)
     return (all_reduce_max(conditions.int()) > 0 if synchronised else conditions).tolist()
-
-def use_masked_norms(model: nn.Module):
-    """Make each batch norm of `model` a `MaskedNorm`, in place. Raises TypeError for other kinds of
-    batch norm."""
-    for module in model.modules():
-        # only the class changes: the optimiser holds the parameters
-        if type(module) is nn.BatchNorm2d: module.__class__ = MaskedNorm
-        elif (isinstance(module, nn.modules.batchnorm._BatchNorm)
-              and not isinstance(module, MaskedNorm)):
-            raise TypeError("several processes, or execution='masked', can only share "
-                            f"{nn.BatchNorm2d.__name__}, but the network has a "
-                            f"{type(module).__name__}")
 
 def synchronise(model: nn.Module) -> nn.Module:
     """Make batch norm, gates and cells of `model` use the batch of all processes; `model` is

@@ -304,11 +304,11 @@ def test_no_value_is_read_back(case):
 
 
 def test_a_planted_wait_is_found(monkeypatch):
-    from selfsupnas.space.cell import GatedCell
-    plain = GatedCell.run_masked
-    def planted(self, sparse, edges, *rest):
-        if (edges > 0).any(): return plain(self, sparse, edges, *rest)
-    monkeypatch.setattr(GatedCell, "run_masked", planted)
+    from selfsupnas.space import cell
+    plain = cell.run_masked
+    def planted(own, sparse, edges, *rest):
+        if (edges > 0).any(): return plain(own, sparse, edges, *rest)
+    monkeypatch.setattr(cell, "run_masked", planted)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"): step_on_meta(on_meta(network()).train())
 
 

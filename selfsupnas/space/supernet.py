@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXECUTIONS', 'stem', 'feature_sizes', 'Decoder', 'tracking_norms', 'freeze_running_statistics', 'second_run',
-           'recompute_cell', 'RoutingNetwork', 'build_supernet', 'gate_name', 'gates_by_edge', 'gates_from_edges']
+           'recompute_cell', 'set_masked', 'draw_drops', 'RoutingNetwork', 'build_supernet', 'gate_name',
+           'gates_by_edge', 'gates_from_edges']
 
 # %% ../../nbs/space/05_supernet.ipynb #cell-02
 import contextlib
@@ -112,9 +113,25 @@ def recompute_cell(cell: nn.Module, sparse: SparseFeatures, finer_size, draws=No
                       context_fn=lambda: (contextlib.nullcontext(),
                                           second_run(cell, norms, thresholds)))
 
-# %% ../../nbs/space/05_supernet.ipynb #2fbdc993
+# %% ../../nbs/space/05_supernet.ipynb #5a1b0010
 EXECUTIONS = "grouped", "masked"
 
+def set_masked(model: nn.Module, masked: bool):
+    "Choose masked or grouped execution for the cells, gates and the decoder of a network."
+    if masked: use_masked_norms(model)
+    for module in model.modules():
+        if hasattr(module, "masked"): module.masked = masked
+
+def draw_drops(model: "RoutingNetwork",
+               images: torch.Tensor) -> dict: # name of the cell -> (B,operations)
+    "Draws of drop path for every cell that drops."
+    counts = {name: len(cell.operations) for name, cell in model.cells.items()
+              if model.training and cell.drop_path}
+    if not counts: return {}
+    draws = torch.rand(len(images), sum(counts.values()), device=images.device)
+    return dict(zip(counts, draws.split(list(counts.values()), 1)))
+
+# %% ../../nbs/space/05_supernet.ipynb #2fbdc993
 class RoutingNetwork(nn.Module):
     """Stem, cells on the grid, decoder, classifier: images (B,3,H,W) -> logits (B,K,H,W), with H, W
     of 32 or more; other images raise ValueError."""
@@ -140,10 +157,7 @@ class RoutingNetwork(nn.Module):
     def execution(self, execution: str):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {execution!r}")
-        masked = execution == "masked"
-        if masked: use_masked_norms(self)
-        for module in self.modules():
-            if hasattr(module, "masked"): module.masked = masked
+        set_masked(self, execution == "masked")
 
     def run_grid(self, images: torch.Tensor) -> dict[int, SparseFeatures]:
         "The output of the last layer by scale."
@@ -151,7 +165,7 @@ class RoutingNetwork(nn.Module):
             raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not "
                              f"{tuple(images.shape)}")
         sizes = feature_sizes(images.shape[-2:])
-        by_scale, draws = {0: SparseFeatures(self.stem(images))}, self.drop_draws(images)
+        by_scale, draws = {0: SparseFeatures(self.stem(images))}, draw_drops(self, images)
         for layer in range(self.space.layers + 1):
             inputs = defaultdict(list) # of the next layer, by scale
             for scale, sparse in by_scale.items():
@@ -189,15 +203,6 @@ class RoutingNetwork(nn.Module):
         et al., CVPR 2020."""
         for name, cell in self.cells.items():
             cell.drop_path = p * int(name.split("_")[0]) / self.space.layers
-
-    def drop_draws(self, images) -> dict:
-        """Draws of drop path by cell, (B,operations): one for each image, whether it reaches the
-        cell or not, so that both executions drop the same."""
-        dropping = {name: len(cell.operations) for name, cell in self.cells.items()
-                    if self.training and cell.drop_path}
-        if not dropping: return {}
-        draws = torch.rand(len(images), sum(dropping.values()), device=images.device)
-        return dict(zip(dropping, draws.split(list(dropping.values()), 1)))
 
 # %% ../../nbs/space/05_supernet.ipynb #411e801d
 def build_supernet(space: SearchSpace,
