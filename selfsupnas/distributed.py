@@ -158,6 +158,7 @@ class MaskedNorm(nn.BatchNorm2d):
     synchronised = False # see `synchronise`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is not None: x = torch.where(self.mask[:, None, None, None], x, 0)
         of_batch = self.training or self.running_mean is None
         if not of_batch or (self.mask is None and not self.synchronised): return super().forward(x)
         out, *statistics = _Normalise.apply(x, self.weight, self.bias, self.mask, self.eps,

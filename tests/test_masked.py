@@ -223,6 +223,21 @@ def test_masked_norm_is_batch_norm_of_the_rows():
     assert torch.autograd.gradcheck(lambda x, *_: call_masked(own, mask[:3], x), (inputs, own.weight, own.bias)), "absent images are normalised, too"
 
 
+def test_an_image_that_does_not_count_changes_nothing_even_if_it_overflows():
+    "Statistics of other images, or of none, may make it overflow in half precision."
+    torch.manual_seed(0)
+    norm, mask = nn.BatchNorm2d(4), torch.tensor([True, False, True])
+    norm.__class__ = MaskedNorm
+    x = torch.randn(3, 4, 3, 2)
+    x[1] = torch.inf
+    x.requires_grad_()
+    out = call_masked(norm, mask, x)
+    (out * torch.randn(3, 4, 3, 2)).sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in norm.parameters())
+    assert x.grad.isfinite().all() and not x.grad[1].any() and norm.running_var.isfinite().all()
+    assert call_masked(norm.float(), torch.zeros_like(mask), x.detach().half() * 6e4).isfinite().all()
+
+
 # ---- the objective with its four terms
 
 def step_batch(batch=2, size=(64, 80), device="cpu"):

@@ -126,8 +126,9 @@ def reduce_pixels(gate: Gate, x: torch.Tensor, # (B,C,h,w), pooled to one pixel 
     rows = pooled.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
     first = torch.arange(full.shape[2] * full.shape[3], device=x.device) == 0
     counted = (mask[:, None] & (single | first)).flatten()
-    rows = call_masked(nn.Sequential(*rest), counted, rows)
-    return rows.unflatten(0, (len(x), *full.shape[2:])).flatten(3).permute(0, 3, 1, 2)
+    rows = call_masked(nn.Sequential(*rest), counted, rows).flatten(1)
+    hidden = rows.unflatten(0, (len(x), *full.shape[2:])).permute(0, 3, 1, 2)
+    return torch.where(single, hidden, hidden[:, :, :1, :1])
 
 # %% ../../nbs/space/03_gate.ipynb #b0d0df63
 class StaticGate(nn.Module):
