@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['World', 'local_device', 'world', 'all_reduce_sum', 'all_reduce_max', 'local_weight', 'any_rank', 'all_gather_dict',
-           'all_gather', 'roll_across_ranks', 'SynchronisedNorm', 'any_sample', 'synchronise', 'all_reduce_gradients',
-           'broadcast']
+           'all_gather', 'roll_across_ranks', 'combine_groups', 'MaskedNorm', 'use_masked_norms', 'call_masked',
+           'any_sample', 'synchronise', 'all_reduce_gradients', 'broadcast']
 
 # %% ../nbs/02_distributed.ipynb #ca5e0003
 import io, os
@@ -101,30 +101,102 @@ def roll_across_ranks(x: torch.Tensor) -> torch.Tensor: # (B, ...)
     return torch.cat([last[world().rank - 1].to(x.dtype), x[:-1]])
 
 # %% ../nbs/02_distributed.ipynb #ca5e0015
-class SynchronisedNorm(nn.BatchNorm2d):
-    "Batch norm of (B,C,H,W) over the images of all processes; a process may have none."
+def combine_groups(means: torch.Tensor, variances: torch.Tensor, # (n,C)
+                   counts: torch.Tensor) -> tuple: # (n,1); 0 = the group is not counted
+    "Mean (C,), variance (C,) and number of values (1,) of n groups. Source: Chan et al., 1983."
+    count = counts.sum(0)
+    shares = counts / count.clamp(min=1)
+    mean = (shares * means).sum(0)
+    differences = means - mean
+    return mean, (shares * torch.addcmul(variances, differences, differences)).sum(0), count
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm of (B,C,H,W) by the statistics of the counted images: the result, and mean (C,),
+    variance (C,) and number of values (1,)."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, eps, synchronised):
+        values = x if x.dtype == torch.float64 else x.float() # half precision rounds sums
+        if len(x): variances, means = torch.var_mean(values, (2, 3), correction=0) # (B,C)
+        else: variances = means = values.sum((2, 3)) # (0,C)
+        counted = means.new_ones(len(x), 1) if mask is None else mask[:, None].to(means.dtype)
+        statistics = combine_groups(means, variances, counted * (x.shape[2] * x.shape[3]))
+        if synchronised:
+            parts = all_gather(torch.cat(statistics))
+            statistics = combine_groups(*parts.split([means.shape[1], means.shape[1], 1], 1))
+        mean, variance, count = statistics
+        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0., eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance, counted / count.clamp(min=1))
+        ctx.eps, ctx.synchronised = eps, synchronised
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out, mean, variance, count
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        x, weight, mean, variance, shares = ctx.saved_tensors
+        # For constant statistics; the gradients of weight and bias give that of the statistics.
+        if len(x): of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
+        # torch divides by zero for an empty batch, and the process ends
+        else: of_x, of_weight, of_bias = gradient, torch.zeros_like(mean), torch.zeros_like(mean)
+        of_scale, of_shift = of_weight, of_bias
+        if ctx.synchronised:
+            of_scale, of_shift = all_reduce_sum(torch.stack([of_weight, of_bias]))
+        inverse = (variance + ctx.eps).rsqrt()
+        scale = inverse if weight is None else weight * inverse
+        slope = scale * inverse * of_scale
+        offset = torch.addcmul(scale * of_shift, slope, mean, value=-1)
+        slope, offset = ((shares * part)[:, :, None, None] for part in (slope, offset))
+        of_x = (of_x - torch.addcmul(offset, slope, x)).to(x.dtype)
+        if weight is None: of_weight = of_bias = None
+        return of_x, of_weight, of_bias, None, None, None
+
+# %% ../nbs/02_distributed.ipynb #ca5e0114
+class MaskedNorm(nn.BatchNorm2d):
+    """Batch norm of (B,C,H,W) over the images of a mask, and over all processes where they share a
+    batch; there may be no image."""
+    mask = None # (B,) bool on the device: the images that count; None = all. See `call_masked`
+    synchronised = False # see `synchronise`
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training: return super().forward(x)
-        values = x if x.dtype == torch.float64 else x.float() # half precision rounds counts
-        count = x.numel() // x.shape[1]
-        if count: variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        else: variance = mean = values.sum((0, 2, 3)) # zeros with a gradient
-        statistics = all_gather(torch.cat([mean, variance, mean.new_tensor([count])]))
-        means, variances, counts = statistics.split([len(mean), len(mean), 1], 1)
-        shares = counts / counts.sum()
-        mean = (shares * means).sum(0)
-        variance = (shares * (variances + (means - mean) ** 2)).sum(0)
-        if self.track_running_stats: self.update_statistics(mean, variance, counts.sum())
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)
+        if self.mask is not None: x = torch.where(self.mask[:, None, None, None], x, 0)
+        of_batch = self.training or self.running_mean is None
+        if not of_batch or (self.mask is None and not self.synchronised): return super().forward(x)
+        out, *statistics = _Normalise.apply(x, self.weight, self.bias, self.mask, self.eps,
+                                            self.synchronised and self.training)
+        if self.training and self.track_running_stats: self.update_statistics(*statistics)
+        return out
 
     @torch.no_grad()
-    def update_statistics(self, mean, variance, count): # of one batch: (C,), (C,), scalar
-        "Update the running statistics, as torch does."
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+    def update_statistics(self, mean, variance, count): # of one batch: (C,), (C,), (1,)
+        "Update the running statistics, as torch does; without values they stay as they are."
+        self.num_batches_tracked.add_((count > 0)[0])
+        momentum = count.clamp(max=1) * (1 if self.momentum is None else self.momentum)
+        if self.momentum is None: momentum /= self.num_batches_tracked.clamp(min=1)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
+
+# %% ../nbs/02_distributed.ipynb #ca5e0115
+def use_masked_norms(model: nn.Module):
+    """Make each batch norm of `model` a `MaskedNorm`, in place. Raises TypeError for other kinds of
+    batch norm."""
+    for module in model.modules():
+        # only the class changes: the optimiser holds the parameters
+        if type(module) is nn.BatchNorm2d: module.__class__ = MaskedNorm
+        elif (isinstance(module, nn.modules.batchnorm._BatchNorm)
+              and not isinstance(module, MaskedNorm)):
+            raise TypeError("several processes, or execution='masked', can only share "
+                            f"{nn.BatchNorm2d.__name__}, but the network has a "
+                            f"{type(module).__name__}")
+
+def call_masked(module: nn.Module,
+                mask: torch.Tensor | None, # (B,) bool on the device; None = all images
+                *inputs):
+    "module(*inputs); each `MaskedNorm` in it takes its statistics over the images of the mask."
+    norms = [] if mask is None else [m for m in module.modules() if isinstance(m, MaskedNorm)]
+    for norm in norms: norm.mask = mask
+    try: return module(*inputs)
+    finally:
+        for norm in norms: norm.mask = None
 
 # %% ../nbs/02_distributed.ipynb #ca5e0017
 def any_sample(images: torch.Tensor, # (B,n) bool: n conditions for each image
@@ -138,12 +210,8 @@ def synchronise(model: nn.Module) -> nn.Module:
     """Make batch norm, gates and cells of `model` use the batch of all processes; `model` is
     changed in place and returned. Raises TypeError for other kinds of batch norm."""
     if world().size == 1: return model
+    use_masked_norms(model)
     for module in model.modules():
-        # only the class changes: the optimiser holds the parameters
-        if type(module) is nn.BatchNorm2d: module.__class__ = SynchronisedNorm
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise TypeError(f"several processes can only share {nn.BatchNorm2d.__name__}, but the "
-                            f"network has a {type(module).__name__}")
         if hasattr(module, "synchronised"): module.synchronised = True
     return model
 

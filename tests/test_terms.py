@@ -329,7 +329,7 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
 def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     "A student whose edges drop and whose batch norm is that of several processes, and a rival with dropout."
     from selfsupnas.rivals import build_baseline
-    from selfsupnas.distributed import SynchronisedNorm
+    from selfsupnas.distributed import MaskedNorm
     from selfsupnas.stages.retraining import recalibrated_metrics
     from selfsupnas.stages.calibration import plain_images, recalibrate_batch_norm
     from selfsupnas.train.loop import TrainResult
@@ -339,7 +339,7 @@ def test_recalibration_drops_nothing_and_is_that_of_one_process(tmp_path):
     plain = recalibrate_batch_norm(copy.deepcopy(second), images := plain_images(data, config.crop, config.seed, 6))
     second.drop_path(.9)
     for module in second.modules():
-        if isinstance(module, torch.nn.BatchNorm2d): module.__class__ = SynchronisedNorm
+        if isinstance(module, torch.nn.BatchNorm2d): module.__class__, module.synchronised = MaskedNorm, True
     from selfsupnas.metrics import ImageSubset, evaluate_segmenter
     report = ImageSubset(data.val, data.val.ids[:8])
     metrics = recalibrated_metrics(TrainResult(first, None, second, [], 0., None), images, report)

@@ -161,8 +161,8 @@ def matrix_product(config: SpeedConfig, n: int = 2048) -> tuple:
 
 class PlainCell(GatedCell):
     "A textbook gated cell: each edge is computed, resized, then multiplied by its gate."
-    def forward(self, sparse: SparseFeatures, finer_size=None) -> dict:
-        gates, output = self.gate(*sparse), self.apply_operations(sparse.features)
+    def forward(self, sparse: SparseFeatures, finer_size=None, draws=None) -> dict:
+        gates, output = self.gate(*sparse), self.apply_operations(sparse.features, draws)
         return {kind: SparseFeatures(scale_features(self.edge_output(kind, output, finer_size), g))
                 for kind, g in zip(self.kinds, gates.unbind(1))}
 

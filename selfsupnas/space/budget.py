@@ -203,7 +203,7 @@ def stack_gates(table: CostTable,
 def gates_by_position(gates: torch.Tensor, # (B,n)
                       columns: torch.Tensor) -> torch.Tensor: # (L+1,4,k)
     "Gates by layer and scale, (B,L+1,4,k), with the values of PADDING where there is no gate."
-    padded = torch.cat([gates, gates.new_tensor([PADDING]).expand(len(gates), -1)], 1)
+    padded = torch.cat([gates, *(gates.new_full((len(gates), 1), n) for n in PADDING)], 1)
     return padded.index_select(1, columns.flatten()).unflatten(1, columns.shape)
 
 def weighted_cost(tensors: GridTensors,
@@ -263,12 +263,13 @@ def budget_loss(table: CostTable,
     return (cost.mean() / table.full - mu) ** 2
 
 # %% ../../nbs/space/09_budget.ipynb #f2e46707
-def follow_budget(threshold: float, # gate threshold
-                  realised: float, target: float, # shares of the full grid's cost
-                  gain: float = 0.03, # step per unit of difference; follows in about 50 steps
-                 ) -> float:
+def follow_budget(threshold, # gate threshold: a number, or a tensor
+                  realised, target: float, # shares of the full grid's cost
+                  gain: float = 0.03): # step per unit of difference; follows in about 50 steps
     "The gate threshold of the next step, from CLOSED to 0.95, by integral control. Ours."
-    return min(0.95, max(CLOSED, threshold + gain * (realised - target)))
+    moved = threshold + gain * (realised - target)
+    if isinstance(moved, torch.Tensor): return moved.clamp(CLOSED, 0.95) # without a wait
+    return min(0.95, max(CLOSED, moved))
 
 # %% ../../nbs/space/09_budget.ipynb #3b929cd3
 def binarization_loss(gates: dict) -> torch.Tensor: # Edge -> (B,)

@@ -86,8 +86,9 @@ def check_result(name: str, # of the operation
     if result.shape != features.shape:
         raise ValueError(f"operation {name!r} returned {tuple(result.shape)} for an input of "
                          f"{tuple(features.shape)}; it must keep the shape (B,C,h,w)")
+    if result.dtype == features.dtype: return result
     half = torch.is_autocast_enabled(features.device.type) # some operators change the dtype
-    if result.dtype != features.dtype and not (half and result.is_floating_point()):
+    if not (half and result.is_floating_point()):
         raise TypeError(f"operation {name!r} returned {result.dtype} for an input of "
                         f"{features.dtype}; it must keep it")
     return result

@@ -58,10 +58,10 @@ class BudgetLosses:
         c, by_edge = self.budget, gates_by_edge(self.table.space, gates)
         network = self.model if network is None else network
         expected, realised = expected_cost(self.table, by_edge), realised_cost(self.table, by_edge)
-        realised_share = realised.mean().item() / self.table.full
+        realised_share = realised.mean() / self.table.full
         ramp = ramp_up(share, *c.cost_ramp, "linear")
         target = 1 + (c.budget - 1) * ramp if c.controlled else c.budget
-        threshold = gate_threshold_of(network)
+        threshold = next(iter(gates_of(network).values())).threshold.clone()
         if c.controlled and ramp:
             set_gate_threshold(network, follow_budget(threshold, realised_share, target,
                                                       c.budget_gain))

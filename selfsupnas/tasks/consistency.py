@@ -99,7 +99,8 @@ def perturb_features(features: torch.Tensor, # (B, C, h, w), on their way to the
     features = logits_of(features, "features") # torchvision's backbones return a dict
     if features.dim() != 4:
         raise ValueError(f"features must be (B, C, h, w), got {tuple(features.shape)}.")
-    keep = torch.rand(*features.shape[:2], 1, 1, generator=generator) >= p
+    device = features.device if generator is None else "cpu"
+    keep = torch.rand(*features.shape[:2], 1, 1, generator=generator, device=device) >= p
     return features * (keep.to(features) / (1 - p))
 
 # %% ../../nbs/tasks/04_consistency.ipynb #dadca95e

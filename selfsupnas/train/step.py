@@ -63,7 +63,9 @@ class MultiTaskModel(nn.Module):
         else:
             by_scale, perturbed = self.model.run_grid(images), {}
             if perturb:
-                perturbed = {scale: perturb_rows(sparse, slice(segment - perturb, segment))
+                factors = self.draw_factors(images[:perturb])
+                perturbed = {scale: perturb_rows(sparse, slice(segment - perturb, segment),
+                                                 factors[scale])
                              for scale, sparse in by_scale.items()}
             if perturbed and apart:
                 with freeze_running_statistics(self.model):
@@ -81,18 +83,27 @@ class MultiTaskModel(nn.Module):
         if self.peer is not None and segment: out["peer"] = logits_of(self.peer(images[:segment]))
         return MultiTaskOutput(**out)
 
+    def draw_factors(self, images) -> list:
+        """Perturbed features of ones, (n,C,1,1) for each scale. They are drawn for every image and
+        scale, whether the image reaches it or not, so that both executions perturb alike."""
+        channels = [self.model.space.channels_at(scale) for scale in range(len(STRIDES))]
+        return [perturb_features(images.new_ones(len(images), c, 1, 1)) for c in channels]
+
     def drop_path(self, p: float): # in [0, 1), see RoutingNetwork
         for network in (self.model, self.peer):
             if network is not None: network.drop_path(p)
 
 # %% ../../nbs/train/03_step.ipynb #f40bf101
-def perturb_rows(sparse: SparseFeatures, rows: slice) -> SparseFeatures:
+def perturb_rows(sparse: SparseFeatures, rows: slice,
+                 factors: torch.Tensor) -> SparseFeatures: # of these images, (number of rows,C,1,1)
     "The features of some images of a batch, perturbed."
-    features, mask = sparse
-    if mask is None: return SparseFeatures(perturb_features(features[rows]))
+    (features, mask), factors = sparse, factors.to(sparse.features)
+    if mask is None: return SparseFeatures(features[rows] * factors)
+    if len(features) == len(mask): return SparseFeatures(features[rows] * factors, mask[rows])
     selected = torch.zeros_like(mask)
     selected[rows] = True
-    return SparseFeatures(perturb_features(select_rows(features, selected[mask])), mask[rows])
+    perturbed = select_rows(features, selected[mask]) * select_rows(factors, mask[rows])
+    return SparseFeatures(perturbed, mask[rows])
 
 def concatenate_sparse(first: SparseFeatures, second: SparseFeatures) -> SparseFeatures:
     "Features of two batches at one scale, as features of one batch."
@@ -288,10 +299,10 @@ class StepMetrics:
     pseudo_counts: torch.Tensor | None = None # (4*K,), see `pixel_counts`
     threshold: float | None = None # confidence threshold that moves
     expected: torch.Tensor | None = None # cost of the gates, as a share of the full grid's
-    realised: float | None = None # cost of the open gates, as a share of the full grid's
-    gate_threshold: float | None = None
+    realised: torch.Tensor | None = None # cost of open gates, as a share of the full grid's
+    gate_threshold: torch.Tensor | None = None
     gates: torch.Tensor | None = None # (edges,): mean over the images
-    peer_realised: float | None = None # realised cost of the second network
+    peer_realised: torch.Tensor | None = None # realised cost of the second network
 
 # %% ../../nbs/train/03_step.ipynb #c0fe5012
 def class_weights_of(data: TrainingData,
