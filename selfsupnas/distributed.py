@@ -218,16 +218,14 @@ def synchronise(model: nn.Module) -> nn.Module:
 # %% ../nbs/02_distributed.ipynb #ca5e0019
 @torch.no_grad()
 def all_reduce_gradients(parameters):
-    "Give each parameter the sum of its gradients over all processes."
+    "Give each parameter the sum of its gradients over all processes; 0 where none has one."
     if world().size == 1: return
     parameters = list(parameters)
-    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters])
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([x.flatten() for x in gradients] + [has_gradient.to(gradients[0])])
+    flat = torch.cat([x.flatten() for x in gradients])
     distributed.all_reduce(flat)
-    *sums, has_gradient = flat.split([x.numel() for x in gradients] + [len(gradients)])
-    for p, gradient, total, ranks in zip(parameters, gradients, sums, has_gradient.tolist()):
-        p.grad = gradient.copy_(total.view(gradient.shape)) if ranks else None
+    for p, gradient, total in zip(parameters, gradients, flat.split([p.numel() for p in parameters])):
+        p.grad = gradient.copy_(total.view(gradient.shape))
 
 def broadcast(state): # tensors, numbers, strings, and lists and dicts of them
     "The state of the first process, in every process, on the CPU."

@@ -592,6 +592,8 @@ class Scaled:
         self.scaler.unscale_(self.inner)
         return nn.utils.clip_grad_norm_(parameters, clip)
     def step(self): self.scaler.step(self.inner), self.scaler.update()
+    @property
+    def state(self): return self.inner.state
     def zero_grad(self, set_to_none=True): self.inner.zero_grad(set_to_none=set_to_none)
 
 
@@ -600,6 +602,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     from selfsupnas.train.log import RunLog, log_line
     from selfsupnas.tasks.teacher import AdaptiveThreshold, EMATeacher
     from selfsupnas.train.loop import TrainingState, forward_state, take_step
+    from selfsupnas.train.update import OUTCOMES
     torch.manual_seed(0)
     multitask = MultiTaskModel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     accelerator = Scaled(multitask)
@@ -613,13 +616,13 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     for step, factor in enumerate([1., float("inf"), float("nan"), 1., float("inf"), float("inf"), float("inf"), 1.]):
         old, scale, before = state(), accelerator.scaler.get_scale(), forward_state(run)
         loss = multitask.model(torch.rand(2, 3, 4, 4)).square().sum()
-        run.threshold.value += .01
-        bad = take_step(loss, run, step, lambda name: True, before)
+        run.threshold.value = run.threshold.value + .01
+        outcome = take_step(loss, run, step, lambda name: True, before)
         finite = factor == 1
-        assert bad is None and same(old, state()) != finite and (accelerator.scaler.get_scale() < scale) != finite
+        assert OUTCOMES[outcome] == (None if finite else "overflow") and same(old, state()) != finite and (accelerator.scaler.get_scale() < scale) != finite
         assert run.threshold.value == pytest.approx(before.threshold["value"] + .01 * finite)
         assert all(p.grad is None for p in multitask.parameters())
-        if row := run.log.add(step, Losses(sup=loss), StepMetrics(), LossWeights(sup=1.), .1): rows.append(row)
+        if row := run.log.add(step, Losses(sup=loss), StepMetrics(), LossWeights(sup=1.), .1, outcome): rows.append(row)
     assert run.log.overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in log_line(rows[-1])
     other = RunLog(run.log.config)
     other.load_state_dict(run.log.state_dict())
@@ -628,8 +631,8 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
     assert other.overflows == 0
     factor, found = float("inf"), []
     for step in range(6): # the scale falls to 2, then 1; below, an overflow is a fault of the gradient
-        found.append(take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), run, step, lambda name: True, forward_state(run)))
-    assert found[-1] == "the gradient" and None in found and run.log.overflows == 5 + found.count(None)
+        found.append(OUTCOMES[take_step(multitask.model(torch.rand(2, 3, 4, 4)).sum(), run, step, lambda name: True, forward_state(run))])
+    assert found[-1] == "the gradient" and found[0] == "overflow" and set(found) == {"overflow", "the gradient"}
 
 
 def test_a_run_without_a_scale_logs_no_overflows(folder):

@@ -1,5 +1,5 @@
 "Masked execution is grouped execution: logits, gradients and buffers agree; no value is read back; the forward pass is one graph."
-import copy, dataclasses
+import contextlib, copy, dataclasses
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from selfsupnas.stages.searching import BudgetLosses
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.batches import LabelledBatch, StepBatch, UnlabelledBatch
+from selfsupnas.train.log import RunLog
+from selfsupnas.train.loop import TrainingState, forward_state, make_moving_threshold, make_optimiser, take_step
 from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
 
 ROUNDING = 1e-9 # largest relative difference, in double precision
@@ -354,6 +356,59 @@ def test_nothing_is_copied_between_devices():
     net = on_meta(network(4, drop_path=.3)).train()
     with NoCopies(): step_on_meta(net)
     with pytest.raises(AssertionError, match="between"), NoCopies(): torch.ones(2).to("meta")
+
+
+class MetaAccelerator:
+    "What `take_step` needs of Accelerate's, in full precision."
+    scaler = None
+    def backward(self, loss): loss.backward()
+    def clip_grad_norm_(self, parameters, clip): return nn.utils.clip_grad_norm_(parameters, clip)
+
+
+def state_on_meta(config, net):
+    "The state of a search on the device without data; SGD, since fused AdamW does not know that device."
+    objective = objective_of(net, config, measure_costs(net.space, (64, 80)), "masked")
+    teacher, multitask = objective.teacher, objective.multitask.to("meta")
+    teacher.model.to("meta")
+    objective.threshold = make_moving_threshold(config, config.decay)
+    state = TrainingState(config, MetaAccelerator(), multitask, teacher, make_optimiser(multitask, config), RunLog(config), objective.threshold, objective)
+    state.log.execution = "masked"
+    return state
+
+
+def search_step(state, step, mode):
+    "One step as in `train`; the draws are copied to the device before."
+    weights, before = LossWeights(sup=1., strong=state.config.w_strong or None, jig=.5, semi=1., cost=1., binary=1.), forward_state(state)
+    losses, metrics = state.objective(step_batch(device="meta"), weights, torch.Generator().manual_seed(5), .6)
+    with mode:
+        outcome = take_step(losses.total(weights), state, step, lambda name: True, before)
+        assert state.log.add(step, losses, metrics, weights, .1, outcome) is None
+    return outcome
+
+
+STEPS = {**RUNS, "adaptive": dict(adaptive_threshold=True), "relative": dict(threshold_kind="relative"), "by class": dict(threshold_kind="class"), "position": dict(jigsaw_head="position"),
+         "averaged buffers": dict(ema_buffers="averaged")}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_reads_nothing_back(name, tmp_path):
+    "Forward, losses, backward, clipping, optimiser, averaging and log, three times."
+    config = SearchConfig(folder=str(tmp_path), optimiser="sgd", steps=20, logs=1, cost_ramp=(0., .5), ema_start=.1, **{"threshold": .1, **STEPS[name]})
+    state = state_on_meta(config, network(2))
+    for step in range(2): assert search_step(state, step, NoCopies()).device.type == "meta"
+    assert len(state.log.unread) == 2
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"): state.log.read()
+
+
+def test_a_wait_planted_in_the_update_is_found(tmp_path, monkeypatch):
+    from selfsupnas.train import loop
+    state = state_on_meta(SearchConfig(folder=str(tmp_path), optimiser="sgd", steps=20, logs=1), network(2))
+    plain = loop.zero_gradients
+    def planted(parameters):
+        zero = plain(parameters)
+        return zero if zero.any() else zero
+    monkeypatch.setattr(loop, "zero_gradients", planted)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"): search_step(state, 0, contextlib.nullcontext())
 
 
 # ---- one graph

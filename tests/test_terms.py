@@ -25,6 +25,7 @@ from selfsupnas.stages.configs import BudgetConfig, SearchConfig
 from selfsupnas.stages.searching import BudgetLosses, search
 from selfsupnas.space.supernet import build_supernet, gates_from_edges
 from selfsupnas.tasks.teacher import AdaptiveThreshold, ClassThreshold, EMATeacher, RelativeThreshold
+from selfsupnas.train.update import OUTCOMES
 from selfsupnas.train.loop import TrainResult, jigsaw_metrics, make_moving_threshold, make_optimiser, solve_jigsaws, teacher_student_views, train
 
 SMALL = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=3, batch_jigsaw=4, ramp=(0., 0.), logs=2, steps=4)
@@ -191,7 +192,7 @@ def test_a_teacher_starts_again_where_that_step_is_refused(config, monkeypatch):
     config, plain, seen = dataclasses.replace(config, ema_start=.5, bad_loss="skip"), training.take_step, []
     def poisoned(loss, state, *more):
         bad = plain(loss * (math.nan if len(seen) == 2 else 1), state, *more)
-        seen.append((bad, all(torch.equal(a, b) for a, b in zip(state.teacher.model.parameters(), state.multitask.parameters()))))
+        seen.append((OUTCOMES[bad], all(torch.equal(a, b) for a, b in zip(state.teacher.model.parameters(), state.multitask.parameters()))))
         return bad
     monkeypatch.setattr(training, "take_step", poisoned)
     data = load_training_data(config)
@@ -211,7 +212,7 @@ def test_averaged_statistics_come_back_after_a_step_that_is_not_finite(config, m
     def poisoned(loss, state, *more):
         kept = [b.clone() for b in state.multitask.buffers()], copy.deepcopy(state.threshold.state_dict()) if seen else None
         bad = plain(loss * (math.nan if len(seen) == 2 else 1), state, *more)
-        seen.append((bad, kept, [b.clone() for b in state.multitask.buffers()]))
+        seen.append((OUTCOMES[bad], kept, [b.clone() for b in state.multitask.buffers()]))
         return bad
     monkeypatch.setattr(training, "take_step", poisoned)
     data = load_training_data(config)

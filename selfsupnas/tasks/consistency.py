@@ -31,8 +31,8 @@ def check_consistency(student_logits: torch.Tensor, # (B, K, H, W)
     if valid.dtype != torch.bool or valid.shape != (shape[0], *shape[2:]):
         raise ValueError(f"valid must be bool ({shape[0]}, {shape[2]}, {shape[3]}), True on real "
                          f"pixels, got {valid.dtype} {tuple(valid.shape)}.")
-    if isinstance(threshold, torch.Tensor):
-        if threshold.shape != shape[1:2]:
+    if isinstance(threshold, torch.Tensor): # its values are not looked at: that would wait
+        if threshold.shape not in ((), shape[1:2]):
             raise ValueError(f"threshold must be a number, or one for each of {shape[1]} classes, "
                              f"got {tuple(threshold.shape)}.")
     elif not 0 <= threshold <= 1:

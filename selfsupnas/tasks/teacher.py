@@ -158,8 +158,8 @@ def over_threshold(confidence: torch.Tensor, # (B, H, W)
                    threshold, # a number, or one per class, (K,)
                   ) -> torch.Tensor:
     "Mask (B, H, W) of the pixels whose confidence reaches the threshold."
-    if isinstance(threshold, torch.Tensor): threshold = threshold[pseudo_label]
-    return confidence >= threshold
+    by_class = isinstance(threshold, torch.Tensor) and threshold.dim()
+    return confidence >= (threshold[pseudo_label] if by_class else threshold)
 
 def diagnostics_of(counts: torch.Tensor, # (4, K), from `pixel_counts`
                    ) -> dict:
@@ -185,32 +185,36 @@ class AdaptiveThreshold:
             raise ValueError(f"initial must be a confidence in [0, 1], got {initial}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
-        self.value, self.momentum = float(initial), momentum
+        self.momentum = momentum
+        self.value = torch.tensor(initial, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self,
                teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, before any mixing
                valid: torch.Tensor, # (B, H, W) bool, False on padding
                all_reduce_max=lambda x: x, # maximum over processes that share a batch
-               ) -> float:
+               ) -> torch.Tensor:
         """Move towards the mean, over the classes present, of the largest confidence in each;
-        returns the new threshold, for this step's losses."""
+        returns the new threshold, a float64 scalar, for this step's losses."""
         teacher_logits = logits_of(teacher_logits)
         confidence, pseudo_label = teacher_logits.float().softmax(1).max(1)
+        confidence = confidence.where(valid, 0)
         largest = confidence.new_zeros(teacher_logits.shape[1])
-        largest.scatter_reduce_(0, pseudo_label[valid], confidence[valid], "amax")
+        largest.scatter_reduce_(0, pseudo_label.flatten(), confidence.flatten(), "amax")
         largest = all_reduce_max(largest)
-        present = largest > 0  # a softmax's maximum is at least 1 / K
-        if present.any():
-            mean = largest[present].mean().item()
-            self.value = self.momentum * self.value + (1 - self.momentum) * mean
+        present = (largest > 0).sum()  # a softmax's maximum is at least 1 / K
+        mean = (largest.sum() / present.clamp(min=1)).double()
+        before = self.value.to(mean.device)
+        moved = self.momentum * before + (1 - self.momentum) * mean
+        self.value = torch.where(present > 0, moved, before)
         return self.value
 
     def state_dict(self): # -> dict for a checkpoint
         return {"value": self.value, "momentum": self.momentum}
 
     def load_state_dict(self, state): # state: dict from `state_dict`
-        self.value, self.momentum = state["value"], state["momentum"]
+        self.value = torch.as_tensor(state["value"], dtype=torch.float64)
+        self.momentum = state["momentum"]
 
 # %% ../../nbs/tasks/02_teacher.ipynb #cbbf6299
 class RelativeThreshold:
@@ -220,22 +224,26 @@ class RelativeThreshold:
                  share: float = 0.9, # of that mean, in [0, 1]
                  ):
         if not 0 <= share <= 1: raise ValueError(f"share must be in [0, 1], got {share}.")
-        self.share, self.value = share, share
+        self.share, self.value = share, torch.tensor(share, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self,
                logits: torch.Tensor, # (B, K, H, W) on labelled images
                labelled: torch.Tensor, # (B, H, W) bool, the labelled pixels
                all_reduce_sum=lambda x: x, # sum over processes that share a batch
-               ) -> float:
-        "Returns the new threshold, for this step's losses; unchanged without labelled pixels."
+               ) -> torch.Tensor:
+        """Returns the new threshold, a float64 scalar, for this step's losses; unchanged without
+        labelled pixels."""
         confidence = logits_of(logits).detach().float().softmax(1).amax(1)
         total, count = all_reduce_sum(torch.stack([(confidence * labelled).sum(), labelled.sum()]))
-        if count: self.value = self.share * (total / count).item()
+        found = self.share * (total / count.clamp(min=1)).double()
+        self.value = torch.where(count > 0, found, self.value.to(found.device))
         return self.value
 
     def state_dict(self): return {"share": self.share, "value": self.value}
-    def load_state_dict(self, state): self.share, self.value = state["share"], state["value"]
+    def load_state_dict(self, state):
+        self.share = state["share"]
+        self.value = torch.as_tensor(state["value"], dtype=torch.float64)
 
 # %% ../../nbs/tasks/02_teacher.ipynb #78cd6bcd
 class ClassThreshold:

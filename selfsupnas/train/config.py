@@ -215,6 +215,7 @@ class ConsistencyConfig:
 class MachineConfig:
     "Precision, memory, log and checkpoints."
     precision: Literal["no", "fp16", "bf16"] = "no" # fp16: on a GPU only
+    execution: Literal["auto", "grouped", "masked"] = "auto" # auto: grouped, on a GPU masked
     recompute: bool = False # compute cells again for the gradient: less memory, a third more time
     logs: PositiveInt = 20 # log rows and checkpoints of a run
     checkpoints: PositiveInt = 2 # newest checkpoints to keep, beside the best

@@ -297,7 +297,7 @@ class StepMetrics:
     pseudo_share: torch.Tensor | None = None # share of pixels over the confidence threshold
     pseudo_accuracy: torch.Tensor | None = None # of the pseudo-labels, by the hidden truth
     pseudo_counts: torch.Tensor | None = None # (4*K,), see `pixel_counts`
-    threshold: float | None = None # confidence threshold that moves
+    threshold: torch.Tensor | None = None # confidence threshold that moves; mean over classes
     expected: torch.Tensor | None = None # cost of the gates, as a share of the full grid's
     realised: torch.Tensor | None = None # cost of open gates, as a share of the full grid's
     gate_threshold: torch.Tensor | None = None
@@ -327,9 +327,10 @@ def supervised_term(logits: list, # (B,K,H,W) of one network, or of two that are
 def jigsaw_term(logits: torch.Tensor, # of a head, see selfsupnas.tasks.jigsaw
                 target: torch.Tensor, # (B,) int64, from `cut_and_shuffle`
                 permutations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Jigsaw loss (scalar) and the share of jigsaws that are solved."
+    """Jigsaw loss (scalar) and the share of jigsaws that are solved; of a head by place, without
+    the solver, which would wait for the device."""
     share = 1 / world().size
-    accuracy = jigsaw_accuracy(logits, target, permutations)[0]
+    accuracy = jigsaw_accuracy(logits, target, permutations, solve=False)[0]
     return jigsaw_loss(logits, target, permutations) * share, all_reduce_sum(accuracy * share)
 
 def consistency_term(views: UnlabelledViews,
@@ -476,4 +477,4 @@ class Objective:
         threshold = update_threshold(self.threshold, taught["strong"], views.batch.valid,
                                      outputs.logits["labelled"], labels)
         loss, metrics = consistency_term(views, student, taught, threshold)
-        return loss, replace(metrics, threshold=float(torch.as_tensor(threshold).mean()))
+        return loss, replace(metrics, threshold=torch.as_tensor(threshold).mean())
