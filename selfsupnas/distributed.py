@@ -224,7 +224,8 @@ def all_reduce_gradients(parameters):
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([x.flatten() for x in gradients])
     distributed.all_reduce(flat)
-    for p, gradient, total in zip(parameters, gradients, flat.split([p.numel() for p in parameters])):
+    sums = flat.split([p.numel() for p in parameters])
+    for p, gradient, total in zip(parameters, gradients, sums):
         p.grad = gradient.copy_(total.view(gradient.shape))
 
 def broadcast(state): # tensors, numbers, strings, and lists and dicts of them

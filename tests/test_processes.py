@@ -23,7 +23,7 @@ CASES = {"search": dict(), "adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adap
          "cells": CELLS,
          "alternating": dict(SHORT, update="alternating", class_weights="inverse_log"), "stopped": dict(SHORT),
          "clean": dict(SHORT, consistency="unimatch", statistics="clean", threshold_kind="class", cutout_p=.5, jigsaw_share=.5),
-         "masked": dict(execution="masked"), "masked cells": dict(CELLS, execution="masked"), "masked adamw": dict(SHORT, optimiser="adamw", lr=1e-3, execution="masked"),
+         "masked": dict(execution="masked"), "masked cells": dict(CELLS, execution="masked"), "masked adamw": dict(SHORT, optimiser="adamw", lr=1e-3, adaptive_threshold=True, execution="masked"),
          "separate": dict(SHORT, statistics="separate", threshold_kind="relative", threshold=.5, w_strong=1., ema_start=.3, ema_buffers="averaged")}
 
 

@@ -178,9 +178,7 @@ def take_step(loss: torch.Tensor, state: TrainingState, step: int,
         if not learns(name): parameter.grad = None
     norm = torch.isfinite(accelerator.clip_grad_norm_(multitask.parameters(), config.clip))
     refused, learning = ~(finite & norm), [p for p in multitask.parameters() if p.grad is not None]
-    stays = refused.expand(len(learning))
-    if state.log.execution == "masked" or world().size > 1: stays = stays | zero_gradients(learning)
-    step_unless(stays, state.optimiser, learning)
+    step_unless(refused | zero_gradients(learning), state.optimiser, learning)
     restore_forward(state, before, refused)
     start = round(config.ema_start * config.steps)
     averaged = step - start if step >= start else step # students in the teacher so far
