@@ -237,7 +237,7 @@ def search_metrics(config: SearchConfig, data, trained: TrainResult, table, deri
     counted = count_cost(derived, table.size)
     derived_cost = static_cost(table, derived.architecture.selected)
     realised = statistics.realised.mean().item() / table.full
-    metrics = {"cost": table.kind, "full_cost": table.full,
+    metrics = {"execution": trained.execution, "cost": table.kind, "full_cost": table.full,
                "budget_cost": config.budget * table.full, "derived_cost": derived_cost,
                "derived_gflops": counted.gflops, "derived_parameters": counted.parameters,
                "expected_share": statistics.expected.mean().item() / table.full,
