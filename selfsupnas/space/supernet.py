@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .cell import GatedCell, SparseFeatures, Up, sum_features
-from ..distributed import call_masked, use_masked_norms
+from .cell import GatedCell, SparseFeatures, Up, drop_factors, sum_features
+from ..distributed import (MaskedNorm, call_masked, update_running_statistics,
+                                    use_masked_norms)
 from .gate import gates_of, place_rows
 from .grid import STEP, STRIDES, Edge, SearchSpace
 from .operations import conv_norm, separable
@@ -99,16 +100,16 @@ def second_run(cell: nn.Module,
     finally:
         for gate, value in current: gate.threshold.copy_(value)
         for norm, (momentum, count) in zip(norms, settings):
-            norm.momentum = momentum
+            norm.momentum, norm.statistics = momentum, None
             norm.num_batches_tracked.copy_(count)
 
-def recompute_cell(cell: nn.Module, sparse: SparseFeatures, finer_size, draws=None) -> dict:
+def recompute_cell(cell: nn.Module, sparse: SparseFeatures, finer_size, drops=None) -> dict:
     """The cell's output, {kind of edge: SparseFeatures}; its activations are recomputed in the
     backward pass."""
     # The search may change the threshold before the backward pass.
     thresholds = [(gate, gate.threshold.clone()) for gate in gates_of(cell).values()]
     norms = tracking_norms(cell)
-    def run(features): return cell(SparseFeatures(features, sparse.mask), finer_size, draws)
+    def run(features): return cell(SparseFeatures(features, sparse.mask), finer_size, drops)
     return checkpoint(run, sparse.features, use_reentrant=False,
                       context_fn=lambda: (contextlib.nullcontext(),
                                           second_run(cell, norms, thresholds)))
@@ -121,21 +122,25 @@ def set_masked(model: nn.Module, masked: bool):
     if masked: use_masked_norms(model)
     for module in model.modules():
         if hasattr(module, "masked"): module.masked = masked
+    model.deferred = [m for m in model.modules() if isinstance(m, MaskedNorm)] if masked else []
+    for norm in (m for m in model.modules() if isinstance(m, MaskedNorm)): norm.deferred = masked
 
 def draw_drops(model: "RoutingNetwork",
                images: torch.Tensor) -> dict: # name of the cell -> (B,operations)
-    "Draws of drop path for every cell that drops."
+    "Factors of drop path for every cell that drops, see `drop_factors`."
     counts = {name: len(cell.operations) for name, cell in model.cells.items()
               if model.training and cell.drop_path}
     if not counts: return {}
     draws = torch.rand(len(images), sum(counts.values()), device=images.device)
-    return dict(zip(counts, draws.split(list(counts.values()), 1)))
+    return {name: drop_factors(part, model.cells[name].drop_path)
+            for name, part in zip(counts, draws.split(list(counts.values()), 1))}
 
 # %% ../../nbs/space/05_supernet.ipynb #2fbdc993
 class RoutingNetwork(nn.Module):
     """Stem, cells on the grid, decoder, classifier: images (B,3,H,W) -> logits (B,K,H,W), with H, W
     of 32 or more; other images raise ValueError."""
     masked = False # see `execution`
+    deferred = () # batch norms whose running statistics are updated after the pass
 
     def __init__(self, space: SearchSpace,
                  cells: dict, # (layer, scale) -> module, called as Cell is
@@ -165,7 +170,7 @@ class RoutingNetwork(nn.Module):
             raise ValueError(f"images must be (B,3,H,W) with H, W of {STRIDES[-1]} or more, not "
                              f"{tuple(images.shape)}")
         sizes = feature_sizes(images.shape[-2:])
-        by_scale, draws = {0: SparseFeatures(self.stem(images))}, draw_drops(self, images)
+        by_scale, drops = {0: SparseFeatures(self.stem(images))}, draw_drops(self, images)
         for layer in range(self.space.layers + 1):
             inputs = defaultdict(list) # of the next layer, by scale
             for scale, sparse in by_scale.items():
@@ -173,10 +178,11 @@ class RoutingNetwork(nn.Module):
                 recompute = self.recompute and self.training and STRIDES[scale] < STRIDES[-1]
                 if name not in self.cells: out = {"keep": sparse}
                 elif recompute:
-                    out = recompute_cell(self.cells[name], sparse, finer_size, draws.get(name))
-                else: out = self.cells[name](sparse, finer_size, draws.get(name))
+                    out = recompute_cell(self.cells[name], sparse, finer_size, drops.get(name))
+                else: out = self.cells[name](sparse, finer_size, drops.get(name))
                 for kind, output in out.items(): inputs[scale + STEP[kind]].append(output)
             by_scale = {scale: sum_features(inputs[scale]) for scale in sorted(inputs)}
+        update_running_statistics(self.deferred)
         return by_scale
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -187,7 +193,9 @@ class RoutingNetwork(nn.Module):
     def decode(self, by_scale: dict[int, SparseFeatures], # from `run_grid`
                size) -> list[torch.Tensor]: # (H,W) of the images
         "Fused features, finest first."
-        return self.decoder(by_scale, feature_sizes(size))
+        fused = self.decoder(by_scale, feature_sizes(size))
+        update_running_statistics(self.deferred)
+        return fused
 
     def classify(self, finest: torch.Tensor, # fused features at stride 4
                  size) -> torch.Tensor: # (H,W) of the images
