@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SparseFeatures', 'sum_features', 'scale_features', 'Up', 'Down', 'drop_factors', 'drop_images', 'Cell', 'GatedCell',
-           'run_masked', 'mask_candidates']
+           'run_masked', 'cell_masks', 'mask_candidates', 'select_names', 'count_openings']
 
 # %% ../../nbs/space/04_cell.ipynb #59eb99f6
 import functools
@@ -89,6 +89,8 @@ def drop_images(features: torch.Tensor, # (B,C,h,w)
 # %% ../../nbs/space/04_cell.ipynb #afbe21a4
 class Cell(nn.Module):
     "Operations, ReLU, edges: SparseFeatures -> {kind of edge: SparseFeatures}. No gate."
+    compiled = None # `compute`, or `run_masked`, as compiled by selfsupnas.space.compiled
+
     def __init__(self, channels: int, # of the input, (B,channels,h,w)
                  operations: tuple, # names of the operations, summed; () = the input itself
                  kinds: tuple, # of its edges: some of keep, up, down
@@ -128,6 +130,9 @@ class Cell(nn.Module):
 
     def forward(self, sparse: SparseFeatures, finer_size=None, # (H,W) of the next finer scale
                 drops=None) -> dict[str, SparseFeatures]: # (B,operations), see `drop_factors`
+        return (self.compiled or Cell.compute)(self, sparse, finer_size, drops)
+
+    def compute(self, sparse, finer_size, drops):
         output = self.apply_operations(sparse.features, drops)
         return {kind: SparseFeatures(self.edge_output(kind, output, finer_size,
                                                       self.weights.get(kind, 1)))
@@ -139,6 +144,8 @@ class GatedCell(Cell):
     what is closed is not computed."""
     synchronised = False # batch shared with other processes, see selfsupnas.distributed.synchronise
     masked = False # masked execution, see `run_masked`
+    skipped = None # names of edges and candidates that are not computed; None: not specialised
+    openings = None # of the last pass: images by edge and candidate whose gate is open
 
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate has a value for each candidate, too
@@ -175,7 +182,7 @@ class GatedCell(Cell):
                 drops=None) -> dict[str, SparseFeatures]:
         gates = self.gate(*sparse) # (B, edges and perhaps operations)
         edges, candidates = gates.split([len(self.kinds), gates.shape[1] - len(self.kinds)], 1)
-        run = run_masked if self.masked else GatedCell.run_grouped
+        run = (self.compiled or run_masked) if self.masked else GatedCell.run_grouped
         return run(self, sparse, edges, candidates, finer_size, drops)
 
     def run_grouped(self, sparse, edges, candidates, finer_size, drops):
@@ -204,15 +211,22 @@ class GatedCell(Cell):
 def run_masked(cell: GatedCell, sparse: SparseFeatures,
                edges, candidates, # gates (B,edges), (B,operations)
                finer_size, drops) -> dict[str, SparseFeatures]: # see GatedCell
-    "Compute all images; masks decide what counts, and a shut gate is 0 without gradient."
-    features, mask = sparse
+    """Compute all images; masks decide what counts, and a shut gate is 0 without gradient. What is
+    skipped is taken as shut."""
+    (features, mask), training = sparse, cell.training
+    skipped = cell.skipped or () if training else ()
+    kinds = [kind for kind in cell.kinds if kind not in skipped]
     is_open = edges.detach() > CLOSED
+    if training and cell.skipped is not None: count_openings(cell, is_open, candidates)
+    if skipped: is_open, edges = (select_names(part, cell.kinds, kinds)
+                                  for part in (is_open, edges))
     busy, outputs = is_open.any(1), {}
-    *masks, busy_mask = image_masks(torch.cat([is_open, busy[:, None]], 1), features.dtype)
+    *masks, busy_mask = cell_masks(torch.cat([is_open, busy[:, None]], 1), features, training)
     gates = F.threshold(edges, CLOSED, 0.).to(features.dtype).unbind(1)
-    result = (mask_candidates(cell, features, candidates, busy_mask, drops)
-              if cell.search_operations else cell.apply_operations(features, drops, busy_mask))
-    for kind, images, image_mask, gate in zip(cell.kinds, is_open.unbind(1), masks, gates):
+    if kinds: result = (mask_candidates(cell, features, candidates, busy, skipped, drops)
+                        if cell.search_operations else
+                        cell.apply_operations(features, drops, busy_mask))
+    for kind, images, image_mask, gate in zip(kinds, is_open.unbind(1), masks, gates):
         output = cell.edge_output(kind, result, finer_size, gate, image_mask)
         outputs[kind] = SparseFeatures(output, images)
     passing = ~busy if mask is None else mask ^ busy # only images that are present are busy
@@ -221,16 +235,40 @@ def run_masked(cell: GatedCell, sparse: SparseFeatures,
                        else unchanged)
     return outputs
 
+def cell_masks(images: torch.Tensor, # (B,n) bool: n masks
+               features: torch.Tensor, training: bool) -> list:
+    "`image_masks`, where batch norm needs them: in training, and if images may overflow."
+    if training or features.dtype == torch.float16: return image_masks(images, features.dtype)
+    return [None] * images.shape[1]
+
+# %% ../../nbs/space/04_cell.ipynb #f779ace4
 def mask_candidates(cell: GatedCell, features, # (B,C,h,w)
                     gates, # (B,operations)
-                    busy, # ImageMask of the images that have an open edge
+                    busy, # (B,) bool: has an open edge
+                    skipped, # candidates that are not computed
                     drops): # (B,operations) or None
     "`apply_candidates` of masked execution."
-    is_open = (gates.detach() > CLOSED) & busy.images.flatten(1)
+    names = [name for name in cell.operations if name not in skipped]
+    if len(names) < len(cell.operations): gates = select_names(gates, list(cell.operations), names)
+    is_open = (gates.detach() > CLOSED) & busy[:, None]
     gates = torch.where(is_open, gates, 0).to(features.dtype)
     results = [zero_rows(features, ~is_open.any(1))]
-    masks = image_masks(is_open, features.dtype)
-    for name, images, gate in zip(cell.operations, masks, gates.unbind(1)):
+    masks = cell_masks(is_open, features, cell.training)
+    for name, images, gate in zip(names, masks, gates.unbind(1)):
         result = cell.apply_operation(name, features, drops, images)
         results.append(scale_features(result, gate))
     return F.relu(sum(results[1:], results[0]))
+
+def select_names(columns: torch.Tensor, # (B,n), one for each name
+                 names, selected) -> torch.Tensor:
+    "The columns of the selected names."
+    if not selected: return columns[:, :0]
+    return torch.stack([columns[:, i] for i, name in enumerate(names) if name in selected], 1)
+
+def count_openings(cell: GatedCell, is_open, # (B,edges) bool
+                   candidates): # gates (B,operations)
+    "Count the open gates of a pass, on the device; a candidate counts where an edge is open."
+    if cell.search_operations:
+        runs = (candidates.detach() > CLOSED) & is_open.any(1, keepdim=True)
+        is_open = torch.cat([is_open, runs], 1)
+    cell.openings = is_open.sum(0)

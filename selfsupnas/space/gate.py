@@ -72,6 +72,7 @@ class Gate(nn.Module):
     the leak and the factor are ours."""
     synchronised = False # batch shared with other processes, see selfsupnas.distributed.synchronise
     masked = False # masked execution, see selfsupnas.space.cell
+    compiled = None # `compute` as compiled by selfsupnas.space.compiled, for masked execution
 
     def __init__(self, channels: int, # of the cell's input
                  edges: int, # outgoing edges, 1 to 3
@@ -89,6 +90,9 @@ class Gate(nn.Module):
                 mask: torch.Tensor | None = None, # (B,) bool: present; None = all
                ) -> torch.Tensor:
         "Gates (B,edges); exactly 0 for absent images."
+        return (self.masked and self.compiled or Gate.compute)(self, x, mask)
+
+    def compute(self, x, mask):
         one_pixel = self.training and max(x.shape[-2:]) <= self.shrink
         if one_pixel and self.masked and mask is not None: hidden = reduce_pixels(self, x, mask)
         else:
