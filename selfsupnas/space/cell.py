@@ -32,7 +32,8 @@ def sum_features(inputs: list[SparseFeatures]) -> SparseFeatures:
     if all(len(s.features) == len(s.mask) for s in inputs if s.mask is not None):
         features = sum((s.features for s in inputs[1:]), inputs[0].features)
         known = len(masks) < len(inputs) # an input has all images
-        return SparseFeatures(features, None if known else functools.reduce(torch.bitwise_or, masks))
+        mask = None if known else functools.reduce(torch.bitwise_or, masks)
+        return SparseFeatures(features, mask)
     masks = [torch.ones_like(masks[0]) if s.mask is None else s.mask for s in inputs]
     union = torch.stack(masks).any(0)
     features = index_add_rows([(s.features, mask[union]) for s, mask in zip(inputs, masks)])

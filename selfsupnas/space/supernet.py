@@ -282,7 +282,8 @@ class RoutingNetwork(nn.Module):
         return self.classify(self.encode(images)[0], images.shape[-2:])
 
     def respecialise(self) -> "Specialisation":
-        "Choose anew what specialised execution leaves out, see `choose_skipped`; for each log line."
+        """End a window of specialised execution: choose anew what is left out. Reads the counters,
+        once; for each log line."""
         if self.window is None: raise ValueError("execution is not 'specialised'")
         return choose_skipped(self)
 
