@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['World', 'local_device', 'world', 'all_reduce_sum', 'all_reduce_max', 'local_weight', 'any_rank', 'all_gather_dict',
-           'all_gather', 'roll_across_ranks', 'combine_groups', 'MaskedNorm', 'use_masked_norms', 'call_masked',
-           'any_sample', 'synchronise', 'all_reduce_gradients', 'broadcast']
+           'all_gather', 'roll_across_ranks', 'combine_groups', 'ImageMask', 'image_masks', 'channel_statistics',
+           'MaskedNorm', 'update_running_statistics', 'use_masked_norms', 'call_masked', 'any_sample', 'synchronise',
+           'all_reduce_gradients', 'broadcast']
 
 # %% ../nbs/02_distributed.ipynb #ca5e0003
 import io, os
@@ -110,70 +111,123 @@ def combine_groups(means: torch.Tensor, variances: torch.Tensor, # (n,C)
     differences = means - mean
     return mean, (shares * torch.addcmul(variances, differences, differences)).sum(0), count
 
+class ImageMask(NamedTuple):
+    "The images of a batch that count, on the device, as batch norm needs them."
+    images: torch.Tensor # (B,1,1,1) bool
+    shares: torch.Tensor # (B,1,1,1): 1 / count for the images that count, 0 for the others
+    stretch: torch.Tensor # (B,1,1,1): square root of B / count for these, 0 for the others
+    count: torch.Tensor # (): number of images that count
+
+def image_masks(images: torch.Tensor, # (B,n) bool: n masks
+                dtype=torch.float32) -> list: # of the features
+    "The n columns as `ImageMask`s, by a few operations for all of them."
+    counts = images.sum(0, dtype=torch.promote_types(dtype, torch.float32))
+    shares = (images / counts.clamp(min=1)).t().reshape(images.shape[1], -1, 1, 1, 1)
+    images = images.t().reshape(shares.shape)
+    parts = images, shares, (shares * images.shape[1]).sqrt(), counts
+    return [ImageMask(*columns) for columns in zip(*(part.unbind(0) for part in parts))]
+
+def channel_statistics(x: torch.Tensor) -> tuple: # (B,C,H,W) float or double; B may be 0
+    "Mean (C,) and variance (C,)."
+    if not len(x): return (zeros := x.sum((0, 2, 3))), zeros
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.batch_norm_update_stats(x, None, None, 0.) # var_mean takes ten times as long
+    return torch.var_mean(x, (0, 2, 3), correction=0)[::-1]
+
+# %% ../nbs/02_distributed.ipynb #bb71f277
 class _Normalise(torch.autograd.Function):
-    """Batch norm of (B,C,H,W) by the statistics of the counted images: the result, and mean (C,),
-    variance (C,) and number of values (1,)."""
+    """Batch norm of (B,C,H,W) by the statistics of the counted images: the result for all images,
+    and mean (C,), variance (C,) and number of values or, in a world of one, of images."""
     @staticmethod
     def forward(ctx, x, weight, bias, mask, eps, synchronised):
+        ctx.set_materialize_grads(False)
         values = x if x.dtype == torch.float64 else x.float() # half precision rounds sums
-        if len(x): variances, means = torch.var_mean(values, (2, 3), correction=0) # (B,C)
-        else: variances = means = values.sum((2, 3)) # (0,C)
-        counted = means.new_ones(len(x), 1) if mask is None else mask[:, None].to(means.dtype)
-        statistics = combine_groups(means, variances, counted * (x.shape[2] * x.shape[3]))
+        if mask is not None:
+            mean = (values.mean((2, 3), keepdim=True) * mask.shares).sum(0, keepdim=True)
+            # In the whole batch, these values have the variance of the images that count.
+            values = torch.lerp(mean, values, mask.stretch)
+        of_all, variance = channel_statistics(values)
+        if mask is None: mean, count = of_all, of_all.new_full((), float(len(x)))
+        else: mean, count = mean.view(-1), mask.count
+        pixels = x.shape[2] * x.shape[3]
+        shares, ctx.share = mask and mask.shares, 1 / pixels
         if synchronised:
-            parts = all_gather(torch.cat(statistics))
-            statistics = combine_groups(*parts.split([means.shape[1], means.shape[1], 1], 1))
-        mean, variance, count = statistics
-        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0., eps)[0]
-        ctx.save_for_backward(x, weight, mean, variance, counted / count.clamp(min=1))
+            parts = all_gather(torch.cat([mean, variance, count.reshape(1) * pixels]))
+            mean, variance, count = combine_groups(*parts.split([len(mean), len(mean), 1], 1))
+            shares, ctx.share = count.clamp(min=1).reciprocal(), 1.
+            if mask is not None: shares = mask.images * shares
+        if weight is None: weight = torch.ones_like(mean)
+        ctx.save_for_backward(x, weight, mean, variance, shares)
         ctx.eps, ctx.synchronised = eps, synchronised
         ctx.mark_non_differentiable(mean, variance, count)
-        return out, mean, variance, count
+        return (torch.native_batch_norm(x, weight, bias, mean, variance, False, 0., eps)[0],
+                mean, variance, count)
 
     @staticmethod
     def backward(ctx, gradient, *_):
+        if gradient is None: return (None,) * 6
         x, weight, mean, variance, shares = ctx.saved_tensors
-        # For constant statistics; the gradients of weight and bias give that of the statistics.
-        if len(x): of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
-        # torch divides by zero for an empty batch, and the process ends
-        else: of_x, of_weight, of_bias = gradient, torch.zeros_like(mean), torch.zeros_like(mean)
-        of_scale, of_shift = of_weight, of_bias
-        if ctx.synchronised:
-            of_scale, of_shift = all_reduce_sum(torch.stack([of_weight, of_bias]))
-        inverse = (variance + ctx.eps).rsqrt()
-        scale = inverse if weight is None else weight * inverse
-        slope = scale * inverse * of_scale
-        offset = torch.addcmul(scale * of_shift, slope, mean, value=-1)
-        slope, offset = ((shares * part)[:, :, None, None] for part in (slope, offset))
-        of_x = (of_x - torch.addcmul(offset, slope, x)).to(x.dtype)
-        if weight is None: of_weight = of_bias = None
+        def of_constant_statistics(gradient, outputs): # of x, weight, bias
+            # torch divides by zero for an empty batch, and the process ends
+            if not len(x): return gradient, torch.zeros_like(mean), torch.zeros_like(mean)
+            return torch.ops.aten.native_batch_norm_backward(
+                gradient, x, weight, mean, variance, None, None, False, ctx.eps, outputs)
+        _, of_weight, of_bias = of_constant_statistics(gradient, [False, True, True])
+        total = of_weight, of_bias
+        if ctx.synchronised: total = all_reduce_sum(torch.stack(total)).unbind(0)
+        if len(x): # the gradients of weight and bias give that of the statistics
+            part = torch.native_batch_norm(x, *total, mean, variance, False, 0., ctx.eps)[0]
+            gradient = torch.addcmul(gradient, part, shares, value=-ctx.share).to(x.dtype)
+        of_x = of_constant_statistics(gradient, [True, False, False])[0]
+        if not ctx.needs_input_grad[1]: of_weight = None
+        if not ctx.needs_input_grad[2]: of_bias = None
         return of_x, of_weight, of_bias, None, None, None
 
 # %% ../nbs/02_distributed.ipynb #ca5e0114
 class MaskedNorm(nn.BatchNorm2d):
     """Batch norm of (B,C,H,W) over the images of a mask, and over all processes where they share a
     batch; there may be no image."""
-    mask = None # (B,) bool on the device: the images that count; None = all. See `call_masked`
+    mask = None # ImageMask; None = all images. See `call_masked`
     synchronised = False # see `synchronise`
+    deferred = False # the running statistics are updated later, by `update_running_statistics`
+    statistics = None # of the last batch, until the update: mean, variance, count, its factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask is not None: x = torch.where(self.mask[:, None, None, None], x, 0)
         of_batch = self.training or self.running_mean is None
-        if not of_batch or (self.mask is None and not self.synchronised): return super().forward(x)
+        # In this precision an image that does not count may overflow.
+        if self.mask is not None and x.dtype == torch.float16:
+            x = torch.where(self.mask.images, x, 0)
+        synchronised = self.synchronised and self.training
+        if not of_batch or not (synchronised or self.mask): return super().forward(x)
         out, *statistics = _Normalise.apply(x, self.weight, self.bias, self.mask, self.eps,
-                                            self.synchronised and self.training)
-        if self.training and self.track_running_stats: self.update_statistics(*statistics)
+                                            synchronised)
+        if self.training and self.track_running_stats:
+            self.statistics = *statistics, 1 if synchronised else x.shape[2] * x.shape[3]
+            if not self.deferred: update_running_statistics([self])
         return out
 
-    @torch.no_grad()
-    def update_statistics(self, mean, variance, count): # of one batch: (C,), (C,), (1,)
-        "Update the running statistics, as torch does; without values they stay as they are."
-        self.num_batches_tracked.add_((count > 0)[0])
-        momentum = count.clamp(max=1) * (1 if self.momentum is None else self.momentum)
-        if self.momentum is None: momentum /= self.num_batches_tracked.clamp(min=1)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
+# %% ../nbs/02_distributed.ipynb #f496828b
+@torch.no_grad()
+def update_running_statistics(norms: list): # of MaskedNorm
+    """Update the running statistics of all norms that have seen a batch, as torch does; those
+    without values stay as they are."""
+    norms = [norm for norm in norms if norm.statistics is not None]
+    if not norms: return
+    means, variances, counts, factors = zip(*(norm.statistics for norm in norms))
+    for norm in norms: norm.statistics = None
+    counts = torch.stack([count.reshape(()) for count in counts])
+    present = counts > 0
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], present.unbind())
+    values = torch._foreach_mul(counts.unbind(), list(map(float, factors)))
+    divisors = torch._foreach_clamp_min(torch._foreach_sub(values, 1.), 1.)
+    variances = torch._foreach_mul(variances, torch._foreach_div(values, divisors))
+    momenta = torch._foreach_mul(present.to(counts.dtype).unbind(),
+                                 [1. if norm.momentum is None else norm.momentum
+                                  for norm in norms])
+    momenta = [momentum / norm.num_batches_tracked.clamp(min=1) if norm.momentum is None
+               else momentum for norm, momentum in zip(norms, momenta)]
+    torch._foreach_lerp_([norm.running_mean for norm in norms], means, momenta)
+    torch._foreach_lerp_([norm.running_var for norm in norms], variances, momenta)
 
 # %% ../nbs/02_distributed.ipynb #ca5e0115
 def use_masked_norms(model: nn.Module):
@@ -189,10 +243,12 @@ def use_masked_norms(model: nn.Module):
                             f"{type(module).__name__}")
 
 def call_masked(module: nn.Module,
-                mask: torch.Tensor | None, # (B,) bool on the device; None = all images
+                mask: torch.Tensor | ImageMask | None, # (B,) bool on the device; None = all images
                 *inputs):
     "module(*inputs); each `MaskedNorm` in it takes its statistics over the images of the mask."
     norms = [] if mask is None else [m for m in module.modules() if isinstance(m, MaskedNorm)]
+    if norms and isinstance(mask, torch.Tensor):
+        mask, = image_masks(mask[:, None], inputs[0].dtype)
     for norm in norms: norm.mask = mask
     try: return module(*inputs)
     finally:

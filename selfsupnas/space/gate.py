@@ -27,8 +27,7 @@ def gate_activation(logits: torch.Tensor, # any shape
     tanh's gradient."""
     # In half precision tanh is exactly 1 from 3.5 on, and such a gate would get no gradient.
     value = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    closed = torch.where(value > threshold, 0, value)
-    return torch.where(value > threshold, value, 0) + leak * (closed - closed.detach())
+    return torch.where(value > threshold, value, leak * (value - value.detach()))
 
 # %% ../../nbs/space/03_gate.ipynb #cell-10
 def select_rows(rows: torch.Tensor, # (n, ...), one row per image
@@ -49,9 +48,8 @@ def place_rows(rows: torch.Tensor, # (number of True, ...)
 def zero_rows(rows: torch.Tensor, # (B, ...)
               images: torch.Tensor | None, # (B,) bool on the device of the rows; None = all
              ) -> torch.Tensor:
-    "The rows of the images, and zeros, which pass no gradient, for all others."
-    if images is None: return rows
-    return torch.where(images.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+    "The rows of the images, and zeros, which pass no gradient, for all others; rows are finite."
+    return rows if images is None else rows * images.view(-1, *[1] * (rows.dim() - 1))
 
 def index_add_rows(parts: list, # of (rows (number of True, ...), images (n,) bool on the CPU)
                   ) -> torch.Tensor:
@@ -74,6 +72,7 @@ class Gate(nn.Module):
     the leak and the factor are ours."""
     synchronised = False # batch shared with other processes, see selfsupnas.distributed.synchronise
     masked = False # masked execution, see selfsupnas.space.cell
+    compiled = None # `compute` as compiled by selfsupnas.space.compiled, for masked execution
 
     def __init__(self, channels: int, # of the cell's input
                  edges: int, # outgoing edges, 1 to 3
@@ -91,6 +90,9 @@ class Gate(nn.Module):
                 mask: torch.Tensor | None = None, # (B,) bool: present; None = all
                ) -> torch.Tensor:
         "Gates (B,edges); exactly 0 for absent images."
+        return (self.masked and self.compiled or Gate.compute)(self, x, mask)
+
+    def compute(self, x, mask):
         one_pixel = self.training and max(x.shape[-2:]) <= self.shrink
         if one_pixel and self.masked and mask is not None: hidden = reduce_pixels(self, x, mask)
         else:

@@ -21,6 +21,7 @@ from ..train.checkpoint import (finished_run, load_weights, read_weights,
                                          remove_earlier_run, run_once, save_weights)
 from .configs import NetworkConfig, RetrainConfig
 from ..core import RunRecord, Timer, write_json
+from ..space.compiled import CompiledNetwork
 from ..space.cost import count_cost
 from ..metrics import class_counts, none_if_nan, metrics_or_none, miou_of
 from ..space.network import StaticNetwork, inherit
@@ -216,9 +217,13 @@ def retrain_or_load(config: RetrainConfig) -> RetrainResult:
     return retrain(dataclasses.replace(config, overwrite=config.overwrite and not same))
 
 # %% ../../nbs/stages/04_retraining.ipynb #95a2473b
-def load_network(folder) -> torch.nn.Module:
+def load_network(folder,
+                 compile: bool = False, # as a `CompiledNetwork` for prediction
+                 dtype: torch.dtype | None = None, # of its weights and features, such as bfloat16
+                ) -> torch.nn.Module:
     """The network of the retraining in `folder`, in evaluation mode; raises FileNotFoundError that
-    names a missing file."""
+    names a missing file, ValueError for a `dtype` without `compile`."""
+    if dtype and not compile: raise ValueError("dtype is for compile=True")
     folder = Path(folder)
     path, weights = folder/"retrain-record.json", folder/"network.safetensors"
     record = RunRecord.load(path, needs=("architecture",)) if path.exists() else None
@@ -230,4 +235,5 @@ def load_network(folder) -> torch.nn.Module:
         network = static_network(load_architecture(file), file)
     if not weights.exists():
         raise FileNotFoundError(f"no weights at {weights}; `selfsupnas retrain` writes them")
-    return load_weights(network, weights)
+    network = load_weights(network, weights)
+    return CompiledNetwork(network, dtype) if compile else network
