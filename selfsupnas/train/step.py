@@ -116,7 +116,8 @@ def build_multitask_model(model: nn.Module, config: TrainingConfig) -> MultiTask
     only networks of the grid have. The head reads the coarsest scale at most."""
     if not isinstance(model, RoutingNetwork):
         unsupported = [name for name, used in (
-            ("recompute=True", config.recompute), ("w_jig over 0", config.w_jig),
+            ("recompute=True", config.recompute), ("compile=True", config.compile),
+            ("w_jig over 0", config.w_jig),
             ("drop_path over 0", config.drop_path), (f"consistency={config.consistency!r}",
              config.w_semi and CONSISTENCY[config.consistency].perturbed)) if used]
         if unsupported:
