@@ -650,7 +650,7 @@ def evaluate_part(config: SpeedConfig, size: tuple = (512, 1024)) -> tuple[dict,
 
 class Operators(TorchDispatchMode):
     """`with Operators() as noted: step()` counts the calls of ATen operators and the bytes of the
-    tensors that they read and write, without views."""
+    tensors that they read and write, without views. A mask as an index also counts as `nonzero`."""
     def __init__(self):
         super().__init__()
         self.calls, self.views, self.bytes = Counter(), 0, 0
@@ -661,14 +661,16 @@ class Operators(TorchDispatchMode):
         if any(not alias.is_write for alias in aliases): self.views += 1
         else:
             self.calls[str(function)] += 1
+            if str(function).startswith("aten.index") and any(
+                    getattr(i, "dtype", None) is torch.bool for i in tree_leaves(args[1])):
+                self.calls["aten.nonzero.default"] += 1
             tensors = [t for t in tree_leaves((args, kwargs, result))
                        if isinstance(t, torch.Tensor)]
             self.bytes += sum(t.nbytes for t in tensors)
         return result
 
 def count_operators(step) -> Operators:
-    "What one step calls, after a first one that sets up the optimiser."
-    step()
+    "What one step calls; not the first one, which sets up the optimiser."
     with Operators() as noted: step()
     return noted
 
@@ -691,8 +693,8 @@ def calls_part(config: SpeedConfig, size: tuple = (64, 64)) -> tuple[dict, dict]
                  for execution in ("grouped", "masked")},
               **{f"retraining, {terms}": partial(retraining_step, terms, small, size, 2)
                  for terms in RETRAININGS}}
-    for name, make in makers.items():
-        noted = count_operators(make())
+    for name, step in runnable(makers, small, metrics).items():
+        noted = count_operators(step)
         metrics[f"{name}: calls"], metrics[f"{name}: views"] = noted.calls.total(), noted.views
     for name in ("grouped", "masked"):
         metrics[f"{name}: of plain"] = metrics[f"{name}: calls"] / metrics["plain: calls"]
@@ -925,8 +927,7 @@ def networks_part(config: SpeedConfig, shapes: tuple = SHAPES, # (images, H, W)
                 x = torch.randn(images, 3, *size).to(config.device, dtype,
                                                      memory_format=torch.channels_last)
                 where = f"{images}x{size[0]}x{size[1]}, {precision}"
-                makers = {f"{name}, {runtime}, {where}":
-                          partial(faster, partial(network, x))
+                makers = {f"{name}, {runtime}, {where}": partial(faster, partial(network, x))
                           for name, network in networks.items()
                           for runtime, faster in runtimes.items()}
                 seconds = in_turns(runnable(makers, config, metrics), quick)
