@@ -112,7 +112,7 @@ bench-speed: env ## speed and memory on a processor, as ratios, under 20 minutes
 bench-gpu: env ## speed and memory on one GPU, under 10 minutes; PARTS='networks' selects some; ARGS='--images 4' for a small one
 	@echo "== bench-gpu: into runs/speed-gpu"
 	status=0
-	timeout --signal=INT 595 python nbs/experiments/benchmarks.py $(PARTS) --device cuda --precision bf16 \
+	timeout --signal=INT --kill-after=10 590 python nbs/experiments/benchmarks.py $(PARTS) --device cuda --precision bf16 \
 	  --images 8 --size 768 768 --rounds 5 --folder runs/speed-gpu $(ARGS) || status=$$?
 	test $$status -ne 124 || echo "== bench-gpu: stopped after 10 minutes; the same command measures the parts that are left" >&2
 	exit $$status
