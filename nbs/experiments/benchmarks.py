@@ -512,7 +512,7 @@ RETRAININGS = {"labels": dict(w_jig=0., w_semi=0.), "three terms": {},
 
 def retraining_step(terms: str, config: SpeedConfig, size: tuple, # (H,W) of a view
                     images: int, # of each kind
-                    prepare=lambda network: network) -> TrainingStep: # before the first step
+                    prepare=lambda network: network) -> TrainingStep: # before its state is built
     "The step of a retraining of the derived network, from new weights, with some RETRAININGS."
     network = StaticNetwork(load(config.network).architecture.unweighted())
     c = RetrainConfig(batch_labelled=images, batch_unlabelled=images, batch_jigsaw=images,
@@ -524,15 +524,11 @@ def retraining_step(terms: str, config: SpeedConfig, size: tuple, # (H,W) of a v
 def training_part(config: SpeedConfig, size: tuple = (128, 160), # (H,W) of a view
                   images: int = 8) -> tuple[dict, dict]:
     """Milliseconds of a step of retraining the derived network as in `make camvid`, and the same in
-    matrix products, which can be compared between machines and versions; on a GPU also compiled."""
-    makers = {terms: partial(retraining_step, terms, config, size, images)
-              for terms in RETRAININGS}
-    if config.device != "cpu":
-        makers["labels, compiled"] = partial(retraining_step, "labels", config, size, images,
-                                             compile_network)
+    matrix products, which can be compared between versions."""
     product, product_flops = matrix_product(config)
-    metrics = {"size": size, "images": images}
-    times = in_turns({"yardstick": product, **runnable(makers, config, metrics)}, config)
+    steps = {terms: retraining_step(terms, config, size, images) for terms in RETRAININGS}
+    metrics, times = {"size": size, "images": images}, in_turns({"yardstick": product, **steps},
+                                                                config)
     metrics["yardstick_gflops"] = product_flops / median(times["yardstick"]) / 1e9
     for name in list(times)[1:]:
         metrics[f"{name}: ms"] = 1e3 * median(times[name])
@@ -794,20 +790,31 @@ def roofline_part(config: SpeedConfig, n: int = 8192, # of the matrix product
         if "plain" in times: metrics[f"{name}: plain times ours"] = ratio(times, "plain", name)
     return metrics, times
 
-def compiled_part(config: SpeedConfig) -> tuple[dict, dict]:
-    "The same step compiled by regions, relative to the textbook's and to eager masked execution."
+def compiled_part(config: SpeedConfig, executions: tuple = ("masked",), size: tuple = (128, 160),
+                  images: int = 8) -> tuple[dict, dict]: # size, images: of the retraining
+    """The same step, and one of retraining with labels, compiled by regions: relative to the
+    textbook's and to eager ones."""
     metrics = {}
-    def compiled(execution):
-        start = time.perf_counter()
-        step = make_step(compile_network(supernet_in(execution, config).to(config.device)), config)
-        step()
-        metrics[f"{execution}, compiled: seconds to compile"] = time.perf_counter() - start
-        return step
-    makers = {**labelled_steps(config), **{f"{execution}, compiled": partial(compiled, execution)
-                                           for execution in ("masked", "grouped")}}
+    def timed(name, make):
+        def made():
+            start = time.perf_counter()
+            step = make()
+            step()
+            metrics[f"{name}: seconds to compile"] = time.perf_counter() - start
+            return step
+        return name, made
+    def supernet_step(execution):
+        network = supernet_in(execution, config).to(config.device)
+        return make_step(compile_network(network), config)
+    retraining = partial(retraining_step, "labels", config, size, images)
+    makers = {**labelled_steps(config), "retraining": retraining, **dict(
+        [timed(f"{execution}, compiled", partial(supernet_step, execution))
+         for execution in executions]
+        + [timed("retraining, compiled", partial(retraining, compile_network))])}
     times = in_turns(runnable(makers, config, metrics), config)
     for name in times:
-        for other in ("plain", "masked"):
+        others = ("retraining",) if name.startswith("retraining") else ("plain", "masked")
+        for other in others:
             if other in times: metrics[f"{name}: {other} times ours"] = ratio(times, other, name)
     return metrics, times
 
@@ -1006,13 +1013,14 @@ def full_size_part(config: SpeedConfig, layers: int = 16, channels: int = 64,
 
 ON_PROCESSOR = {"step": step_part, "closed": closed_part, "calls": calls_part,
                 "training": training_part, "network": network_part, "terms": terms_part,
-                "memory": memory_part}
+                "memory": memory_part, "scaling": scaling_part, "derive": derive_part,
+                "evaluate": evaluate_part}
 ON_GPU = {"training": training_part, "roofline": roofline_part, "launches": launches_part,
           "shares": shares_part, "full-size": full_size_part, "networks": networks_part,
-          "input": input_part, "compiled": compiled_part,
-          "compiled-networks": compiled_networks_part} # what compiles is last
-BY_NAME = {"scaling": scaling_part, "derive": derive_part, "evaluate": evaluate_part}
-PARTS = ON_PROCESSOR | ON_GPU | BY_NAME
+          "input": input_part, "compiled": compiled_part, # what compiles is last
+          "compiled-networks": compiled_networks_part,
+          "compiled-grouped": partial(compiled_part, executions=("grouped",))}
+PARTS = ON_PROCESSOR | ON_GPU
 OF_SEARCHES = {"removal": time_terms, "loader": time_loader} # short searches, by SearchConfig
 
 def all_versions() -> dict:
