@@ -7,8 +7,8 @@ import pytest
 import torch
 from benchmarks import (OF_SEARCHES, ON_GPU, ON_PROCESSOR, PARTS, PARTS_OF_STEP, RETRAININGS, WAYS, Convolutions, Operators, Results, SpeedConfig, Spans, Watched, calls_part, closed_part,
                         compiled_networks_part, compiled_part, count_launches, count_waits, derive_part, evaluate_part, fitted_line, full_size_part, in_turns, input_part,
-                        largest_batches, launches_part, main, make_step, matrix_product, memory_part, network_part, networks_part, peak_alone, plain_supernet, profiled, ratio,
-                        retraining_step, roofline_part, run_parts, runnable, scaling_part, shares_part, step_in_way, step_part, supernet_in, terms_part, training_part)
+                        labelled_step, largest_batches, launches_part, main, make_step, matrix_product, memory_part, network_part, networks_part, peak_alone, plain_supernet, profiled, ratio,
+                        retraining_step, roofline_part, run_parts, runnable, scaling_part, shares_part, step_in_way, step_part, terms_part, training_part)
 from conftest import ROOT
 from torch import nn
 
@@ -164,7 +164,7 @@ def test_values_that_are_read_back_are_waits():
 
 
 def test_masked_execution_waits_for_less_than_grouped(tmp_path):
-    grouped, masked = (count_waits(make_step(supernet_in(execution, TINY), TINY), "cpu") for execution in ("grouped", "masked"))
+    grouped, masked = (count_waits(labelled_step(execution, TINY), "cpu") for execution in ("grouped", "masked"))
     assert masked < 5 < grouped
 
 
@@ -243,12 +243,12 @@ def test_a_library_that_is_missing_leaves_one_network_out(monkeypatch):
 def test_compiled_steps_are_measured_or_skipped_with_a_reason(monkeypatch):
     tiny = dataclasses.replace(SMALL, layers=2, channels=4, size=(64, 64))
     monkeypatch.setattr(benchmarks, "compile_network", lambda network: network)
-    metrics, times = compiled_part(tiny, size=(64, 64), images=2)
+    metrics, times = compiled_part(tiny, size=(64, 64), images=2, n=64, copied=2**12)
     assert {"masked, compiled", "retraining, compiled"} <= set(times) and metrics["masked, compiled: plain times ours"] > 0
-    assert metrics["masked, compiled: seconds to compile"] > 0 and metrics["retraining, compiled: retraining times ours"] > 0
+    assert metrics["masked, compiled: seconds to compile"] > 0 and metrics["masked, compiled: times the roofline"] > 0 and metrics["retraining, compiled: retraining times ours"] > 0
     def missing(network): raise ImportError("no compiler")
     monkeypatch.setattr(benchmarks, "compile_network", missing)
-    metrics, times = compiled_part(tiny, ("grouped",), (64, 64), 2)
+    metrics, times = compiled_part(tiny, ("grouped",), (64, 64), 2, n=64, copied=2**12)
     assert {"grouped", "retraining"} <= set(times) and metrics["grouped, compiled: skipped"] == metrics["retraining, compiled: skipped"] == "ImportError: no compiler"
 
 

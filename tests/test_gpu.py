@@ -4,7 +4,7 @@ import copy, dataclasses, json
 import pytest
 import torch
 from accelerate import Accelerator, state
-from benchmarks import (ON_GPU, SpeedConfig, closed_gates, compile_network, count_launches, count_waits, full_size_part, input_part, launches_part, make_step, networks_part, reduce_overhead,
+from benchmarks import (ON_GPU, SpeedConfig, closed_gates, compile_network, count_launches, count_waits, full_size_part, input_part, labelled_step, launches_part, networks_part, reduce_overhead,
                         roofline_part, run_parts, shares_part, supernet_in, training_part)
 
 from selfsupnas.train.batches import load_training_data, make_batches, present
@@ -169,7 +169,7 @@ def complete(metrics):
 
 
 def test_masked_steps_wait_less_than_grouped_ones():
-    grouped, masked = (make_step(supernet_in(execution, TINY), TINY) for execution in ("grouped", "masked"))
+    grouped, masked = (labelled_step(execution, TINY) for execution in ("grouped", "masked"))
     for step in (grouped, masked): step()
     assert count_waits(masked, "cuda") < 5 < count_waits(grouped, "cuda") and count_launches(masked, "cuda") > 100
 

@@ -244,6 +244,10 @@ def make_step(network: nn.Module, config: SpeedConfig, images: int | None = None
         return loss.detach()
     return step
 
+def labelled_step(execution: str, config: SpeedConfig):
+    "The step of a supernet in an execution."
+    return make_step(supernet_in(execution, config), config)
+
 def textbook_step(config: SpeedConfig, last: bool = False, **options): # of make_step
     "The step of the plain supernet in PyTorch's default layout, with PyTorch's default AdamW."
     def adamw(network): return torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -287,7 +291,7 @@ def step_part(config: SpeedConfig) -> tuple[dict, dict]:
     times = in_turns({"yardstick": product, "plain": textbook_step(config),
                       "plain, channels last": textbook_step(config, last=True),
                       "ours": make_step(ours, config),
-                      "masked": make_step(supernet_in("masked", config), config),
+                      "masked": labelled_step("masked", config),
                       "convolutions": replay(ours, config)}, config)
     # in matrix products: 3 passes, 2 operations per multiply-add
     per_step = 6 * macs / product_flops
@@ -674,8 +678,7 @@ def labelled_steps(config: SpeedConfig) -> dict:
     "Makers of the step on labelled images: the textbook's, and those of both executions."
     return {"plain": lambda: textbook_step(config),
             "plain, channels last": lambda: textbook_step(config, last=True),
-            **{execution: partial(lambda execution: make_step(supernet_in(execution, config),
-                                                              config), execution)
+            **{execution: partial(labelled_step, execution, config)
                for execution in ("grouped", "masked")}}
 
 def calls_part(config: SpeedConfig, size: tuple = (64, 64)) -> tuple[dict, dict]:
@@ -685,7 +688,7 @@ def calls_part(config: SpeedConfig, size: tuple = (64, 64)) -> tuple[dict, dict]
     def plain():
         return textbook_step(small, optimiser=lambda net: make_optimiser(net, SearchConfig()))
     makers = {"plain": plain,
-              **{execution: partial(lambda e: make_step(supernet_in(e, small), small), execution)
+              **{execution: partial(labelled_step, execution, small)
                  for execution in ("grouped", "masked")},
               **{f"retraining, {terms}": partial(retraining_step, terms, small, size, 2)
                  for terms in RETRAININGS}}
@@ -757,44 +760,55 @@ def large_copy(config: SpeedConfig, n: int = 2**28) -> tuple: # bytes of a tenso
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
 
-def roofline_part(config: SpeedConfig, n: int = 8192, # of the matrix product
-                  copied: int = 2**28) -> tuple[dict, dict]: # bytes
-    """The step on labelled images with all edges open relative to the textbook's and to its
-    roofline: the longer of the time of its multiply-adds (3 passes, 2 operations each) at the rate
-    of a matrix product in the same precision, and of its bytes at the rate of a large copy.
+def step_limits(config: SpeedConfig, n: int = 8192, # of the matrix product
+                copied: int = 2**28) -> tuple: # bytes
+    """Calls that measure the limits of the device, and a function of their times that gives the
+    roofline of the step on labelled images with all edges open.
 
-    The bytes of the roofline are what every implementation moves: each tensor that autograd saves,
-    weights, gradients and the optimiser's state, by `full_size.step_memory`, once written and once
-    read. `bytes of its operators` are those of the tensors that each eager operator of the
-    implementation reads and writes. In single precision the product has no TF32."""
+    The roofline is the longer of two times: the multiply-adds (3 passes, 2 operations each) at the
+    rate of a matrix product in the same precision, and the bytes at the rate of a large copy. The
+    bytes are what every implementation moves: each tensor that autograd saves, weights, gradients
+    and the optimiser's state, by `full_size.step_memory`, once written and once read. In single
+    precision the product has no TF32.
+    """
     (product, product_flops), (copy, copy_bytes) = matrix_product(config, n), large_copy(config,
                                                                                          copied)
     flops = 6 * config.images * count_cost(build_supernet(config.space), config.size).flops
     least = 2 * computed_bytes(config, config.images, recompute=False)
-    metrics = {}
-    steps = runnable(labelled_steps(config), config, metrics)
-    times = in_turns({"product": product, "copy": copy, **steps}, config)
-    rate = product_flops / median(times["product"])
-    bandwidth = copy_bytes / median(times["copy"])
-    bound = max(flops / rate, least / bandwidth)
-    metrics |= {"operations": flops, "bytes": least, "matrix_gflops": rate / 1e9,
-                "copy_gbytes": bandwidth / 1e9, "roofline: ms": 1e3 * bound,
+    def metrics(times):
+        rate = product_flops / median(times["product"])
+        bandwidth = copy_bytes / median(times["copy"])
+        return {"operations": flops, "bytes": least, "matrix_gflops": rate / 1e9,
+                "copy_gbytes": bandwidth / 1e9,
+                "roofline: ms": 1e3 * max(flops / rate, least / bandwidth),
                 "roofline: limited by": ("memory" if least / bandwidth > flops / rate
                                          else "arithmetic")}
+    return {"product": product, "copy": copy}, metrics
+
+def roofline_part(config: SpeedConfig, **limits) -> tuple[dict, dict]: # see `step_limits`
+    """The step in both executions relative to the textbook's and to its roofline. `bytes of its
+    operators` are those of the tensors that each operator of the implementation reads and
+    writes."""
+    (calls, roofline), skipped = step_limits(config, **limits), {}
+    steps = runnable(labelled_steps(config), config, skipped)
+    times = in_turns({**calls, **steps}, config)
+    metrics = {**roofline(times), **skipped}
     for name, step in steps.items():
-        seconds, moved = median(times[name]), count_operators(step).bytes
-        metrics |= {f"{name}: ms": 1e3 * seconds, f"{name}: times the roofline": seconds / bound,
-                    f"{name}: share of the matrix rate": flops / rate / seconds,
+        ms, moved = 1e3 * median(times[name]), count_operators(step).bytes
+        metrics |= {f"{name}: ms": ms, f"{name}: times the roofline": ms / metrics["roofline: ms"],
+                    f"{name}: share of the matrix rate":
+                    metrics["operations"] / metrics["matrix_gflops"] / 1e6 / ms,
                     f"{name}: bytes of its operators": moved,
-                    f"{name}: share of the bandwidth": moved / bandwidth / seconds}
+                    f"{name}: share of the bandwidth": moved / metrics["copy_gbytes"] / 1e6 / ms}
         if "plain" in times: metrics[f"{name}: plain times ours"] = ratio(times, "plain", name)
     return metrics, times
 
 def compiled_part(config: SpeedConfig, executions: tuple = ("masked",), size: tuple = (128, 160),
-                  images: int = 8) -> tuple[dict, dict]: # size, images: of the retraining
+                  images: int = 8, # size, images: of the retraining
+                  **limits) -> tuple[dict, dict]: # see `step_limits`
     """The same step, and one of retraining with labels, compiled by regions: relative to the
-    textbook's and to eager ones."""
-    metrics = {}
+    textbook's, to eager ones and to the roofline."""
+    (calls, roofline), metrics = step_limits(config, **limits), {}
     def timed(name, make):
         def made():
             start = time.perf_counter()
@@ -811,10 +825,14 @@ def compiled_part(config: SpeedConfig, executions: tuple = ("masked",), size: tu
         [timed(f"{execution}, compiled", partial(supernet_step, execution))
          for execution in executions]
         + [timed("retraining, compiled", partial(retraining, compile_network))])}
-    times = in_turns(runnable(makers, config, metrics), config)
-    for name in times:
-        others = ("retraining",) if name.startswith("retraining") else ("plain", "masked")
-        for other in others:
+    times = in_turns({**calls, **runnable(makers, config, metrics)}, config)
+    metrics |= roofline(times)
+    for name in list(times)[len(calls):]:
+        of_search = not name.startswith("retraining")
+        if of_search:
+            metrics[f"{name}: times the roofline"] = (1e3 * median(times[name])
+                                                      / metrics["roofline: ms"])
+        for other in ("plain", "masked") if of_search else ("retraining",):
             if other in times: metrics[f"{name}: {other} times ours"] = ratio(times, other, name)
     return metrics, times
 
