@@ -22,7 +22,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks imports docs hooks clean
+.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed bench-gpu terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks imports docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -103,10 +103,19 @@ bench-quick: env ## a small make camvid in about 30 minutes: 1 fraction, 1 seed,
 	@echo "== bench-quick: into runs/bench-quick"
 	snakemake -s nbs/experiments/compare.smk --cores $(WORKERS) --keep-going --configfile nbs/experiments/bench-quick.yaml --config $(ARGS)
 
-# Parts that have a record are skipped. The memory part needs Linux or a GPU.
-bench-speed: env ## ratios of speed and memory, under 10 minutes; PARTS='step closed' selects some; ARGS='--device cuda --precision bf16'
+# Parts that have a record are skipped. The memory part needs Linux.
+bench-speed: env ## speed and memory on a processor, as ratios, under 20 minutes; PARTS='step closed' selects some
 	@echo "== bench-speed: into runs/speed"
 	python nbs/experiments/benchmarks.py $(PARTS) $(ARGS)
+
+# Stopped after 10 minutes; parts that have a record are skipped, so that a second call measures what is left.
+bench-gpu: env ## speed and memory on one GPU, under 10 minutes; PARTS='networks' selects some; ARGS='--images 4' for a small one
+	@echo "== bench-gpu: into runs/speed-gpu"
+	status=0
+	timeout --signal=INT --kill-after=10 590 python nbs/experiments/benchmarks.py $(PARTS) --device cuda --precision bf16 \
+	  --images 8 --size 768 768 --rounds 5 --folder runs/speed-gpu $(ARGS) || status=$$?
+	test $$status -ne 124 || echo "== bench-gpu: stopped after 10 minutes; the same command measures the parts that are left" >&2
+	exit $$status
 
 terms: env ## time of a search step with all terms, and without each term
 	@echo "== terms: into runs/terms"

@@ -5,8 +5,10 @@ from pathlib import Path
 import benchmarks
 import pytest
 import torch
-from benchmarks import (OF_SEARCHES, PARTS, WAYS, Convolutions, Results, SpeedConfig, closed_part, derive_part, evaluate_part, fitted_line, in_turns, largest_batches, main,
-                        make_step, matrix_product, memory_part, network_part, peak_alone, plain_supernet, ratio, run_parts, scaling_part, step_in_way, step_part, terms_part)
+from benchmarks import (OF_SEARCHES, ON_GPU, ON_PROCESSOR, PARTS, PARTS_OF_STEP, RETRAININGS, WAYS, Convolutions, Operators, Results, SpeedConfig, Spans, Watched, calls_part, closed_part,
+                        compiled_networks_part, compiled_part, count_launches, count_waits, derive_part, evaluate_part, fitted_line, full_size_part, in_turns, input_part,
+                        labelled_step, largest_batches, launches_part, main, make_step, matrix_product, memory_part, network_part, networks_part, peak_alone, plain_supernet, profiled, ratio,
+                        retraining_step, roofline_part, run_parts, runnable, scaling_part, shares_part, step_in_way, step_part, terms_part, training_part)
 from conftest import ROOT
 from torch import nn
 
@@ -14,6 +16,7 @@ from selfsupnas.core import RunRecord
 from selfsupnas.space.supernet import build_supernet
 
 TINY = SpeedConfig(layers=3, channels=8, images=2, size=(64, 96), rounds=3, turn=.01, num_classes=11)
+SMALL = dataclasses.replace(TINY, network="streetscenes", rival="lraspp_mobilenet_v3_large", network_size=(128, 160), rounds=1)
 SEARCH = ["-p", "size", "(64, 80)", "-p", "layers", "3", "-p", "channels", "8", "-p", "batch_labelled", "4", "-p", "batch_unlabelled", "4", "-p", "batch_jigsaw", "4",
           "-p", "threshold", "0.5", "-p", "budget", "0.75", "-p", "steps", "2"]
 COMMITTED = sorted((ROOT/"nbs"/"experiments"/"records").glob("speed*/*/speed-record.json"))
@@ -67,12 +70,12 @@ def test_every_convolution_is_noted(pair):
     assert {id(w) for *_, w, _ in noted.all} == {id(m.weight) for m in pair[0].modules() if isinstance(m, nn.Conv2d)}
 
 
-def test_four_ways_to_take_a_step_have_one_loss():
+def test_all_ways_to_take_a_step_have_one_loss():
     losses = {}
     for name in WAYS:
         torch.manual_seed(0)
         losses[name] = step_in_way(name, TINY)()
-    assert len(losses) == 4 and all(torch.allclose(loss, losses["ours"], atol=1e-4) for loss in losses.values())
+    assert len(losses) == 5 and all(torch.allclose(loss, losses["ours"], atol=1e-4) for loss in losses.values())
 
 
 def test_results_of_operations_are_kept():
@@ -83,13 +86,14 @@ def test_results_of_operations_are_kept():
 def test_a_step_is_a_share_of_the_yardstick():
     metrics, times = step_part(TINY)
     assert metrics["ours: share of yardstick"] > 0 and metrics["ours: times ours"] == 1
-    assert set(times) == {"yardstick", "plain", "plain, channels last", "ours", "convolutions"} and metrics["multiply_adds"] > 0
+    assert set(times) == {"yardstick", "plain", "plain, channels last", "ours", "masked", "convolutions"} and metrics["multiply_adds"] > 0
 
 
 def test_closed_paths_leave_less_to_do():
     metrics, _ = closed_part(TINY)
     assert metrics["0: multiply-adds left"] == 1 > metrics["0.5: multiply-adds left"] > metrics["0.75: multiply-adds left"] > 0
     assert metrics["0.5: at most"] == 1 / metrics["0.5: multiply-adds left"] and metrics["0.5: times faster"] > 0
+    assert all(metrics[f"{kind}{p}: plain times ours"] > 0 for kind in ("", "masked ") for p in ("0", "0.5", "0.75"))
 
 
 def test_a_line_is_fitted():
@@ -126,15 +130,190 @@ def test_what_is_computed_again_is_not_kept():
 
 
 def test_the_discovered_network_and_its_rival():
-    small = dataclasses.replace(TINY, network="streetscenes", rival="lraspp_mobilenet_v3_large", network_size=(128, 160))
-    metrics, times = network_part(small, ("torch",))
+    metrics, times = network_part(SMALL, ("folded", "torch"))
     assert metrics["multiply-adds, rival over ours"] == metrics["rival: multiply-adds"] / metrics["ours: multiply-adds"]
-    assert metrics["torch: times faster"] > 0 and set(times) == {"ours, torch", "rival, torch"} and not any("onnx" in name for name in metrics)
+    assert metrics["torch: times faster"] > 0 and set(times) == {f"{name}, {runtime}" for name in ("ours", "rival") for runtime in ("folded", "torch")} and not any("onnx" in name for name in metrics)
 
 
 def test_architectures_are_counted_as_fvcore_counts_them():
     assert derive_part(TINY, 3)[0]["of 3 counted as by fvcore"] == 3
     assert evaluate_part(TINY, (64, 96))[0]["textbook: times ours"] > 0
+
+
+# ---- operators, launches, waits
+
+def test_operators_are_counted_without_views():
+    x = torch.zeros(2, 3)
+    with Operators() as noted: x.t().add(1).mul_(2)
+    assert noted.calls == {"aten.add.Tensor": 1, "aten.mul_.Tensor": 1} and noted.views == 1
+    assert noted.bytes == 2 * 2 * x.nbytes, "each reads and writes six numbers"
+
+
+def test_operators_of_the_backward_pass_are_counted_too():
+    x = torch.ones(3, requires_grad=True)
+    with Operators() as noted: x.exp().sum().backward()
+    assert noted.calls["aten.exp.default"] == noted.calls["aten.mul.Tensor"] == 1
+
+
+def test_values_that_are_read_back_are_waits():
+    x = torch.ones(3)
+    assert count_waits(lambda: x * 2, "cpu") == 0
+    assert count_waits(lambda: (x.sum().item(), x[x > 0], bool(x.any())), "cpu") == 3
+    assert count_launches(lambda: (x * 2).exp().view(1, 3), "cpu") == 2
+    assert profiled(lambda: x * 2, "cpu")["aten::mul"] == 1
+
+
+def test_masked_execution_waits_for_less_than_grouped(tmp_path):
+    grouped, masked = (count_waits(labelled_step(execution, TINY), "cpu") for execution in ("grouped", "masked"))
+    assert masked < 5 < grouped
+
+
+def test_calls_of_a_step():
+    metrics, _ = calls_part(SMALL)
+    assert metrics["grouped: of plain"] == metrics["grouped: calls"] / metrics["plain: calls"]
+    assert metrics["retraining, labels: calls"] < metrics["retraining, three terms: calls"] < metrics["retraining, four terms: calls"]
+
+
+def test_launches_of_a_gpu_are_counted_as_calls_here():
+    metrics, _ = launches_part(dataclasses.replace(SMALL, layers=2, channels=4), (64, 80), 2)
+    names = {"plain", "plain, channels last", "grouped", "masked", "search, grouped", "search, masked", *(f"retraining, {terms}" for terms in RETRAININGS)}
+    assert set(metrics) == {f"{name}: {kind}" for name in names for kind in ("launches", "waits")}
+    assert metrics["search, masked: waits"] < metrics["search, grouped: waits"]
+
+
+def test_a_profiler_without_launches_says_so(monkeypatch):
+    monkeypatch.setattr("benchmarks.profiled", lambda step, device: {"aten::mul": 3, "cudaLaunchKernel": 2, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 1})
+    assert count_launches(None, "cuda") == 3
+    monkeypatch.setattr("benchmarks.profiled", lambda step, device: {"aten::mul": 3})
+    with pytest.raises(RuntimeError, match="CUPTI"): count_launches(None, "cuda")
+
+
+# ---- the parts of a GPU, on the processor
+
+def test_spans_leave_out_what_is_inside_them(monkeypatch):
+    now = [0.]
+    monkeypatch.setattr("benchmarks.time.perf_counter", lambda: now[0])
+    spans = Spans("cpu")
+    def spend(seconds): now[0] += seconds
+    inner = Watched(spans, "inner", spend)
+    def outer_call():
+        spend(1.)
+        inner(10.)
+        spend(2.)
+    spans.mark("rest")
+    spend(100.)
+    Watched(spans, "outer", outer_call)()
+    assert spans.seconds() == {"rest": 100., "outer": 3., "inner": 10.} and spans.marks == []
+    assert Watched(spans, "list", [1]).append, "other attributes are those of the object"
+
+
+def test_shares_of_a_step_add_up():
+    metrics, times = shares_part(SMALL)
+    for execution in ("grouped", "masked"):
+        shares = {name: metrics[f"{execution}, {name}: share of the step"] for name in PARTS_OF_STEP}
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0, execution
+    assert times["masked, step"][0] == pytest.approx(sum(times[f"masked, {name}"][0] for name in PARTS_OF_STEP))
+
+
+def test_a_step_is_no_faster_than_its_roofline():
+    metrics, _ = roofline_part(SMALL, n=256, copied=2**20)
+    assert metrics["roofline: ms"] == pytest.approx(max(metrics["operations"] / metrics["matrix_gflops"], metrics["bytes"] / metrics["copy_gbytes"]) / 1e6)
+    for name in ("plain", "grouped", "masked"):
+        assert metrics[f"{name}: times the roofline"] == pytest.approx(metrics[f"{name}: ms"] / metrics["roofline: ms"])
+        assert metrics[f"{name}: bytes of its operators"] > metrics["bytes"] and 0 < metrics[f"{name}: share of the matrix rate"]
+
+
+def test_networks_by_batch_and_size():
+    metrics, times = networks_part(SMALL, ((1, 64, 80), (2, 64, 64)), ("fp32",), {"eager": lambda call: call, "broken": lambda call: call.missing})
+    assert "ours, eager, 2x64x64, fp32" in times and not any("broken" in name for name in times)
+    assert metrics["ours, broken, 1x64x80, fp32: skipped"].startswith("AttributeError")
+    assert metrics["rival, eager, 1x64x80, fp32: times ours"] > 0 and metrics["unet_resnet18, eager, 2x64x64, fp32: times ours"] > 0
+
+
+def test_a_library_that_is_missing_leaves_one_network_out(monkeypatch):
+    def missing(name, *args):
+        if name == "unet_resnet18": raise ImportError("pip install it")
+        return build(name, *args)
+    build = benchmarks.build_baseline
+    monkeypatch.setattr(benchmarks, "build_baseline", missing)
+    metrics, times = compiled_networks_part(SMALL, ((1, 64, 64),), lambda call: call)
+    assert metrics["unet_resnet18: skipped"] == "ImportError: pip install it" and "rival, compiled, 1x64x64, fp32: times ours" in metrics
+
+
+def test_compiled_steps_are_measured_or_skipped_with_a_reason(monkeypatch):
+    tiny = dataclasses.replace(SMALL, layers=2, channels=4, size=(64, 64))
+    monkeypatch.setattr(benchmarks, "compile_network", lambda network: network)
+    metrics, times = compiled_part(tiny, size=(64, 64), images=2, n=64, copied=2**12)
+    assert {"masked, compiled", "retraining, compiled"} <= set(times) and metrics["masked, compiled: plain times ours"] > 0
+    assert metrics["masked, compiled: seconds to compile"] > 0 and metrics["masked, compiled: times the roofline"] > 0 and metrics["retraining, compiled: retraining times ours"] > 0
+    def missing(network): raise ImportError("no compiler")
+    monkeypatch.setattr(benchmarks, "compile_network", missing)
+    metrics, times = compiled_part(tiny, ("grouped",), (64, 64), 2, n=64, copied=2**12)
+    assert {"grouped", "retraining"} <= set(times) and metrics["grouped, compiled: skipped"] == metrics["retraining, compiled: skipped"] == "ImportError: no compiler"
+
+
+def test_images_a_second():
+    metrics, _ = input_part(SMALL, ((64, 80),), (0,), .01)
+    assert metrics["64x80, 0 workers: images a second"] > 0
+
+
+def test_the_largest_number_of_images_that_fits(monkeypatch):
+    class Step(benchmarks.SearchStep):
+        def __init__(self, config, *args):
+            if config.images > 3: raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(config, *args)
+    monkeypatch.setattr(benchmarks, "SearchStep", Step)
+    metrics, times = full_size_part(SMALL, 2, 4, (64, 80), (4, 3, 2))
+    assert metrics["masked: images"] == metrics["grouped: images"] == 3 and not any("skipped" in name for name in metrics)
+    assert metrics["masked: peak bytes"] is None and metrics["masked: computed bytes"] > 0 and set(times) == {"masked", "grouped"}
+
+
+def test_a_step_of_retraining_has_its_terms():
+    metrics, times = training_part(SMALL, (64, 80), 2)
+    assert set(times) == {"yardstick", *RETRAININGS} and all(metrics[f"{terms}: ms"] > 0 and metrics[f"{terms}: yardsticks"] > 0 for terms in RETRAININGS)
+    step = retraining_step("four terms", SMALL, (64, 80), 2)
+    seen = []
+    objective = step.state.objective
+    step.state.objective = Watched(Spans("cpu"), "", lambda *args: seen.append(objective(*args)) or seen[-1])
+    step.state.objective.cost = None
+    step()
+    assert {name for name in ("sup", "strong", "jig", "semi") if getattr(seen[0][0], name) is not None} == {"sup", "strong", "jig", "semi"}
+
+
+def test_what_fails_is_left_out_and_says_why():
+    def broken(): raise RuntimeError("out of memory\nand more")
+    metrics = {}
+    assert list(runnable({"right": lambda: len, "broken": broken, "later": lambda: broken, "fine": lambda: dict}, TINY, metrics)) == ["fine"]
+    assert metrics["broken: skipped"] == metrics["later: skipped"] == "RuntimeError: out of memory" and metrics["right: skipped"].startswith("TypeError")
+
+
+# ---- records, and the command
+
+def test_a_part_that_fails_says_why_and_is_measured_again(tmp_path, monkeypatch, capsys):
+    def broken(config): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setitem(PARTS, "broken", broken)
+    monkeypatch.setitem(PARTS, "right", lambda config: ({"value": 1}, {"call": [1., 3., 2.]}))
+    words = ["broken", "right", "--folder", str(tmp_path)]
+    assert main(words) == 1 and "failed: broken" in capsys.readouterr().err
+    records = {name: RunRecord.load(tmp_path/name/"speed-record.json") for name in ("broken", "right")}
+    assert records["broken"].metrics == {"failed": "OutOfMemoryError: CUDA out of memory"} and records["right"].metrics == {"value": 1}
+    assert records["right"].timings["call"] == 2. and {"threads", "processor", "capability"} <= set(records["right"].hardware)
+    assert {"torch", "onnxruntime", "cuda"} <= set(records["right"].versions)
+    monkeypatch.setitem(PARTS, "broken", lambda config: ({"value": 2}, {}))
+    monkeypatch.setitem(PARTS, "right", None)
+    assert main(words) == 0 and RunRecord.load(tmp_path/"broken"/"speed-record.json").metrics == {"value": 2}
+
+
+def test_each_device_has_its_parts(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(benchmarks, "measure_part", lambda part, config: asked.append(part) or RunRecord("speed", part, {}, 0, {"failed": "no"}))
+    run_parts(dataclasses.replace(TINY, folder=str(tmp_path)))
+    assert asked == list(ON_PROCESSOR)
+    config = dataclasses.replace(TINY, folder=str(tmp_path))
+    config.device = "cuda"
+    asked.clear()
+    run_parts(config)
+    assert asked == list(ON_GPU) and set(ON_GPU) <= set(PARTS)
 
 
 def test_a_part_with_a_record_is_not_measured_again(tmp_path, monkeypatch):
@@ -178,9 +357,9 @@ def test_a_loader_is_timed(tmp_path, once):
 
 def test_the_command_measures_what_it_is_asked_for(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(benchmarks, "run_parts", lambda *words: asked.append(words))
+    monkeypatch.setattr(benchmarks, "run_parts", lambda *words: asked.append(words) or {})
     assert main(["step", "closed", "--precision", "bf16", "--size", "64", "96", "--turn", "0.5"]) == main([]) == 0
-    assert asked == [(SpeedConfig(precision="bf16", size=(64, 96), turn=.5), ["step", "closed"]), (SpeedConfig(), tuple(PARTS))]
+    assert asked == [(SpeedConfig(precision="bf16", size=(64, 96), turn=.5), ("step", "closed")), (SpeedConfig(), None)]
     assert not set(PARTS) & set(OF_SEARCHES)
 
 

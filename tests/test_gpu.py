@@ -1,10 +1,11 @@
 "On a GPU of CUDA: what it computes is what the processor computes, in every precision a run ends, stops and goes on, and what it leaves can be read without one."
-import dataclasses, json
+import copy, dataclasses, json
 
 import pytest
 import torch
 from accelerate import Accelerator, state
-from benchmarks import SpeedConfig, closed_gates
+from benchmarks import (ON_GPU, SpeedConfig, closed_gates, compile_network, count_launches, count_waits, full_size_part, input_part, labelled_step, launches_part, networks_part, reduce_overhead,
+                        roofline_part, run_parts, shares_part, supernet_in, training_part)
 
 from selfsupnas.train.batches import load_training_data, make_batches, present
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
@@ -68,13 +69,16 @@ def test_the_objective_and_its_gradients_are_the_processors(config, exact, kind)
     assert apart(whole, other) < 1e-3
 
 
+@pytest.mark.parametrize("execution", ["grouped", "masked"])
 @pytest.mark.parametrize("p", [0., .5, .75])
-def test_paths_shut_image_by_image_give_the_processors_answer(exact, p):
+def test_paths_shut_image_by_image_give_the_processors_answer(exact, p, execution):
+    "The processor's answer is that of grouped execution."
     told = SpeedConfig(layers=4, channels=8, num_classes=5, images=3)
     torch.manual_seed(0)
     network, x, gates = build_supernet(told.space).train(), torch.randn(3, 3, 64, 80), closed_gates(told, p)
     label, found = torch.randint(5, (3, 64, 80)), {}
     for device in ("cpu", "cuda"):
+        network.execution = "grouped" if device == "cpu" else execution
         network.to(device).zero_grad()
         with fix_gates(network, {name: g.to(device) for name, g in gates.items()}): logits = network(x.to(device))
         pixel_cross_entropy(logits, label.to(device)).backward()
@@ -150,3 +154,67 @@ def test_memory_that_gives_out_is_explained(config):
             train(build_supernet(config.space(data.train.spec.num_classes), gate="conditional"),
                   dataclasses.replace(config, size=(768, 768), batch_labelled=32), load_training_data(dataclasses.replace(config, size=(768, 768))))
     finally: torch.cuda.set_per_process_memory_fraction(1.)
+
+
+# ---- the benchmark of a GPU
+
+TINY = SpeedConfig(device="cuda", layers=3, channels=8, images=2, size=(64, 96), rounds=1, turn=.01, num_classes=11, network="streetscenes",
+                   rival="lraspp_mobilenet_v3_large") if torch.cuda.is_available() else None
+
+
+def complete(metrics):
+    "No call was left out."
+    assert metrics and not [name for name in metrics if "skipped" in name], metrics
+    return metrics
+
+
+def test_masked_steps_wait_less_than_grouped_ones():
+    grouped, masked = (labelled_step(execution, TINY) for execution in ("grouped", "masked"))
+    for step in (grouped, masked): step()
+    assert count_waits(masked, "cuda") < 5 < count_waits(grouped, "cuda") and count_launches(masked, "cuda") > 100
+
+
+def test_a_masked_forward_and_backward_pass_never_waits():
+    network = supernet_in("masked", TINY).cuda().train()
+    x = torch.randn(2, 3, 64, 96, device="cuda")
+    network(x).square().mean().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try: network(x).square().mean().backward()
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_each_part_of_the_benchmark_runs(precision):
+    config = dataclasses.replace(TINY, precision=precision)
+    metrics = complete(roofline_part(config, n=512, copied=2**20)[0])
+    assert metrics["masked: times the roofline"] > 1
+    complete(launches_part(config, (64, 80), 2)[0])
+    shares = complete(shares_part(config)[0])
+    assert sum(share for name, share in shares.items() if name.startswith("masked")) == pytest.approx(1, abs=1e-3)
+    complete(input_part(config, ((64, 80),), (0, 2), .1)[0])
+    assert complete(full_size_part(config, 3, 8, (64, 96), (2,))[0])["masked: peak bytes"] > 0
+    assert training_part(config, (64, 80), 2)[0]["labels: ms"] > 0
+
+
+def test_networks_run_as_graphs_and_compiled():
+    pytest.importorskip("segmentation_models_pytorch")
+    metrics = complete(networks_part(TINY, ((1, 64, 80), (2, 64, 64)))[0])
+    assert metrics["rival, graph, 1x64x80, bf16: times ours"] > 0
+    complete(networks_part(TINY, ((1, 64, 64),), ("bf16",), {"compiled": reduce_overhead})[0])
+
+
+def test_compiled_regions_give_the_same_step():
+    pytest.importorskip("selfsupnas.space.compiled")
+    torch.manual_seed(0)
+    eager = supernet_in("masked", TINY).cuda()
+    x, compiled = torch.randn(2, 3, 64, 96, device="cuda"), compile_network(copy.deepcopy(eager))
+    assert apart(compiled(x), eager(x)) < 1e-3
+
+
+def test_out_of_memory_is_recorded_and_the_part_measured_again(tmp_path):
+    config = dataclasses.replace(TINY, folder=str(tmp_path))
+    torch.cuda.set_per_process_memory_fraction(0.0005)
+    try: assert "OutOfMemory" in run_parts(config, ("roofline",))["roofline"].metrics["failed"]
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+    assert "roofline" in ON_GPU and run_parts(config, ("roofline",))["roofline"].metrics["masked: ms"] > 0
