@@ -122,9 +122,9 @@ def image_masks(images: torch.Tensor, # (B,n) bool: n masks
                 dtype=torch.float32) -> list: # of the features
     "The n columns as `ImageMask`s, by a few operations for all of them."
     counts = images.sum(0, dtype=torch.promote_types(dtype, torch.float32))
-    shares = (images / counts.clamp(min=1)).t().reshape(images.shape[1], -1, 1, 1, 1)
-    images = images.t().reshape(shares.shape)
-    parts = images, shares, (shares * images.shape[1]).sqrt(), counts
+    shape = *reversed(images.shape), 1, 1, 1
+    shares = (images / counts.clamp(min=1)).t().reshape(shape)
+    parts = images.t().reshape(shape), shares, (shares * len(images)).sqrt(), counts
     return [ImageMask(*columns) for columns in zip(*(part.unbind(0) for part in parts))]
 
 def channel_statistics(x: torch.Tensor) -> tuple: # (B,C,H,W) float or double; B may be 0

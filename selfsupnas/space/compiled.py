@@ -37,8 +37,8 @@ def compiled_or_plain(plain, # a function
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.CppCompileError,
                 torch._inductor.exc.InvalidCxxCompiler) as e:
             failures.append(e)
-        warnings.warn(f"not compiled, which is slower and changes no result: "
-                      f"{type(failures[0]).__name__}: {str(failures[0])[:200]}", stacklevel=2)
+        warnings.warn("not compiled, which is slower and changes no result: "
+                      f"{' '.join(str(failures[0]).split())[:300]}", stacklevel=2)
         return plain(*inputs)
     return call
 
@@ -50,7 +50,7 @@ def compiled_regions(backend) -> dict: # see `compile_regions`
     def region(plain):
         # one compilation for each shape of cell, in training and in evaluation
         return compiled_or_plain(plain, failures, backend=backward_at_once(backend), dynamic=False,
-                                 fullgraph=True, recompile_limit=64)
+                                 recompile_limit=64)
     return {"module": region(call_module), "gate": region(Gate.compute),
             "cell": region(Cell.compute), "gated cell": region(run_masked)}
 

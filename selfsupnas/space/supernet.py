@@ -162,6 +162,7 @@ def add_openings(network: "RoutingNetwork"):
                                   [seen[name] for name in known])
     network.window = {**seen, **network.window}
 
+# %% ../../nbs/space/05_supernet.ipynb #3373d13c
 def choose_skipped(network: "RoutingNetwork") -> Specialisation:
     "End a window: what had no opening leaves, and what was missed comes back."
     window, space, network.window = network.window, network.space, {}
