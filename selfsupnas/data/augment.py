@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'NO_BLUR', 'FACTORS', 'normalise', 'denormalise', 'is_dominated', 'Window', 'WeakView', 'StrongDraws',
-           'StrongView', 'cutmix_boxes', 'cutmix', 'axis_weights', 'render_weak', 'render_strong']
+           'StrongView', 'cutmix_boxes', 'cutmix', 'axis_weights', 'WeakViews', 'render_weak', 'render_label',
+           'render_strong']
 
 # %% ../../nbs/data/06_augment.ipynb #b90a56a1
 import math
@@ -68,9 +69,10 @@ class Window(NamedTuple):
         return x[..., top:top + height, left:left + width]
 
     def numbers(self) -> list:
-        "What `render_weak` takes beside the cropped source: lengths and start of both axes, flip."
-        return [*self.rows[1:], *self.columns[1:], int(self.flipped)]
+        "What `render_weak` takes beside the cropped source: lengths, start and flip of both axes."
+        return [*self.rows[1:], 0, *self.columns[1:], int(self.flipped)]
 
+# %% ../../nbs/data/06_augment.ipynb #6558f18e
 class WeakView:
     "Random scale, crop or padding, and flip of an image and its label; raises ValueError."
     def __init__(self, size:tuple=None,        # (h, w) of the view in pixels; None: of the image
@@ -154,6 +156,7 @@ class StrongDraws(NamedTuple):
                 blends[slot] = [f, (1 - f)*(kind == 1), (1 - f)*(kind == 2)]
         return [*sum(blends, []), hue or 0., hue is not None, self.grey, self.sigma or NO_BLUR]
 
+# %% ../../nbs/data/06_augment.ipynb #938b8cb1
 class StrongView:
     "Colour jitter, grey and blur; the geometry of the weak view is unchanged."
     def __init__(self, jitter:tuple=(0.5, 0.5, 0.5, 0.25), # brightness, contrast, saturation, hue
@@ -228,50 +231,58 @@ def cutmix(images:torch.Tensor,  # (B, C, H, W), or labels, confidences (B, H, W
     return torch.where(box[:, None] if images.ndim == 4 else box, partner, images)
 
 # %% ../../nbs/data/06_augment.ipynb #af907c6e
-def axis_weights(numbers:torch.Tensor, # (B, 3): length in the source; length, start in the view
-                 flipped,              # (B, 1) bool; None: no axis is flipped
-                 source:int,           # pixels of the source, padding at its end included
-                 size:int,             # pixels of the view
+def axis_weights(numbers:torch.Tensor, # (B, 2, 4): rows and columns, of `Window.numbers`
+                 source:int,           # pixels of an axis of the source, with padding at its end
+                 size:int,             # pixels of an axis of the view
                 ) -> tuple:
-    """Resampling of one axis: weights (B, size, source) of torch's antialiased bilinear mode, the
-    nearest source pixel (B, size) int64, and valid (B, size) bool, False on padding."""
-    length, out, start = (x[:, None] for x in numbers.unbind(1))
+    """Resampling along both axes: weights (B, 2, size, source) of torch's antialiased bilinear
+    mode, the nearest source pixel (B, 2, size) int64, and valid (B, 2, size), False on padding."""
+    length, out, start, flipped = numbers.split(1, 2)
     place = torch.arange(size, device=numbers.device) - start
     valid = (place >= 0) & (place < out)
-    if flipped is not None: place = torch.where(flipped, out - 1 - place, place)
-    nearest = ((place + 0.5)*(length/out)).floor().clamp(min=0).minimum(length - 1).long()
-    length, out = length.double()[..., None], out.double()[..., None]
+    place = torch.where(flipped > 0, out - 1 - place, place) + 0.5
+    nearest = (place*(length/out)).floor().clamp(min=0).minimum(length - 1).long()
+    length, out, place = (x.double()[..., None] for x in (length, out, place))
     scale, pixel = length/out, torch.arange(source, device=numbers.device)
-    distance = pixel + 0.5 - scale*(place[..., None] + 0.5) # in source pixels
+    distance = pixel + 0.5 - scale*place # in source pixels
     weights = (1 - distance.abs()/scale.clamp(min=1)).clamp(min=0)
-    weights = weights*(pixel < length)*valid[..., None]
-    weights = weights/weights.sum(2, keepdim=True).clamp(min=1e-6)
+    weights = weights*((pixel < length) & valid[..., None])
+    weights = weights/weights.sum(3, keepdim=True).clamp(min=1e-6)
     # torch computes uint8 images with integer weights below 2**15
-    unit = ((2**15 - 0.5)/weights.amax((1, 2), keepdim=True)).log2().floor().clamp(max=22).exp2()
+    unit = ((2**15 - 0.5)/weights.amax((2, 3), keepdim=True)).log2().floor().clamp(max=22).exp2()
     return ((weights*unit + 0.5).floor()/unit).float(), nearest, valid
 
 # %% ../../nbs/data/06_augment.ipynb #11cc0c9c
+class WeakViews(NamedTuple):
+    "Weak views of a batch, and the source pixels of their labels."
+    image: torch.Tensor  # (B, 3, h, w) float32 of whole numbers
+    valid: torch.Tensor  # (B, h, w) bool, False on padding
+    row: torch.Tensor    # (B, h) int64
+    column: torch.Tensor # (B, w) int64
+
 def render_weak(pixels:torch.Tensor,  # (B, 3, n, m) uint8: windows, padded to a common size
-                numbers:torch.Tensor, # (B, 7) float32, of `Window.numbers`
+                numbers:torch.Tensor, # (B, 8) float32, of `Window.numbers`
                 size:tuple,           # (h, w) of the views
-                label:torch.Tensor=None, # (B, n, m) uint8; None: all pixels are ignored
-               ) -> tuple:
-    """The weak views of a batch, computed on its device: image (B, 3, h, w) float32 of whole
-    numbers, label (B, h, w) uint8, valid (B, h, w) bool."""
-    rows, row, row_valid = axis_weights(numbers[:, :3], None, pixels.shape[2], size[0])
-    columns, column, column_valid = axis_weights(numbers[:, 3:6], numbers[:, 6:] > 0,
-                                                 pixels.shape[3], size[1])
+               ) -> WeakViews:
+    "The weak views of a batch, computed on its device."
+    (h, w), (n, m) = size, pixels.shape[-2:]
+    weights, nearest, valid = axis_weights(numbers.unflatten(1, (2, 4)), max(n, m), max(h, w))
+    rows, columns = weights[:, 0, :h, :n], weights[:, 1, :w, :m]
     image = pixels.float().flatten(1, 2) @ columns.transpose(1, 2)
     image = image.add_(0.5).floor_().unflatten(1, pixels.shape[1:3])
     image = (rows[:, None] @ image).add_(0.5).floor_()
-    valid = row_valid[:, :, None] & column_valid[:, None]
-    grey = torch.tensor([round(255*m) for m in MEAN], dtype=torch.float32)
+    valid = valid[:, 0, :h, None] & valid[:, 1, None, :w]
+    grey = torch.tensor([round(255*x) for x in MEAN], dtype=torch.float32)
     grey = copy_to_device(grey, pixels.device)[:, None, None]
     image = torch.where(valid[:, None], image, grey)
-    if label is None: return image, torch.full_like(valid, 255, dtype=torch.uint8), valid
+    return WeakViews(image, valid, nearest[:, 0, :h], nearest[:, 1, :w])
+
+def render_label(label:torch.Tensor, # (B, n, m) uint8: windows, padded to a common size
+                 weak:WeakViews,     # of their images
+                ) -> torch.Tensor:
+    "The labels (B, h, w) uint8 of weak views, 255 on padding."
     each = torch.arange(len(label), device=label.device)[:, None, None]
-    label = label[each, row[:, :, None], column[:, None]]
-    return image, torch.where(valid, label, 255), valid
+    return torch.where(weak.valid, label[each, weak.row[:, :, None], weak.column[:, None]], 255)
 
 # %% ../../nbs/data/06_augment.ipynb #9979d903
 def _grey(images:torch.Tensor) -> torch.Tensor: # (B, 3, h, w) float
@@ -285,8 +296,8 @@ def _blend(images:torch.Tensor, # (B, 3, h, w) float
     "Brightness, contrast or saturation of each image, rounded down."
     own, of_mean, of_grey = shares[..., None, None, None].unbind(1)
     grey = _grey(images)
-    other = grey*of_grey + grey.mean((1, 2, 3), keepdim=True)*of_mean
-    return (images*own + other).clamp_(0, 255).floor_()
+    other = torch.addcmul(grey.mean((1, 2, 3), keepdim=True)*of_mean, grey, of_grey)
+    return (images*own).add_(other).clamp_(0, 255).floor_()
 
 def _turn_hue(images:torch.Tensor, # (B, 3, h, w) float
               turn:torch.Tensor,   # (B,), share of the circle
