@@ -244,13 +244,13 @@ def axis_weights(numbers:torch.Tensor, # (B, 2, 4): rows and columns, of `Window
     nearest = (place*(length/out)).floor().clamp(min=0).minimum(length - 1).long()
     length, out, place = (x.double()[..., None] for x in (length, out, place))
     scale, pixel = length/out, torch.arange(source, device=numbers.device)
-    distance = pixel + 0.5 - scale*place # in source pixels
-    weights = (1 - distance.abs()/scale.clamp(min=1)).clamp(min=0)
-    weights = weights*((pixel < length) & valid[..., None])
-    weights = weights/weights.sum(3, keepdim=True).clamp(min=1e-6)
+    weights = (pixel + 0.5) - scale*place # the distance in source pixels; in place, to save memory
+    weights.abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
+    weights.masked_fill_((pixel >= length) | ~valid[..., None], 0)
+    weights.div_(weights.sum(3, keepdim=True).clamp(min=1e-6))
     # torch computes uint8 images with integer weights below 2**15
     unit = ((2**15 - 0.5)/weights.amax((2, 3), keepdim=True)).log2().floor().clamp(max=22).exp2()
-    return ((weights*unit + 0.5).floor()/unit).float(), nearest, valid
+    return weights.mul_(unit).add_(0.5).floor_().float().div_(unit.float()), nearest, valid
 
 # %% ../../nbs/data/06_augment.ipynb #11cc0c9c
 class WeakViews(NamedTuple):

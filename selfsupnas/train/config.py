@@ -214,6 +214,7 @@ class ConsistencyConfig:
 @checked_dataclass
 class MachineConfig:
     "Precision, memory, log and checkpoints."
+    views: Literal["auto", "processor", "device"] = "auto" # where they are made; auto: on a GPU
     precision: Literal["no", "fp16", "bf16"] = "no" # fp16: on a GPU only
     recompute: bool = False # compute cells again for the gradient: less memory, a third more time
     logs: PositiveInt = 20 # log rows and checkpoints of a run
