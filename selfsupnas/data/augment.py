@@ -167,6 +167,8 @@ class StrongView:
         from torchvision.transforms import v2
         for name, value in dict(p_jitter=p_jitter, p_grey=p_grey, p_blur=p_blur).items():
             if not 0 <= value <= 1: raise ValueError(f"{name} is from 0 to 1, not {value!r}")
+        if sigma and not 0 < sigma[0] <= sigma[1]:
+            raise ValueError(f"sigma must be (least, greatest), above 0, not {sigma!r}")
         self.jitter, self.sigma = v2.ColorJitter(*jitter), sigma
         self.p_jitter, self.p_grey, self.p_blur = p_jitter, p_grey, p_blur
 
