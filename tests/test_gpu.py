@@ -140,6 +140,24 @@ def test_batches_are_pinned_and_arrive(config):
     for name in plain: assert torch.allclose(moved[name].cpu(), plain[name], atol=1e-6), name
 
 
+def test_views_are_made_on_the_gpu_without_a_wait(config, exact):
+    "Workers send pinned source pixels and draws; the views are those of the processor."
+    config = dataclasses.replace(config, consistency="unimatch", w_strong=1.)
+    data = load_training_data(config)
+    sources, plain = (next(make_batches(config, data, device=device)) for device in ("cuda", "cpu"))
+    assert all(x.is_pinned() for part in sources.drawn.values() for x in part[:4] if x is not None)
+    sources.to("cuda") # libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try: batch = sources.to("cuda")
+    finally: torch.cuda.set_sync_debug_mode("default")
+    expected = plain.to("cpu")
+    assert (batch.jigsaw.cpu() - expected.jigsaw).abs().mean() < .01
+    for kind in ("labelled", "unlabelled"):
+        for name, x in present(getattr(expected, kind)).items():
+            y = getattr(getattr(batch, kind), name)
+            assert y.device.type == "cuda" and (y.cpu().double() - x.double()).abs().mean() < .01, (kind, name)
+
+
 def test_latency_is_measured_where_it_will_run(config):
     table = measure_costs(config.space(5), (64, 80), "latency", device=local_device())
     assert table.full > 0

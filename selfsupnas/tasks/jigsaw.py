@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..distributed import World
+from ..distributed import World, copy_to_device
 from .teacher import logits_of
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #cell-06
@@ -84,7 +84,7 @@ def crop_tiles(images: torch.Tensor, # (B, C, H, W)
     def offset(slack):
         place = dict(generator=generator, device=generator.device)
         def draw(n): return torch.randint(slack + 1, (n, *source.shape[1:]), **place)
-        return world.draw_share(len(source), draw).to(images.device)
+        return copy_to_device(world.draw_share(len(source), draw), images.device)
 
     top = source // n * cell_h + offset(cell_h - tile_h)
     left = source % n * cell_w + offset(cell_w - tile_w)
@@ -131,12 +131,13 @@ def cut_and_shuffle(images: torch.Tensor, # (B, 3, H, W) float, as the model tak
                                  "contain the identity")
             stays = world.draw_share(batch, lambda n: torch.rand(n, **place) >= share)
             target = target.where(~stays, identity[0])
-    target = target.to(device)
-    luma = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    target = copy_to_device(target, device)
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype)
+    luma = copy_to_device(luma, device).view(3, 1, 1)
     grey = world.draw_share(batch, lambda n: torch.rand(n, **place) < grey_p)
-    grey = grey.to(device).view(-1, 1, 1, 1)
+    grey = copy_to_device(grey, device).view(-1, 1, 1, 1)
     images = torch.where(grey, (images * luma).sum(1, keepdim=True), images)
-    source = permutations.to(device)[target]
+    source = copy_to_device(permutations, device)[target]
     tiles = crop_tiles(images, source, tile_share, generator, world)
     if normalise:
         tiles = normalise_tiles(tiles)
@@ -241,7 +242,7 @@ def jigsaw_loss(logits: torch.Tensor, # (B, P) or (B, T, T)
     logits = logits_of(logits)
     if not _by_place(logits, permutations):
         return F.cross_entropy(logits.float(), target)
-    tiles = permutations.to(target.device)[target]
+    tiles = copy_to_device(permutations, target.device)[target]
     return F.cross_entropy(logits.float().flatten(0, 1), tiles.flatten())
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #b1f1544b
@@ -253,7 +254,7 @@ def jigsaw_guess(logits: torch.Tensor, # (B, P) or (B, T, T)
     logits = logits_of(logits)
     if _by_place(logits, permutations):
         return solve_positions(logits)
-    return permutations.to(logits.device)[logits.argmax(1)]
+    return copy_to_device(permutations, logits.device)[logits.argmax(1)]
 
 # %% ../../nbs/tasks/03_jigsaw.ipynb #100f4473
 def jigsaw_accuracy(logits: torch.Tensor, # (B, P) or (B, T, T)
@@ -268,6 +269,6 @@ def jigsaw_accuracy(logits: torch.Tensor, # (B, P) or (B, T, T)
     logits = logits.detach().masked_fill(~finite.view(-1, *[1] * (logits.dim() - 1)), 0)
     by_place = _by_place(logits, permutations) and not solve
     guess = logits.argmax(2) if by_place else jigsaw_guess(logits, permutations)
-    correct = guess == permutations.to(target.device)[target]
+    correct = guess == copy_to_device(permutations, target.device)[target]
     correct = correct & finite[:, None]
     return correct.all(1).float().mean(), correct.float().mean()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingData', 'image_size', 'warn_of_unused', 'training_sets', 'load_training_data', 'check_shares', 'present',
-           'LabelledBatch', 'UnlabelledBatch', 'StepBatch', 'step_batch', 'make_streams', 'make_batches', 'batch_ids']
+           'LabelledBatch', 'UnlabelledBatch', 'StepBatch', 'step_batch', 'StepSources', 'make_streams',
+           'views_on_device', 'make_batches', 'batch_ids']
 
 # %% ../../nbs/train/02_batches.ipynb #c0f46003
 import itertools, warnings
@@ -18,7 +19,7 @@ from .config import MIN_SIDE, DataConfig, TrainingConfig
 from ..tasks.consistency import CONSISTENCY
 from ..data.datasets import load_dataset
 from ..metrics import readable_pairs
-from ..data.loaders import Stream, draw_batches, to_device
+from ..data.loaders import Stream, draw_batches, render_streams, to_device
 from ..data.files import (HIDDEN, PairDataset, common_size, describe_unused, preload,
                                    resize_pair)
 from ..distributed import World, world
@@ -163,14 +164,23 @@ def step_batch(drawn: dict) -> StepBatch: # drawn: name of the stream -> tensors
     return StepBatch(LabelledBatch(**(drawn.get("labelled") or drawn["plain"])),
                      unlabelled and UnlabelledBatch(**unlabelled), jigsaw and jigsaw["image"])
 
+@dataclass
+class StepSources:
+    "The images of one step before their views: source pixels and draws."
+    drawn: dict # name of the stream -> `Sources`
+
+    def to(self, device) -> StepBatch:
+        "The batch of `StepBatch.to`; its views are rendered on the device."
+        return step_batch(render_streams(self.drawn, device)).to(device)
+
 # %% ../../nbs/train/02_batches.ipynb #ed79a330
-def make_streams(config: TrainingConfig, data: TrainingData) -> dict:
+def make_streams(config: TrainingConfig, data: TrainingData, on_device: bool = False) -> dict:
     """A pair (Stream, images a step) by name: labelled or plain, unlabelled, jigsaw; without those
-    of losses that are not computed."""
+    of losses that are not computed. `on_device`: the device renders the views."""
     strong = StrongView(config.jitter, config.jitter_p, config.grey_p, config.blur_p, config.blur)
     def stream(ids, zoom, flip=0.5, category_ratio=1.0, fill=False, **kind):
         return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio, fill),
-                      config.seed, strong=strong, **kind)
+                      config.seed, strong=strong, on_device=on_device, **kind)
     if config.w_sup:
         streams = {"labelled": (stream(data.split.labelled, config.zoom,
                                        category_ratio=config.category_ratio,
@@ -190,13 +200,19 @@ def make_streams(config: TrainingConfig, data: TrainingData) -> dict:
                                     kind="jigsaw"), config.batch_jigsaw)
     return streams
 
+def views_on_device(views: str, device) -> bool: # views: "auto", "processor" or "device"
+    "Whether the device renders the views of its batches."
+    return views == "device" or views == "auto" and torch.device(device).type == "cuda"
+
 def make_batches(config: TrainingConfig, data: TrainingData,
-                 start: int = 0, every: int = 1): # first step, distance between steps
-    """Yields a uint8 `StepBatch` for each step; with several processes, this one's share of the
-    same batches."""
-    steps = range(start, config.steps, every)
-    for drawn in draw_batches(make_streams(config, data), steps, config.workers, world().share):
-        yield step_batch(drawn)
+                 start: int = 0, every: int = 1, # first step, distance between steps
+                 device="cpu"): # where `to` will move the batches
+    """Yields a uint8 `StepBatch` for each step, or its `StepSources` if the device renders the
+    views; with several processes, this one's share of the same batches."""
+    steps, on_device = range(start, config.steps, every), views_on_device(config.views, device)
+    for drawn in draw_batches(make_streams(config, data, on_device), steps, config.workers,
+                              world().share):
+        yield StepSources(drawn) if on_device else step_batch(drawn)
 
 def batch_ids(streams: dict, step: int) -> dict: # streams: of `make_streams`
     "Ids of the images of a step by name of the batch, unreadable ones included."

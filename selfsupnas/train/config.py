@@ -219,6 +219,7 @@ class ConsistencyConfig:
 @checked_dataclass
 class MachineConfig:
     "Precision, memory, log and checkpoints."
+    views: Literal["auto", "processor", "device"] = "auto" # where they are made; auto: on a GPU
     precision: Literal["no", "fp16", "bf16"] = "no" # fp16: on a GPU only
     execution: Execution = "auto" # of a supernet; auto: grouped, on a GPU or compiled masked
     compile: bool = False # compile the regions of a network of the grid: minutes at the start

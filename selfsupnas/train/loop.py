@@ -308,8 +308,8 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
     first = resume_or_start(state, identity := run_identity(config), data.split)
     phases = phases or [Phase(data, lambda name: True)]
     turns = len(phases)
-    batches = [make_batches(config, phase.data, first + (k - first) % turns, turns)
-               for k, phase in enumerate(phases)]
+    batches = [make_batches(config, phase.data, first + (k - first) % turns, turns,
+                            accelerator.device) for k, phase in enumerate(phases)]
     bar = progress_bar(range(first, config.steps), total=config.steps, initial=first,
                        desc=Path(config.folder).name, shown=process.first)
     state.objective.network.train()

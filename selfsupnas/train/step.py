@@ -209,8 +209,9 @@ def draw_mix_masks(images: torch.Tensor, # (B,3,H,W) of this process
                    views: ViewConfig, generator: torch.Generator) -> MixMasks:
     "Boxes of CutMix and Cutout for the images of this process."
     def boxes(p, area):
-        def draw(n): return cutmix_boxes(n, images.shape[-2:], generator, p=p, area=area)
-        return world().draw_share(len(images), draw).to(images.device)
+        def draw(n): return cutmix_boxes(n, images.shape[-2:], generator, p=p, area=area,
+                                         device=images.device)
+        return world().draw_share(len(images), draw)
     return MixMasks(boxes(views.cutmix_p, views.cutmix_area),
                     boxes(views.cutout_p, views.cutout_area) if views.cutout_p else None)
 
