@@ -492,7 +492,8 @@ class SearchStep(TrainingStep):
         self.table = view_table(space, config.size, c.gate)
         network = build_supernet(space, gate=c.gate)
         self.cost = BudgetLosses(network, self.table, c) if c.w_cost else None
-        self.views = make_batches(dataclasses.replace(c, steps=10**6), data)
+        self.views = make_batches(dataclasses.replace(c, steps=10**6), data,
+                                  device=config.device)
         super().__init__(network, c, config.device, next(self.views).to(config.device), data,
                          execution, self.cost)
 
@@ -988,7 +989,7 @@ def input_part(config: SpeedConfig, sizes: tuple = ((128, 160), (768, 768)), # (
             for count in sorted({min(k, cores) for k in workers}):
                 c = SearchConfig(folder=folder, size=size, workers=count, steps=10**6,
                                  batch_labelled=n, batch_unlabelled=n, batch_jigsaw=n)
-                batches, taken = make_batches(c, load_training_data(c)), 0
+                batches, taken = make_batches(c, load_training_data(c), device=config.device), 0
                 for _ in range(2 * count + 1): next(batches).to(config.device) # fills the queues
                 start = time.perf_counter()
                 while taken < 3 or time.perf_counter() - start < seconds:

@@ -6,7 +6,7 @@
 __all__ = ['backward_at_once', 'compiled_or_plain', 'compiled_regions', 'compile_regions', 'fold_batch_norm', 'CompiledNetwork']
 
 # %% ../../nbs/space/11_compiled.ipynb #f7dcf596
-import copy, functools, warnings
+import copy, functools, os, sys, warnings
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ def compiled_or_plain(plain, # a function
                       failures: list, # shared by several functions: after a failure none compiles
                       **options): # of torch.compile
     "The function, compiled at its first call; after a failure of the compiler, one warning, plain."
+    # Inductor's processes look into site-packages before the standard library, where an old
+    # package such as `typing` would end them.
+    os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(sys.path))
     compiled = torch.compile(plain, **options)
     @functools.wraps(plain)
     def call(*inputs):
