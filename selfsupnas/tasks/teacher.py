@@ -105,14 +105,17 @@ class EMATeacher:
                step: int, # number of that step; at 0 the teacher becomes the student
                ):
         "Move towards the student: average parameters, copy or average buffers."
-        averaged = []
+        average, groups = get_ema_multi_avg_fn(ema_decay(step, self.decay)), {}
         for (tensors, key), (student_tensors, student_key) in self.places(model):
-            tensor, source = tensors[key], student_tensors[student_key]
-            if (isinstance(tensor, nn.Parameter)
-                    or self.buffers == "averaged" and key in ("running_mean", "running_var")):
-                averaged.append((tensor, source.detach()))
-            else: tensor.copy_(source)
-        get_ema_multi_avg_fn(ema_decay(step, self.decay))(*map(list, zip(*averaged)), None)
+            tensor = tensors[key]
+            averaged = (isinstance(tensor, nn.Parameter)
+                        or self.buffers == "averaged" and key in ("running_mean", "running_var"))
+            group = groups.setdefault("averaged" if averaged else tensor.dtype, ([], []))
+            group[0].append(tensor), group[1].append(student_tensors[student_key])
+        # all at once, on a GPU a few launches: lists of one type of number
+        for name, (targets, sources) in groups.items():
+            if name == "averaged": average(targets, sources, None)
+            else: torch._foreach_copy_(targets, sources)
 
     def state_dict(self): # -> dict for a checkpoint
         return {"decay": self.decay, "model": self.model.state_dict()}
