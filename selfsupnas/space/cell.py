@@ -69,7 +69,10 @@ class Down(nn.Sequential):
         if not (torch.is_grad_enabled() and conv.weight.requires_grad): return super().forward(x)
         # Slicing and stride 1 give the result of stride 2, whose weight gradient writes out of
         # bounds in torch 2.14 and 2.15 with 8 channels, an odd batch, two threads and AVX-512.
-        x = F.conv2d(x[..., ::2, ::2], conv.weight, conv.bias)
+        # The gradient of a slice has the channels first; that of a pooling keeps them last.
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        x = F.avg_pool2d(x, 1, 2) if last else x[..., ::2, ::2] # of one pixel: every second one
+        x = F.conv2d(x, conv.weight, conv.bias)
         for module in rest: x = module(x)
         return x
 

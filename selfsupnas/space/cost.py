@@ -67,7 +67,7 @@ def for_counting(module: nn.Module):
 
 def analyse(module: nn.Module, *inputs: torch.Tensor):
     "fvcore's FlopCountAnalysis of `module` in evaluation mode, without warnings, with COUNTERS."
-    with warnings.catch_warnings(), for_counting(module):
+    with warnings.catch_warnings(), for_counting(module), torch.no_grad():
         warnings.simplefilter("ignore") # fvcore still uses torch.jit
         from fvcore.nn import FlopCountAnalysis
         analysis = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(

@@ -9,9 +9,8 @@ __all__ = ['check_pixels', 'hard_pixels', 'pixel_cross_entropy', 'class_weights_
 import math
 
 import torch
-import torch.nn.functional as F
 
-from .teacher import logits_of
+from .teacher import cross_entropy_by_pixel, logits_of
 
 # %% ../../nbs/tasks/05_losses.ipynb #cell-06
 def check_pixels(logits: torch.Tensor, # (B, K, H, W)
@@ -65,7 +64,7 @@ def pixel_cross_entropy(logits: torch.Tensor, # (B, K, H, W)
     if no pixel is valid."""
     logits = logits_of(logits)
     check_pixels(logits, labels, ignore_index)
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="none")
+    loss = cross_entropy_by_pixel(logits, labels, ignore_index)
     kept = labels != ignore_index
     if ohem_threshold is not None:
         kept = hard_pixels(loss, kept, ohem_threshold, ohem_min_kept)

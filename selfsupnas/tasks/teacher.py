@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUFFERS', 'ema_decay', 'tensor_places', 'paired_places', 'paired_tensors', 'module_tree', 'EMATeacher', 'logits_of',
-           'pixel_counts', 'over_threshold', 'diagnostics_of', 'pseudo_label_diagnostics', 'AdaptiveThreshold',
-           'RelativeThreshold', 'ClassThreshold']
+           'cross_entropy_by_pixel', 'pseudo_labels', 'pixel_counts', 'over_threshold', 'diagnostics_of',
+           'pseudo_label_diagnostics', 'AdaptiveThreshold', 'RelativeThreshold', 'ClassThreshold']
 
 # %% ../../nbs/tasks/02_teacher.ipynb #6adf74c2
 import copy
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% ../../nbs/tasks/02_teacher.ipynb #24fb7656
@@ -104,14 +105,17 @@ class EMATeacher:
                step: int, # number of that step; at 0 the teacher becomes the student
                ):
         "Move towards the student: average parameters, copy or average buffers."
-        averaged = []
+        average, groups = get_ema_multi_avg_fn(ema_decay(step, self.decay)), {}
         for (tensors, key), (student_tensors, student_key) in self.places(model):
-            tensor, source = tensors[key], student_tensors[student_key]
-            if (isinstance(tensor, nn.Parameter)
-                    or self.buffers == "averaged" and key in ("running_mean", "running_var")):
-                averaged.append((tensor, source.detach()))
-            else: tensor.copy_(source)
-        get_ema_multi_avg_fn(ema_decay(step, self.decay))(*map(list, zip(*averaged)), None)
+            tensor = tensors[key]
+            averaged = (isinstance(tensor, nn.Parameter)
+                        or self.buffers == "averaged" and key in ("running_mean", "running_var"))
+            group = groups.setdefault("averaged" if averaged else tensor.dtype, ([], []))
+            group[0].append(tensor), group[1].append(student_tensors[student_key])
+        # all at once, on a GPU a few launches: lists of one type of number
+        for name, (targets, sources) in groups.items():
+            if name == "averaged": average(targets, sources, None)
+            else: torch._foreach_copy_(targets, sources)
 
     def state_dict(self): # -> dict for a checkpoint
         return {"decay": self.decay, "model": self.model.state_dict()}
@@ -132,25 +136,55 @@ def logits_of(output, # of a model: a tensor, or a mapping with the tensor under
     raise ValueError(f"the model returned {type(output).__name__}{keys}; it must return {what}, "
                      "one tensor, or a dict with them under 'out', as torchvision's models do")
 
+# %% ../../nbs/tasks/02_teacher.ipynb #5b2c0002
+class _CrossEntropyByPixel(torch.autograd.Function):
+    "Cross-entropy (B,H,W) of logits (B,K,H,W) with classes (B,H,W), computed channels last."
+    @staticmethod
+    def forward(ctx, logits, classes):
+        log_probabilities, classes = logits.movedim(1, -1).log_softmax(-1), classes[..., None]
+        ctx.save_for_backward(log_probabilities, classes)
+        return -log_probabilities.gather(-1, classes)[..., 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (log_probabilities, classes), gradient = ctx.saved_tensors, gradient[..., None]
+        of_logits = log_probabilities.exp().mul_(gradient)
+        return of_logits.scatter_add_(-1, classes, -gradient).movedim(-1, 1), None
+
+def cross_entropy_by_pixel(logits: torch.Tensor, # (B, K, H, W)
+                           labels: torch.Tensor, # (B, H, W) int64, 0..K-1 or ignore_index
+                           ignore_index: int = 255, # id of unlabelled pixels
+                           ) -> torch.Tensor:
+    "The float32 cross-entropy of each pixel, (B, H, W); 0 at unlabelled pixels."
+    ignored = labels == ignore_index
+    losses = _CrossEntropyByPixel.apply(logits.float(), labels.masked_fill(ignored, 0))
+    return losses.masked_fill(ignored, 0)
+
 # %% ../../nbs/tasks/02_teacher.ipynb #12d82a0c
+def pseudo_labels(teacher_logits: torch.Tensor, # (B, K, H, W), or see logits_of
+                 ) -> tuple:
+    "The confidence (B, H, W) and the class (B, H, W) int64 of each pixel, without gradient."
+    return logits_of(teacher_logits).detach().float().softmax(1).max(1)
+
 def pixel_counts(teacher_logits: torch.Tensor, # (B, K, H, W), or see logits_of
                  valid: torch.Tensor, # (B, H, W) bool, False on padding
                  threshold, # confidence threshold tau, or one per class, (K,)
                  diagnosis_label: torch.Tensor = None, # (B, H, W) int64, hidden truth
                  ignore_index: int = 255, # unlabelled pixels of the truth
+                 predicted: tuple = None, # `pseudo_labels` of these logits, if they exist already
                  ) -> torch.Tensor:
     """Pixels that are valid, over the threshold, over it with a known label, and correct, by the
     teacher's class: (4, K) int64; counts of batches may be added."""
     with torch.no_grad():
-        probabilities = logits_of(teacher_logits).float().softmax(1)
-        confidence, pseudo_label = probabilities.max(1)
+        confidence, pseudo_label = predicted or pseudo_labels(teacher_logits)
         kept = valid & over_threshold(confidence, pseudo_label, threshold)
         labelled = correct = torch.zeros_like(valid)
         if diagnosis_label is not None:
             labelled = kept & (diagnosis_label != ignore_index)
             correct = labelled & (pseudo_label == diagnosis_label)
         masks = torch.stack([valid, kept, labelled, correct]).flatten(1).long()
-        counts = masks.new_zeros(4, probabilities.shape[1])
+        counts = masks.new_zeros(4, logits_of(teacher_logits).shape[1])
         return counts.scatter_add_(1, pseudo_label.flatten().expand(4, -1), masks)
 
 def over_threshold(confidence: torch.Tensor, # (B, H, W)
@@ -197,7 +231,7 @@ class AdaptiveThreshold:
         """Move towards the mean, over the classes present, of the largest confidence in each;
         returns the new threshold, a float64 scalar, for this step's losses."""
         teacher_logits = logits_of(teacher_logits)
-        confidence, pseudo_label = teacher_logits.float().softmax(1).max(1)
+        confidence, pseudo_label = pseudo_labels(teacher_logits)
         confidence = confidence.where(valid, 0)
         largest = confidence.new_zeros(teacher_logits.shape[1])
         largest.scatter_reduce_(0, pseudo_label.flatten(), confidence.flatten(), "amax")
@@ -234,7 +268,7 @@ class RelativeThreshold:
                ) -> torch.Tensor:
         """Returns the new threshold, a float64 scalar, for this step's losses; unchanged without
         labelled pixels."""
-        confidence = logits_of(logits).detach().float().softmax(1).amax(1)
+        confidence, _ = pseudo_labels(logits)
         total, count = all_reduce_sum(torch.stack([(confidence * labelled).sum(), labelled.sum()]))
         found = self.share * (total / count.clamp(min=1)).double()
         self.value = torch.where(count > 0, found, self.value.to(found.device))
@@ -273,7 +307,7 @@ class ClassThreshold:
                ) -> torch.Tensor:
         """Update the means of the classes that the teacher predicts in this batch; returns the
         thresholds (K,), for this step's losses."""
-        confidence, pseudo_label = logits_of(teacher_logits).float().softmax(1).max(1)
+        confidence, pseudo_label = pseudo_labels(teacher_logits)
         pixels = torch.stack([confidence * valid, valid.float()]).flatten(1)
         totals = pixels.new_zeros(2, logits_of(teacher_logits).shape[1])
         classes = pseudo_label.flatten().expand(2, -1)
