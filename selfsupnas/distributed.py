@@ -213,27 +213,27 @@ class MaskedNorm(nn.BatchNorm2d):
         return out
 
 # %% ../nbs/02_distributed.ipynb #f496828b
-@torch.no_grad()
 def update_running_statistics(norms: list): # of MaskedNorm
     """Update the running statistics of all norms that have seen a batch, as torch does; those
     without values stay as they are."""
     norms = [norm for norm in norms if norm.statistics is not None]
-    if not norms: return
+    if not norms: return # an exported program holds no trace of this
     means, variances, counts, factors = zip(*(norm.statistics for norm in norms))
     for norm in norms: norm.statistics = None
-    counts = torch.stack([count.reshape(()) for count in counts])
-    present = counts > 0
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], present.unbind())
-    values = torch._foreach_mul(counts.unbind(), list(map(float, factors)))
-    divisors = torch._foreach_clamp_min(torch._foreach_sub(values, 1.), 1.)
-    variances = torch._foreach_mul(variances, torch._foreach_div(values, divisors))
-    momenta = torch._foreach_mul(present.to(counts.dtype).unbind(),
-                                 [1. if norm.momentum is None else norm.momentum
-                                  for norm in norms])
-    momenta = [momentum / norm.num_batches_tracked.clamp(min=1) if norm.momentum is None
-               else momentum for norm, momentum in zip(norms, momenta)]
-    torch._foreach_lerp_([norm.running_mean for norm in norms], means, momenta)
-    torch._foreach_lerp_([norm.running_var for norm in norms], variances, momenta)
+    with torch.no_grad():
+        counts = torch.stack([count.reshape(()) for count in counts])
+        present = counts > 0
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], present.unbind())
+        values = torch._foreach_mul(counts.unbind(), list(map(float, factors)))
+        divisors = torch._foreach_clamp_min(torch._foreach_sub(values, 1.), 1.)
+        variances = torch._foreach_mul(variances, torch._foreach_div(values, divisors))
+        momenta = torch._foreach_mul(present.to(counts.dtype).unbind(),
+                                     [1. if norm.momentum is None else norm.momentum
+                                      for norm in norms])
+        momenta = [momentum / norm.num_batches_tracked.clamp(min=1) if norm.momentum is None
+                   else momentum for norm, momentum in zip(norms, momenta)]
+        torch._foreach_lerp_([norm.running_mean for norm in norms], means, momenta)
+        torch._foreach_lerp_([norm.running_var for norm in norms], variances, momenta)
 
 # %% ../nbs/02_distributed.ipynb #ca5e0115
 def use_masked_norms(model: nn.Module):
