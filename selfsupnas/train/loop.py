@@ -12,6 +12,7 @@ __all__ = ['TrainResult', 'TrainingState', 'choose_execution', 'networks_of', 's
 # %% ../../nbs/train/07_loop.ipynb #54575671
 import contextlib, json, signal, time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -80,6 +81,15 @@ class TrainingState:
                  "optimiser": self.optimiser, "log": self.log, "threshold": self.threshold,
                  "scaler": self.accelerator.scaler} # of fp16
         return {name: part for name, part in parts.items() if part is not None}
+
+    # A walk through the modules of a large network takes milliseconds.
+    @cached_property
+    def parameters(self) -> dict: return dict(self.multitask.named_parameters())
+    @cached_property
+    def buffers(self) -> list: return list(self.multitask.buffers())
+    @cached_property
+    def averages(self) -> list:
+        return [*self.teacher.model.parameters(), *self.teacher.model.buffers()]
 
     def result(self) -> TrainResult:
         averaged, seconds = self.teacher.model.eval(), self.log.seconds
@@ -160,7 +170,7 @@ class ForwardState(NamedTuple):
 
 def forward_state(state: TrainingState) -> ForwardState:
     "What a forward pass would change."
-    return ForwardState(Snapshot(list(state.multitask.buffers())),
+    return ForwardState(Snapshot(state.buffers),
                         state.threshold and state.threshold.state_dict())
 
 def restore_forward(state: TrainingState, before: ForwardState,
@@ -186,18 +196,18 @@ def take_step(loss: torch.Tensor, state: TrainingState, step: int,
     scale = accelerator.scaler.get_scale() if accelerator.scaler else 0
     finite = torch.isfinite(all_reduce_sum(loss))
     accelerator.backward(loss)
-    all_reduce_gradients(multitask.parameters())
-    for name, parameter in multitask.named_parameters():
+    parameters = list(state.parameters.values())
+    all_reduce_gradients(parameters)
+    for name, parameter in state.parameters.items():
         if not learns(name): parameter.grad = None
-    norm = torch.isfinite(accelerator.clip_grad_norm_(multitask.parameters(), config.clip))
-    refused, learning = ~(finite & norm), [p for p in multitask.parameters() if p.grad is not None]
+    norm = torch.isfinite(accelerator.clip_grad_norm_(parameters, config.clip))
+    refused, learning = ~(finite & norm), [p for p in parameters if p.grad is not None]
     step_unless(refused | zero_gradients(learning), state.optimiser, learning)
     restore_forward(state, before, refused)
     start = round(config.ema_start * config.steps)
     averaged = step - start if step >= start else step # students in the teacher so far
     def average(): state.teacher.update(multitask, averaged)
-    if averaged: unless(refused, [*state.teacher.model.parameters(),
-                                  *state.teacher.model.buffers()], average)
+    if averaged: unless(refused, state.averages, average)
     else: average()
     state.optimiser.zero_grad(set_to_none=True)
     overflow = OUTCOMES.index("overflow" if scale > 1 else "the gradient")
