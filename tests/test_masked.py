@@ -1,5 +1,5 @@
 "Masked execution is grouped execution: logits, gradients and buffers agree; no value is read back; the forward pass is one graph."
-import contextlib, copy, dataclasses
+import contextlib, copy, dataclasses, logging
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from selfsupnas.train.loop import TrainingState, forward_state, make_moving_thre
 from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
 
 ROUNDING = 1e-9 # largest relative difference, in double precision
+logging.getLogger("torch.__trace").disabled = True # pytest's handler of logs would have torch write pages about each graph
 SEARCHED = dict(operations=("sep_conv_3x3", "max_pool_3x3", "identity"), search_operations=True)
 
 

@@ -9,4 +9,5 @@ __getattr__, __dir__ = lazily(__name__, {
     "network": "StaticNetwork",
     "cost": "count_cost",
     "budget": "CostTable measure_costs static_cost",
-    "derivation": "derive"})
+    "derivation": "derive",
+    "compiled": "compile_regions"})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SparseFeatures', 'sum_features', 'scale_features', 'Up', 'Down', 'drop_factors', 'drop_images', 'Cell', 'GatedCell',
-           'run_masked', 'cell_masks', 'mask_candidates', 'select_names', 'count_openings']
+           'run_masked', 'mask_candidates', 'select_names', 'count_openings']
 
 # %% ../../nbs/space/04_cell.ipynb #59eb99f6
 import functools
@@ -225,7 +225,7 @@ def run_masked(cell: GatedCell, sparse: SparseFeatures,
     if skipped: is_open, edges = (select_names(part, cell.kinds, kinds)
                                   for part in (is_open, edges))
     busy, outputs = is_open.any(1), {}
-    *masks, busy_mask = cell_masks(torch.cat([is_open, busy[:, None]], 1), features, training)
+    *masks, busy_mask = image_masks(torch.cat([is_open, busy[:, None]], 1), features.dtype)
     gates = F.threshold(edges, CLOSED, 0.).to(features.dtype).unbind(1)
     if kinds: result = (mask_candidates(cell, features, candidates, busy, skipped, drops)
                         if cell.search_operations else
@@ -239,12 +239,6 @@ def run_masked(cell: GatedCell, sparse: SparseFeatures,
                        else unchanged)
     return outputs
 
-def cell_masks(images: torch.Tensor, # (B,n) bool: n masks
-               features: torch.Tensor, training: bool) -> list:
-    "`image_masks`, where batch norm needs them: in training, and if images may overflow."
-    if training or features.dtype == torch.float16: return image_masks(images, features.dtype)
-    return [None] * images.shape[1]
-
 # %% ../../nbs/space/04_cell.ipynb #f779ace4
 def mask_candidates(cell: GatedCell, features, # (B,C,h,w)
                     gates, # (B,operations)
@@ -257,7 +251,7 @@ def mask_candidates(cell: GatedCell, features, # (B,C,h,w)
     is_open = (gates.detach() > CLOSED) & busy[:, None]
     gates = torch.where(is_open, gates, 0).to(features.dtype)
     results = [zero_rows(features, ~is_open.any(1))]
-    masks = cell_masks(is_open, features, cell.training)
+    masks = image_masks(is_open, features.dtype)
     for name, images, gate in zip(names, masks, gates.unbind(1)):
         result = cell.apply_operation(name, features, drops, images)
         results.append(scale_features(result, gate))
