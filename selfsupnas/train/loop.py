@@ -43,7 +43,7 @@ from ..tasks.permutations import permutation_set
 from ..distributed import (all_gather_dict, all_reduce_gradients, all_reduce_sum, any_rank,
                                     broadcast, local_device, synchronise, world)
 from .log import RunLog
-from .update import (OUTCOMES, Snapshot, make_optimiser, step_unless, unless,
+from .update import (OUTCOMES, ParameterUpdate, Snapshot, make_optimiser, unless,
                                      zero_gradients)
 from ..data.splits import LabelSplit, save_split
 from ..tasks.teacher import (AdaptiveThreshold, ClassThreshold, EMATeacher,
@@ -86,10 +86,13 @@ class TrainingState:
     @cached_property
     def parameters(self) -> dict: return dict(self.multitask.named_parameters())
     @cached_property
-    def buffers(self) -> list: return list(self.multitask.buffers())
+    def update(self) -> ParameterUpdate:
+        return ParameterUpdate(self.optimiser, list(self.parameters.values()))
     @cached_property
-    def averages(self) -> list:
-        return [*self.teacher.model.parameters(), *self.teacher.model.buffers()]
+    def buffers(self) -> Snapshot: return Snapshot(list(self.multitask.buffers()))
+    @cached_property
+    def averages(self) -> Snapshot:
+        return Snapshot([*self.teacher.model.parameters(), *self.teacher.model.buffers()])
 
     def result(self) -> TrainResult:
         averaged, seconds = self.teacher.model.eval(), self.log.seconds
@@ -170,7 +173,7 @@ class ForwardState(NamedTuple):
 
 def forward_state(state: TrainingState) -> ForwardState:
     "What a forward pass would change."
-    return ForwardState(Snapshot(state.buffers),
+    return ForwardState(state.buffers.take(),
                         state.threshold and state.threshold.state_dict())
 
 def restore_forward(state: TrainingState, before: ForwardState,
@@ -201,8 +204,8 @@ def take_step(loss: torch.Tensor, state: TrainingState, step: int,
     for name, parameter in state.parameters.items():
         if not learns(name): parameter.grad = None
     norm = torch.isfinite(accelerator.clip_grad_norm_(parameters, config.clip))
-    refused, learning = ~(finite & norm), [p for p in parameters if p.grad is not None]
-    step_unless(refused | zero_gradients(learning), state.optimiser, learning)
+    refused = ~(finite & norm)
+    state.update(refused | zero_gradients(parameters))
     restore_forward(state, before, refused)
     start = round(config.ema_start * config.steps)
     averaged = step - start if step >= start else step # students in the teacher so far
