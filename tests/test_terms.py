@@ -1,5 +1,6 @@
 "One step by every recipe, against the same computed by hand; batch norm by groups; what a schedule weighs; what a teacher remembers."
 import copy, dataclasses, importlib, inspect, itertools, json, math
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,27 @@ def test_averaged_statistics_come_back_after_a_step_that_is_not_finite(config, m
     assert [bad for bad, *_ in seen] == [None, None, "the loss", None]
     for after, before in zip(seen[2][2], seen[1][2]): assert torch.equal(after, before)
     assert any(not torch.equal(a, b) for a, b in zip(seen[2][1][0], seen[2][2])), "the forward pass had moved them"
+
+
+def test_a_step_that_went_wrong_is_reported_with_the_next_row(config, monkeypatch):
+    "As on a GPU, whose values are read only when a row is due."
+    from selfsupnas.train import loop as training
+    config, plain, read, steps = dataclasses.replace(config, steps=8, logs=2, bad_loss="skip"), training.take_step, training.RunLog.read, []
+    def poisoned(loss, state, step, *more):
+        steps.append(step)
+        return plain(loss * (math.nan if step in (1, 6) else 1), state, step, *more)
+    def late(log):
+        if not log.unread or (log.unread[-1].number + 1) % 4 == 0: read(log)
+    monkeypatch.setattr(training, "take_step", poisoned)
+    monkeypatch.setattr(training.RunLog, "read", late)
+    data = load_training_data(config)
+    phases = [training.Phase(data, lambda name: True), training.Phase(dataclasses.replace(data, split=dataclasses.replace(data.split, labelled=data.split.labelled[:1])), lambda name: True)]
+    trained = train(network(config, data.train.spec.num_classes), config, data, phases=phases)
+    assert [row["step"] for row in trained.history] == [4, 8] and steps == list(range(8))
+    for step in (1, 6):
+        report = json.loads((Path(config.folder)/f"bad-step-{step:06}.json").read_text())
+        assert report["step"] == step and report["images"] == training.ids_of_step(config, phases[step % 2].data, step)
+    assert len(list(Path(config.folder).glob("bad-step-*"))) == 2
 
 
 # ---- groups of statistics

@@ -6,13 +6,13 @@
 __all__ = ['TrainResult', 'TrainingState', 'choose_execution', 'networks_of', 'set_execution', 'respecialise',
            'build_training_state', 'make_moving_threshold', 'seed_step', 'ForwardState', 'forward_state',
            'restore_forward', 'take_step', 'resume_or_start', 'make_accelerator', 'sum_over_ranks', 'stop_early',
-           'tensorboard_tracker', 'explain_failures', 'Phase', 'schedule', 'train', 'solve_jigsaws', 'jigsaw_metrics',
-           'fit_metrics', 'read_history', 'load_trained', 'teacher_student_views']
+           'tensorboard_tracker', 'explain_failures', 'ids_of_step', 'Phase', 'schedule', 'train', 'solve_jigsaws',
+           'jigsaw_metrics', 'fit_metrics', 'read_history', 'load_trained', 'teacher_student_views']
 
 # %% ../../nbs/train/07_loop.ipynb #54575671
 import contextlib, json, signal, time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -290,6 +290,10 @@ def explain_failures(images: tuple, # labelled, unlabelled and jigsaw images a s
         raise
 
 # %% ../../nbs/train/07_loop.ipynb #c0fe5003
+def ids_of_step(config: TrainingConfig, data: TrainingData, step: int) -> dict:
+    "Ids of the images of a step by name of the batch."
+    return batch_ids(make_streams(config, data), step)
+
 @dataclass
 class Phase:
     "Data and parameters of every n-th step, of a run with n phases in turn."
@@ -342,7 +346,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             outcome = take_step(losses.total(weights), state, step, phase.learns, before)
             row = log.add(step, sum_over_ranks(losses), metrics, weights,
                           time.perf_counter() - start, outcome,
-                          lambda: batch_ids(make_streams(config, phase.data), step))
+                          partial(ids_of_step, config, phase.data, step))
             if row:
                 row.update(respecialise(state))
                 log.finish(row, state.teacher.model.model, data.val, bar, watch)
