@@ -7,19 +7,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsupnas.distributed import MaskedNorm, call_masked
-from selfsupnas.space.budget import measure_costs
+from selfsupnas.space.budget import binarization_loss, budget_loss, expected_cost, measure_costs, realised_cost
 from selfsupnas.space.gate import fix_gates, gates_of, record_gates, set_gate_threshold
 from selfsupnas.space.grid import SearchSpace
 from selfsupnas.space.operations import OPERATIONS
 from selfsupnas.space.supernet import build_supernet, freeze_running_statistics, gate_name
 from selfsupnas.stages.configs import SearchConfig
 from selfsupnas.stages.searching import BudgetLosses
+from selfsupnas.tasks.consistency import CONSISTENCY, consistency_loss
 from selfsupnas.tasks.permutations import permutation_set
 from selfsupnas.tasks.teacher import EMATeacher
 from selfsupnas.train.batches import LabelledBatch, StepBatch, UnlabelledBatch
 from selfsupnas.train.log import RunLog
 from selfsupnas.train.loop import TrainingState, forward_state, make_moving_threshold, make_optimiser, take_step
-from selfsupnas.train.step import LossWeights, Objective, build_multitask_model
+from selfsupnas.train.step import LossWeights, Objective, build_multitask_model, jigsaw_term, supervised_term
 
 ROUNDING = 1e-9 # largest relative difference, in double precision
 logging.getLogger("torch.__trace").disabled = True # pytest's handler of logs would have torch write pages about each graph
@@ -401,7 +402,7 @@ def search_step(state, step, mode):
 
 
 STEPS = {**RUNS, "adaptive": dict(adaptive_threshold=True), "relative": dict(threshold_kind="relative"), "by class": dict(threshold_kind="class"), "position": dict(jigsaw_head="position"),
-         "averaged buffers": dict(ema_buffers="averaged")}
+         "averaged buffers": dict(ema_buffers="averaged"), "hard pixels": dict(ohem_threshold=.7)}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -443,3 +444,31 @@ def test_the_forward_pass_is_one_graph(case):
         for a, b in zip(ours, theirs):
             if a.requires_grad: a, b = a.grad, b.grad
             torch.testing.assert_close(a, b, rtol=ROUNDING, atol=1e-15)
+
+
+def terms_of(space, table, labels, valid, permutations):
+    "Each term of the objective as a function of tensors."
+    def consistency(kind):
+        def by_view(value): return dict.fromkeys(CONSISTENCY[kind].weights, value)
+        return lambda student, teacher: consistency_loss(CONSISTENCY[kind], by_view(student), by_view(teacher), by_view(valid), .3, by_view(labels))[0]
+    def budget(columns):
+        gates = dict(zip(space.gated(), columns.unbind(1)))
+        return budget_loss(table, expected_cost(table, gates), realised_cost(table, gates), .5) + binarization_loss(gates)
+    weights, order = torch.linspace(.5, 1.5, 5), torch.tensor([0, 5, 11])
+    logits, solved = (torch.randn(2, 5, 8, 8), torch.randn(2, 5, 8, 8)), lambda logits: jigsaw_term(logits, order, permutations)[0]
+    return {"supervised": (lambda x: supervised_term([x], labels), logits[:1]), "hard pixels": (lambda x: supervised_term([x], labels, weights, .7), logits[:1]),
+            "jigsaw": (solved, (torch.randn(3, len(permutations)),)), "jigsaw by place": (solved, (torch.randn(3, 4, 4),)),
+            **{kind: (consistency(kind), logits) for kind in CONSISTENCY}, "budget": (budget, (torch.rand(2, len(space.gated())),))}
+
+
+def test_each_term_is_one_graph():
+    torch.manual_seed(0)
+    space, labels = SearchSpace(5, layers=3, channels=4), torch.randint(5, (2, 8, 8))
+    labels[0, 0] = 255
+    for name, (term, inputs) in terms_of(space, measure_costs(space, (64, 80)), labels, labels != 255, permutation_set(2)).items():
+        results = []
+        for function in (term, torch.compile(term, fullgraph=True, backend="eager")): # the first fills the cost table
+            own = [x.clone().requires_grad_() for x in inputs]
+            (loss := function(*own)).backward()
+            results.append((loss.detach(), own[0].grad))
+        for ours, theirs in zip(*results): torch.testing.assert_close(ours, theirs, rtol=ROUNDING, atol=1e-15, msg=name)

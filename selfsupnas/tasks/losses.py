@@ -26,7 +26,8 @@ def check_pixels(logits: torch.Tensor, # (B, K, H, W)
         raise ValueError(f"Logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in "
                          "batch or size: resize the logits to the labels, not the reverse.")
     # On another device a look at the labels would wait; a dataset checks the masks that it reads.
-    if labels.device.type != "cpu": return
+    # A compiled function has no place for it.
+    if labels.device.type != "cpu" or torch.compiler.is_compiling(): return
     num_classes = logits.shape[1]
     invalid = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if invalid.any():
@@ -49,8 +50,9 @@ def hard_pixels(pixel_loss: torch.Tensor, # (B, H, W) cross-entropy, no class we
     loss = pixel_loss.detach().masked_fill(~valid, -1.0)
     order = loss.flatten().sort(descending=True).values
     last = (valid.sum() * min_kept).ceil().long().clamp(min=1) - 1
+    least = order.index_select(0, last[None]) # order[last] would read the number
     limit = -math.log(threshold)  # in units of the loss
-    return valid & ((loss > limit) | (loss >= order[last]))
+    return valid & ((loss > limit) | (loss >= least))
 
 # %% ../../nbs/tasks/05_losses.ipynb #cell-14
 def pixel_cross_entropy(logits: torch.Tensor, # (B, K, H, W)
