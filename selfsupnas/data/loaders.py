@@ -41,6 +41,7 @@ def name_views(kind:str, weak, label, valid, strong:list) -> dict:
     if kind == "labelled": return dict(image=weak, label=label, **named)
     return dict(weak=weak, valid=valid, diagnosis_label=label, **named)
 
+# %% ../../nbs/data/07_loaders.ipynb #6062d621
 class Stream:
     "Endless shuffled passes over images of a dataset; maps a position, 0 or more, to a sample."
     def __init__(self, dataset, # of (uint8 (3, H, W), int64 (H, W)), with `.ids` and `.image(i)`

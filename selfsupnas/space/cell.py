@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SparseFeatures', 'sum_features', 'scale_features', 'Up', 'Down', 'drop_factors', 'drop_images', 'Cell', 'GatedCell',
-           'run_masked', 'mask_candidates', 'select_names', 'count_openings']
+           'run_grouped', 'apply_candidates', 'run_masked', 'mask_candidates', 'select_names', 'count_openings']
 
 # %% ../../nbs/space/04_cell.ipynb #59eb99f6
 import functools
@@ -166,50 +166,53 @@ class GatedCell(Cell):
         synchronised = self.synchronised and self.training
         return any_sample(images.to(device) if synchronised else images, synchronised)
 
-    def apply_candidates(self, features, # (n,C,h,w)
-                         gates, # (n,operations)
-                         drops): # (n,operations) or None
-        """Like `apply_operations`, (n,C,h,w), with each candidate run on the images whose gate for
-        it is open; an image without an open candidate keeps its input."""
-        is_open = (gates.detach() > CLOSED).cpu()
-        idle = ~is_open.any(1)
-        runs = self.any_sample(is_open, gates.device)
-        results = [(select_rows(features, idle), idle)] if idle.any() or not any(runs) else []
-        for i, (name, images) in enumerate(zip(self.operations, is_open.unbind(1))):
-            if runs[i]:
-                selected = None if drops is None else select_rows(drops, images)
-                result = self.apply_operation(name, select_rows(features, images), selected)
-                results.append((scale_features(result, select_rows(gates, images)[:, i]), images))
-        return F.relu(index_add_rows(results))
-
     def forward(self, sparse: SparseFeatures, finer_size=None,
                 drops=None) -> dict[str, SparseFeatures]:
         gates = self.gate(*sparse) # (B, edges and perhaps operations)
         edges, candidates = gates.split([len(self.kinds), gates.shape[1] - len(self.kinds)], 1)
-        run = (self.compiled or run_masked) if self.masked else GatedCell.run_grouped
+        run = (self.compiled or run_masked) if self.masked else run_grouped
         return run(self, sparse, edges, candidates, finer_size, drops)
 
-    def run_grouped(self, sparse, edges, candidates, finer_size, drops):
-        "Pick out the images whose gates are open, compute them, put them back."
-        is_open = (edges.detach() > CLOSED).cpu() # the only wait for the GPU
-        busy, runs, outputs = is_open.any(1), self.any_sample(is_open, edges.device), {}
-        mask = torch.ones_like(busy) if sparse.mask is None else sparse.mask
-        if any(runs):
-            features = select_rows(sparse.features, busy[mask])
-            if drops is not None: drops = select_rows(drops, busy)
-            result = (self.apply_candidates(features, select_rows(candidates, busy), drops)
-                      if self.search_operations else self.apply_operations(features, drops))
-            for i, (kind, images) in enumerate(zip(self.kinds, is_open.unbind(1))):
-                if not runs[i]: continue
-                output = self.edge_output(kind, select_rows(result, images[busy]), finer_size,
-                                          select_rows(edges, images)[:, i])
-                outputs[kind] = SparseFeatures(output, None if images.all() else images)
-        passing = mask & ~busy
-        if any(self.any_sample(passing[:, None], edges.device)):
-            unchanged = SparseFeatures(select_rows(sparse.features, passing[mask]), passing)
-            outputs["keep"] = (sum_features([outputs["keep"], unchanged]) if "keep" in outputs
-                               else unchanged)
-        return outputs
+# %% ../../nbs/space/04_cell.ipynb #e759859e
+def run_grouped(cell: GatedCell, sparse: SparseFeatures,
+                edges, candidates, # gates (B,edges), (B,operations)
+                finer_size, drops) -> dict[str, SparseFeatures]: # see GatedCell
+    "Pick out the images whose gates are open, compute them, put them back."
+    is_open = (edges.detach() > CLOSED).cpu() # the only wait for the GPU
+    busy, runs, outputs = is_open.any(1), cell.any_sample(is_open, edges.device), {}
+    mask = torch.ones_like(busy) if sparse.mask is None else sparse.mask
+    if any(runs):
+        features = select_rows(sparse.features, busy[mask])
+        if drops is not None: drops = select_rows(drops, busy)
+        result = (apply_candidates(cell, features, select_rows(candidates, busy), drops)
+                  if cell.search_operations else cell.apply_operations(features, drops))
+        for i, (kind, images) in enumerate(zip(cell.kinds, is_open.unbind(1))):
+            if not runs[i]: continue
+            output = cell.edge_output(kind, select_rows(result, images[busy]), finer_size,
+                                      select_rows(edges, images)[:, i])
+            outputs[kind] = SparseFeatures(output, None if images.all() else images)
+    passing = mask & ~busy
+    if any(cell.any_sample(passing[:, None], edges.device)):
+        unchanged = SparseFeatures(select_rows(sparse.features, passing[mask]), passing)
+        outputs["keep"] = (sum_features([outputs["keep"], unchanged]) if "keep" in outputs
+                           else unchanged)
+    return outputs
+
+def apply_candidates(cell: GatedCell, features, # (n,C,h,w)
+                     gates, # (n,operations)
+                     drops): # (n,operations) or None
+    """Like `apply_operations`, (n,C,h,w), with each candidate run on the images whose gate for
+    it is open; an image without an open candidate keeps its input."""
+    is_open = (gates.detach() > CLOSED).cpu()
+    idle = ~is_open.any(1)
+    runs = cell.any_sample(is_open, gates.device)
+    results = [(select_rows(features, idle), idle)] if idle.any() or not any(runs) else []
+    for i, (name, images) in enumerate(zip(cell.operations, is_open.unbind(1))):
+        if runs[i]:
+            selected = None if drops is None else select_rows(drops, images)
+            result = cell.apply_operation(name, select_rows(features, images), selected)
+            results.append((scale_features(result, select_rows(gates, images)[:, i]), images))
+    return F.relu(index_add_rows(results))
 
 # %% ../../nbs/space/04_cell.ipynb #5a1b0005
 def run_masked(cell: GatedCell, sparse: SparseFeatures,

@@ -102,6 +102,7 @@ class TrainingState:
                            step_ms=1e3 * float(np.median(seconds)) if seconds else None,
                            execution=self.log.execution)
 
+# %% ../../nbs/train/07_loop.ipynb #74b1dd24
 def choose_execution(model: nn.Module, machine: MachineConfig, device: torch.device) -> str | None:
     "The execution of a supernet on this device; None for other networks."
     if not (isinstance(model, RoutingNetwork) and gates_of(model)): return None
@@ -125,6 +126,7 @@ def respecialise(state: TrainingState) -> dict:
     return {"skipped_edges": chosen.skipped, "missed_openings": chosen.misses,
             "respecialisations": chosen.respecialisations}
 
+# %% ../../nbs/train/07_loop.ipynb #c2d001a5
 def build_training_state(model: nn.Module, config: TrainingConfig, data: TrainingData, accelerator,
                          cost: Callable | None = None) -> TrainingState: # cost: see `train`
     "The state of a run before its first step."
