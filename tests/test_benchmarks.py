@@ -3,13 +3,14 @@ import dataclasses, functools
 from pathlib import Path
 
 import benchmarks
+import gpu_parts
 import pytest
 import torch
-from benchmarks import (OF_SEARCHES, ON_GPU, ON_PROCESSOR, PARTS, PARTS_OF_STEP, RETRAININGS, WAYS, Convolutions, Operators, Results, SpeedConfig, Spans, Watched, calls_part, closed_part,
-                        compiled_networks_part, compiled_part, count_launches, count_waits, derive_part, evaluate_part, fitted_line, full_size_part, in_turns, input_part,
-                        labelled_step, largest_batches, launches_part, main, make_step, matrix_product, memory_part, network_part, networks_part, peak_alone, plain_supernet, profiled, ratio,
-                        retraining_step, roofline_part, run_parts, runnable, scaling_part, shares_part, step_in_way, step_part, terms_part, training_part)
+from benchmarks import (OF_SEARCHES, ON_GPU, ON_PROCESSOR, PARTS, WAYS, Convolutions, Results, calls_part, closed_part, derive_part, evaluate_part, fitted_line,
+                        largest_batches, main, memory_part, network_part, peak_alone, run_parts, scaling_part, step_in_way, step_part, terms_part, training_part)
 from conftest import ROOT
+from gpu_parts import (PARTS_OF_STEP, Spans, Watched, compiled_networks_part, compiled_part, count_launches, count_waits, full_size_part, input_part, launches_part, networks_part, profiled, roofline_part, shares_part)
+from timed_steps import RETRAININGS, Operators, SpeedConfig, in_turns, labelled_step, make_step, matrix_product, plain_supernet, ratio, retraining_step, runnable
 from torch import nn
 
 from selfsupnas.core import RunRecord
@@ -28,7 +29,7 @@ def test_calls_take_turns_and_a_ratio_is_taken_within_a_round(monkeypatch):
     def spend(name, seconds):
         calls.append(name)
         now[0] += seconds * (1 + len(calls))
-    monkeypatch.setattr("benchmarks.timer", lambda: now[0])
+    monkeypatch.setattr("timed_steps.timer", lambda: now[0])
     times = in_turns({"one": lambda: spend("one", 1.), "two": lambda: spend("two", 2.)}, TINY)
     assert calls == ["one", "two"] * (1 + TINY.rounds), "in turns, once each: none is short"
     assert times == {"one": [4., 6., 8.], "two": [10., 14., 18.]}
@@ -40,7 +41,7 @@ def test_a_short_call_is_repeated_in_its_turn(monkeypatch):
     def spend():
         calls.append(now[0])
         now[0] += .5
-    monkeypatch.setattr("benchmarks.timer", lambda: now[0])
+    monkeypatch.setattr("timed_steps.timer", lambda: now[0])
     assert in_turns({"short": spend}, dataclasses.replace(TINY, turn=2., rounds=2)) == {"short": [.5, .5]} and len(calls) == 1 + 2 * 4
 
 
@@ -182,9 +183,9 @@ def test_launches_of_a_gpu_are_counted_as_calls_here():
 
 
 def test_a_profiler_without_launches_says_so(monkeypatch):
-    monkeypatch.setattr("benchmarks.profiled", lambda step, device: {"aten::mul": 3, "cudaLaunchKernel": 2, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 1})
+    monkeypatch.setattr("gpu_parts.profiled", lambda step, device: {"aten::mul": 3, "cudaLaunchKernel": 2, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 1})
     assert count_launches(None, "cuda") == 3
-    monkeypatch.setattr("benchmarks.profiled", lambda step, device: {"aten::mul": 3})
+    monkeypatch.setattr("gpu_parts.profiled", lambda step, device: {"aten::mul": 3})
     with pytest.raises(RuntimeError, match="CUPTI"): count_launches(None, "cuda")
 
 
@@ -192,7 +193,7 @@ def test_a_profiler_without_launches_says_so(monkeypatch):
 
 def test_spans_leave_out_what_is_inside_them(monkeypatch):
     now = [0.]
-    monkeypatch.setattr("benchmarks.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("gpu_parts.time.perf_counter", lambda: now[0])
     spans = Spans("cpu")
     def spend(seconds): now[0] += seconds
     inner = Watched(spans, "inner", spend)
@@ -234,20 +235,20 @@ def test_a_library_that_is_missing_leaves_one_network_out(monkeypatch):
     def missing(name, *args):
         if name == "unet_resnet18": raise ImportError("pip install it")
         return build(name, *args)
-    build = benchmarks.build_baseline
-    monkeypatch.setattr(benchmarks, "build_baseline", missing)
+    build = gpu_parts.build_baseline
+    monkeypatch.setattr(gpu_parts, "build_baseline", missing)
     metrics, times = compiled_networks_part(SMALL, ((1, 64, 64),), lambda call: call)
     assert metrics["unet_resnet18: skipped"] == "ImportError: pip install it" and "rival, compiled, 1x64x64, fp32: times ours" in metrics
 
 
 def test_compiled_steps_are_measured_or_skipped_with_a_reason(monkeypatch):
     tiny = dataclasses.replace(SMALL, layers=2, channels=4, size=(64, 64))
-    monkeypatch.setattr(benchmarks, "compile_network", lambda network: network)
+    monkeypatch.setattr(gpu_parts, "compile_network", lambda network: network)
     metrics, times = compiled_part(tiny, size=(64, 64), images=2, n=64, copied=2**12)
     assert {"masked, compiled", "retraining, compiled"} <= set(times) and metrics["masked, compiled: plain times ours"] > 0
     assert metrics["masked, compiled: seconds to compile"] > 0 and metrics["masked, compiled: times the roofline"] > 0 and metrics["retraining, compiled: retraining times ours"] > 0
     def missing(network): raise ImportError("no compiler")
-    monkeypatch.setattr(benchmarks, "compile_network", missing)
+    monkeypatch.setattr(gpu_parts, "compile_network", missing)
     metrics, times = compiled_part(tiny, ("grouped",), (64, 64), 2, n=64, copied=2**12)
     assert {"grouped", "retraining"} <= set(times) and metrics["grouped, compiled: skipped"] == metrics["retraining, compiled: skipped"] == "ImportError: no compiler"
 
@@ -258,11 +259,11 @@ def test_images_a_second():
 
 
 def test_the_largest_number_of_images_that_fits(monkeypatch):
-    class Step(benchmarks.SearchStep):
+    class Step(gpu_parts.SearchStep):
         def __init__(self, config, *args):
             if config.images > 3: raise torch.OutOfMemoryError("CUDA out of memory")
             super().__init__(config, *args)
-    monkeypatch.setattr(benchmarks, "SearchStep", Step)
+    monkeypatch.setattr(gpu_parts, "SearchStep", Step)
     metrics, times = full_size_part(SMALL, 2, 4, (64, 80), (4, 3, 2))
     assert metrics["masked: images"] == metrics["grouped: images"] == 3 and not any("skipped" in name for name in metrics)
     assert metrics["masked: peak bytes"] is None and metrics["masked: computed bytes"] > 0 and set(times) == {"masked", "grouped"}

@@ -4,8 +4,9 @@ import copy, dataclasses, json
 import pytest
 import torch
 from accelerate import Accelerator, state
-from benchmarks import (ON_GPU, SpeedConfig, closed_gates, compile_network, count_launches, count_waits, full_size_part, input_part, labelled_step, launches_part, networks_part, reduce_overhead,
-                        roofline_part, run_parts, shares_part, supernet_in, training_part)
+from benchmarks import ON_GPU, closed_gates, run_parts, training_part
+from gpu_parts import count_launches, count_waits, full_size_part, input_part, launches_part, networks_part, reduce_overhead, roofline_part, shares_part
+from timed_steps import SpeedConfig, compile_network, labelled_step, supernet_in
 
 from selfsupnas.train.batches import load_training_data, make_batches, present
 from selfsupnas.stages.evaluation import EvaluateConfig, evaluate
