@@ -152,7 +152,7 @@ test: env drift lint ## the quick tests: at most 10 minutes on 2 cores
 
 test-long: env notebook-tests ## kills, several processes, a long run, a browser, and every notebook
 	@echo "== test-long: the long tests of tests/, $(WORKERS) at a time"
-	python -m pip install -q --editable '.[browser]'
+	python -m pip install -q --editable '.[browser,docs]'
 	$(ALONE)
 	python -m pytest -q -m long -n $(WORKERS) --dist loadfile -rs -o tmp_path_retention_policy=failed tests
 	rm -rf "$$HOME"
@@ -234,13 +234,10 @@ imports: env ## draw the imports between folders, nbs/figures/imports.png; fails
 	@python tests/imports.py
 
 # Links between notebooks become links between pages; images are embedded.
-docs: env ## the notebooks as web pages: _docs/index.html
+docs: env ## the notebooks and the API as web pages: _docs/index.html
 	@echo "== docs: into _docs/"
-	for folder in . data data/toy space tasks train stages viz experiments runs; do
-	  jupyter nbconvert --to html --embed-images --log-level=ERROR --output-dir _docs/$$folder nbs/$$folder/*.ipynb
-	done
-	sed -i.bak -E 's/(href="[^":]*)\.ipynb/\1.html/g' $$(find _docs -name '*.html')
-	find _docs -name '*.bak' -delete
+	python -m pip install -q --editable '.[docs]'
+	sphinx-build -q -W --keep-going -b html nbs _docs
 
 hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 	@echo "== hooks: including .gitconfig into this checkout's git configuration"
@@ -248,5 +245,5 @@ hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 
 clean: ## remove caches and build files, but not .venv and runs/
 	@echo "== clean: removing caches and build files"
-	rm -rf build dist _docs _proc .pytest_cache .hypothesis .ruff_cache
+	rm -rf build dist _docs _proc nbs/api .pytest_cache .hypothesis .ruff_cache
 	find . -path "./.venv*" -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

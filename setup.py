@@ -16,6 +16,6 @@ setup(
     packages=find_packages(include=["selfsupnas", "selfsupnas.*"]) + ["selfsupnas.runs"],
     package_dir={"selfsupnas.runs": "nbs/runs"}, package_data={"selfsupnas": ["presets/*"], "selfsupnas.runs": ["*.ipynb"]},
     python_requires=">=" + cfg["min_python"], install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bluemarble", "rivals", "export", "tensorboard", "workflow", "browser")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bluemarble", "rivals", "export", "tensorboard", "workflow", "browser", "docs")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )
