@@ -498,7 +498,7 @@ def explore_split(dataset, # a training set
     def draw(values):
         split = make_split(dataset, values["fraction"], values["seed"])
         labelled = [dataset.ids.index(name) for name in split.labelled]
-        fig, axes = new_figure(1, 2, figsize=(10, 3.3))
+        fig, axes = new_figure(1, 2, figsize=(10, 3.8))
         counts, expected = present[labelled].sum(0), present.mean(0) * len(labelled)
         y = range(len(counts))
         axes[0, 0].barh(y, counts, color=np.array(spec.palette) / 255, ec="0.3", lw=.5)
