@@ -63,7 +63,8 @@ def as_png(figures: list, # matplotlib Figures, or images of `rasterise` at this
                       "white")
     for k, image in enumerate(images):
         sheet.paste(image, (0, sum(above.height for above in images[:k])))
-    sheet.save(buffer, "png", optimize=dpi <= DPI) # slow, so only for saved images
+    small = {"compress_level": 9, "compress_type": 0} # slow, so only for saved images
+    sheet.save(buffer, "png", **(small if dpi <= DPI else {}))
     return buffer.getvalue()
 
 def display_width(png: bytes, # from `as_png`
@@ -498,7 +499,7 @@ def explore_split(dataset, # a training set
     def draw(values):
         split = make_split(dataset, values["fraction"], values["seed"])
         labelled = [dataset.ids.index(name) for name in split.labelled]
-        fig, axes = new_figure(1, 2, figsize=(10, 3.8))
+        fig, axes = new_figure(1, 2, figsize=(10, 2.9))
         counts, expected = present[labelled].sum(0), present.mean(0) * len(labelled)
         y = range(len(counts))
         axes[0, 0].barh(y, counts, color=np.array(spec.palette) / 255, ec="0.3", lw=.5)
@@ -510,11 +511,12 @@ def explore_split(dataset, # a training set
         axes[0, 0].tick_params(labelsize=8)
         axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.13), frameon=False)
         examples = [Image.fromarray(overlay(*dataset[i], spec.palette, spec.ignore_index))
-                    for i in labelled[:9]]
+                    for i in labelled[:6]]
         wall = Image.new("RGB", (390, 100 * -(-len(examples) // 3)), "white")
         for k, example in enumerate(examples): # images may differ in size
-            wall.paste(example.resize((130, 100)), (k % 3 * 130, k // 3 * 100))
-        axes[0, 1].imshow(wall); axes[0, 1].set_axis_off()
+            tile = example.resize((130, 100), Image.Resampling.BOX)
+            wall.paste(tile, (k % 3 * 130, k // 3 * 100))
+        axes[0, 1].imshow(wall, interpolation="nearest"); axes[0, 1].set_axis_off()
         axes[0, 1].set_title(f"{len(split.labelled)} labelled, {len(split.unlabelled)} not; "
                              f"{len(examples)} of the labelled", fontsize=9)
         return [fig]
