@@ -199,7 +199,7 @@ class InheritedNetworks:
             network = inherited_network(architecture, self.state, self.plain)
             counts = confusion_matrix(segment(network, self.images), self.labels,
                                       len(self.classes))
-            latency = measure_latency(network, self.images.shape[-2:], repeats=5, warmup=2)
+            latency = measure_latency(network, self.images.shape[-2:], repeats=9, warmup=2)
             self.cache[key] = InheritedNetwork(network, Metrics(counts, self.classes).miou, latency)
         return self.cache[key]
 
@@ -238,12 +238,12 @@ def plot_explored(points, # of each route: (cost, mIoU in 0..1, latency in ms)
                  ):
     "A matplotlib Figure of mIoU and latency over cost, with one route highlighted."
     fig, axes = new_figure(1, 2, figsize=(10, 2.5))
-    names = "mIoU with inherited weights, %", "latency of one image, ms"
-    for k, (ax, name) in enumerate(zip(axes[0], names), 1):
-        shown = {cost: values[0] * (100 if k == 1 else 1) for cost, *values in
-                 sorted((point[0], point[k]) for point in points)}
-        ax.plot(*zip(*shown.items()), "o-", color="0.55", ms=4, lw=1, label="routes seen so far")
-        ax.plot(current[0], shown[current[0]], "o", color=COLOURS[1], ms=9, label="this route")
+    costs, mious, latencies = zip(*sorted(points))
+    panels = {"mIoU with inherited weights, %": ([100 * miou for miou in mious], 100 * current[1]),
+              "latency of one image, ms": (latencies, current[2])}
+    for ax, (name, (values, value)) in zip(axes[0], panels.items()):
+        ax.plot(costs, values, "o-", color="0.55", ms=4, lw=1, label="routes seen so far")
+        ax.plot(current[0], value, "o", color=COLOURS[1], ms=9, label="this route")
         ax.axvline(budget, color=COLOURS[0], ls="--", lw=1.2, label="budget")
         ax.set_xlabel(f"cost, {unit}", fontsize=8); ax.set_ylabel(name, fontsize=8)
         ax.tick_params(labelsize=8); ax.grid(color="0.92")
@@ -264,21 +264,24 @@ def explore_budget(table: CostTable, statistics: GateStatistics,
     gates = plot_route(table.space, {edge: statistics.importance[edge]
                                      for edge in table.space.edges()})
     gates.set_size_inches(10, 2.3)
-    explored = set()
+    points = {} # budget in per cent -> cost, mIoU and latency of its route
     @functools.cache
     def derived(percent):
         return derive_candidates(table, statistics, percent / 100, None, {})[0]
-    def explore(percent):
+    def measure(percent):
         architecture = derived(percent)
-        cost, unit = cost_in_unit(table, static_cost(table, architecture.selected))
-        explored.add(point := (cost, *worth(architecture)[1:]))
-        return plot_explored(explored, point, cost_in_unit(table, percent / 100 * table.full)[0],
-                             unit)
+        cost, _ = cost_in_unit(table, static_cost(table, architecture.selected))
+        points[percent] = cost, *worth(architecture)[1:]
     def draw(values):
-        route = plot_summarised(table, derived(values["budget"]), worth)
-        return [route, *([explore(values["budget"])] if worth else ()), gates]
+        percent = values["budget"]
+        figures = [plot_summarised(table, derived(percent), worth), gates]
+        if worth:
+            measure(percent)
+            limit, unit = cost_in_unit(table, percent / 100 * table.full)
+            figures.insert(1, plot_explored(points.values(), points[percent], limit, unit))
+        return figures
     if worth:
-        for percent in np.linspace(least, 100, 8).round(): explore(int(percent))
+        for percent in np.linspace(least, 100, 8).round(): measure(int(percent))
     slider = widgets.IntSlider(min(max(round(100 * budget), least), 100), least, 100,
                                description="budget, %", continuous_update=False)
     return Explorer(draw, {"budget": slider})
@@ -485,7 +488,8 @@ def play_jigsaw(images: torch.Tensor, # (n,3,H,W) uint8
                for k in range(1, places + 1)}
     exchange_on_choice(list(choices.values()))
     rows = [widgets.HBox(list(choices.values())[k:k + side]) for k in range(0, places, side)]
-    label = widgets.Label("Which piece belongs in which place? Choosing one exchanges the two.")
+    label = widgets.Label("Which piece belongs in which place? A piece that is chosen is exchanged "
+                          "with the one that is there.")
     return Explorer(draw, {**controls, **choices}, [*controls.values(), label, *rows])
 
 # %% ../../nbs/viz/05_widgets.ipynb #2ffa451f
