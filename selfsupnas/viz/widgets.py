@@ -199,7 +199,8 @@ class InheritedNetworks:
             network = inherited_network(architecture, self.state, self.plain)
             counts = confusion_matrix(segment(network, self.images), self.labels,
                                       len(self.classes))
-            latency = measure_latency(network, self.images.shape[-2:], repeats=9, warmup=2)
+            latency = min(measure_latency(network, self.images.shape[-2:], repeats=3, warmup=1)
+                          for _ in range(3)) # other work only adds to it
             self.cache[key] = InheritedNetwork(network, Metrics(counts, self.classes).miou, latency)
         return self.cache[key]
 
