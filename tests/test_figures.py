@@ -1144,7 +1144,7 @@ CHANGES = {
                                          draw(replace(metrics, confusion=metrics.confusion.T))),
     "fractions in place of per cent": (test_summary_figure, summary_figure, lambda draw, *args, percent: draw(*args)),
     "a smaller budget": (test_explore_budget, explore_budget, lambda draw, *args, budget: draw(*args, budget=.3)),
-    "a cost that is not said": (test_explore_budget, picture_of, afterwards(lambda figure: figure.suptitle("a route"))),
+    "a cost that is not said": (test_edit_architecture, picture_of, afterwards(lambda figure: figure.suptitle("a route"))),
     "an edge that was shut before": (test_edit_architecture, edit_architecture, lambda draw, found, table:
                                     draw(without(found), table)),
     "a route of another cost": (test_plot_summarised, plot_summarised, lambda draw, table, found, worth:

@@ -193,7 +193,7 @@ class InheritedNetworks:
         self.cache = {}
 
     def __call__(self, architecture: Architecture) -> InheritedNetwork:
-        "The network of an architecture; measured once for all architectures of the same weights."
+        "The network of an architecture and its measurements, which are made once."
         key = tuple(architecture.selected.items())
         if key not in self.cache:
             network = inherited_network(architecture, self.state, self.plain)
