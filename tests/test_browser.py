@@ -1,7 +1,7 @@
 """Notebooks in a real JupyterLab in a real browser: all cells run, controls change their pictures, pictures have their own size and
-exact colours, and what is saved holds no bar. `make test-browser`."""
+exact colours, and what is saved holds no bar, and a picture in place of each explorer. `make test-browser`."""
 
-import base64, contextlib, io, json, os, re, shutil, signal, socket, subprocess, sys, urllib.request
+import base64, contextlib, io, json, os, re, shutil, signal, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,7 @@ def explorers(jupyter, browser):
 
 RUNNING = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(e => e.innerText.includes('*'))"
 IMAGES = ".jp-OutputArea .widget-image"
+STILLS = ".jp-OutputArea-child:has(.selfsupnas-still) + .jp-OutputArea-child img" # what a saved notebook shows of an explorer
 
 def sizes(picture) -> dict:
     "CSS pixels of a picture, when it is decoded: its own width, the width and height shown, and the width of the cell."
@@ -221,10 +222,7 @@ def test_the_pictures_of_the_tour_have_their_own_size_and_the_colours_of_classes
     gates = 255 * colormaps[GATE_COLOURS](np.linspace(0, 1, 256))[:, None, :3]
     off = abs(np.array([*colours(budget)]) - gates).max(-1).min(1) # of each colour of the bar, from the nearest of the picture
     assert (off < 1).sum() > 250 and off.max() < 3, "a palette of 256 colours is 31 off; the ends touch the frame"
-    val, drawn = load_dataset("streetscenes", "val", size=(64, 80)), colours(editor)
-    label = val[3][1].numpy() # the image that the tour shows
-    for k, colour in enumerate(val.spec.palette):
-        assert drawn.get(colour, 0) > 10 * (label == k).sum(), f"{val.spec.classes[k]} {colour} is drawn in another colour"
+    assert_classes(colours(editor), load_dataset("streetscenes", "val", size=(64, 80)), 3) # the image that the tour shows
 
 def test_the_tour_is_saved_without_bars(page, jupyter): assert_no_bars(saved(page, jupyter, "00_tour.ipynb"))
 
@@ -243,6 +241,74 @@ def test_the_split_is_drawn_in_the_colours_of_its_classes(explorers):
     assert (128, 128, 0) in spec.palette, "trees, which a palette of 256 colours draws as something else"
     for name, colour in zip(spec.classes, spec.palette): assert drawn.get(colour, 0) > 1000, f"the bar of {name} is not {colour}"
 
+def assert_classes(drawn, dataset, index):
+    "Each class of the label of an image is drawn in its exact colour, in at least ten pixels for each of the label's."
+    label, spec = dataset[index][1], dataset.spec
+    assert (128, 128, 0) in spec.palette and (label == spec.classes.index("car")).any()
+    for k, colour in enumerate(spec.palette):
+        assert drawn.get(colour, 0) >= 10 * (label == k).sum(), f"{spec.classes[k]} {colour} is drawn in another colour"
+
+@pytest.mark.parametrize("k", (2, 3), ids=("editor", "images"))
+def test_predictions_are_drawn_in_the_colours_of_their_classes(explorers, k):
+    from selfsupnas.data.datasets import load_dataset
+    assert_classes(colours(explorers.locator(IMAGES).nth(k)), load_dataset("streetscenes", "val", size=(64, 80)), 3)
+
+def explorer_of(page, k):
+    "The output of an explorer: its controls and its picture."
+    return page.locator(".selfsupnas-explorer").nth(k)
+
+def reaction(page, k, act) -> float:
+    "Do `act` to an explorer, and wait for another picture; seconds."
+    picture = explorer_of(page, k).locator(".widget-image")
+    source, begun = picture.get_attribute("src"), time.monotonic()
+    act()
+    page.wait_for_function("([image, source]) => image.src != source", arg=[picture.element_handle(), source])
+    return time.monotonic() - begun
+
+def press(page, k, key):
+    explorer_of(page, k).locator("[role=slider], button:not([disabled]), select").first.press(key)
+
+EXPLORERS = {"bars": "ArrowRight", "budget": "ArrowRight", "editor": "Space", "images": "ArrowRight", "jigsaw": "ArrowRight", "split": "ArrowRight"}
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_each_explorer_follows_the_keyboard(explorers, name):
+    "Where no other work disturbs it, within 1.5 s."
+    k, key = list(EXPLORERS).index(name), EXPLORERS[name]
+    idle = psutil.cpu_percent(1) < 15
+    seconds = [reaction(explorers, k, lambda: press(explorers, k, key)) for _ in range(3)]
+    wait_until(lambda: not explorer_of(explorers, k).locator(".widget-html-content").last.inner_text()) # the busy sign
+    print(f"{name}: {min(seconds):.2f} s")
+    if idle: assert min(seconds) < 1.5, f"{name}: {min(seconds):.2f} s"
+    shot(explorer_of(explorers, k), f"explorer-{name}")
+
+def test_many_keys_are_drawn_together(explorers):
+    "The picture is soon that of the last of them."
+    slider = explorer_of(explorers, 0).locator("[role=slider]").first
+    picture = explorer_of(explorers, 0).locator(".widget-image")
+    explorers.evaluate("""image => {
+        window.sources = []
+        new MutationObserver(() => window.sources.push(image.src)).observe(image, {attributeFilter: ['src']})}""", picture.element_handle())
+    for _ in range(20): slider.press("ArrowLeft"); slider.press("ArrowRight")
+    wait_until(lambda: not explorer_of(explorers, 0).locator(".widget-html-content").last.inner_text())
+    assert 0 < explorers.evaluate("window.sources.length") < 40
+
+def test_pieces_of_a_jigsaw_are_exchanged(explorers):
+    choices = explorer_of(explorers, 4).locator("select")
+    before = [choice.input_value() for choice in choices.all()]
+    assert len(before) == 4
+    reaction(explorers, 4, lambda: choices.first.select_option(before[2]))
+    assert [choice.input_value() for choice in choices.all()] == [before[2], before[1], before[0], before[3]]
+    assert explorer_of(explorers, 4).locator(".widget-html b").count() == 0
+
+def test_an_edge_that_nothing_reaches_is_grey(explorers):
+    from selfsupnas.viz.widgets import SIGNS
+    buttons = explorer_of(explorers, 2).locator("button")
+    grey = sum(button.is_disabled() for button in buttons.all())
+    assert buttons.count() == 29 and grey < 29 and buttons.first.inner_text() == SIGNS["keep"]
+    for button in buttons.all()[:2]: # close all that leaves the first cell
+        if "mod-active" in button.get_attribute("class"): reaction(explorers, 2, button.click)
+    assert sum(button.is_disabled() for button in buttons.all()) > grey
+
 def test_a_picture_that_was_redrawn_has_its_own_size(explorers):
     from selfsupnas.viz.widgets import DPI
     first = explorers.locator(".jp-OutputArea-output", has=explorers.locator(".widget-image")).first
@@ -253,6 +319,34 @@ def test_a_picture_that_was_redrawn_has_its_own_size(explorers):
     picture_changes(explorers, picture, lambda: width.press("End"), "widest")
     found = assert_own_size(picture)
     assert found["width"] == pytest.approx(found["cell"], abs=1) and found["own"] > found["cell"]
+
+def test_a_saved_notebook_shows_the_last_picture_of_each_explorer(explorers, jupyter, browser):
+    "First on a page that was reloaded, where the kernel answers; then without it."
+    from selfsupnas.data.datasets import load_dataset
+    assert not any(still.is_visible() for still in explorers.locator(STILLS).all()), "as the explorer shows the same"
+    last = colours(explorers.locator(IMAGES).nth(1))
+    outputs = [cell["outputs"] for cell in saved(explorers, jupyter, "05_widgets.ipynb") if cell.get("outputs")]
+    assert sum("image/png" in output.get("data", {}) for each in outputs for output in each) >= 6
+    explorers.reload()
+    ready(explorers, "Widgets")
+    explorers.locator(".selfsupnas-explorer").nth(5).wait_for()
+    reaction(explorers, 5, lambda: press(explorers, 5, "ArrowLeft"))
+    assert not any(still.is_visible() for still in explorers.locator(STILLS).all())
+    again = reopened(browser, jupyter, "05_widgets.ipynb", "Widgets")
+    errors = again.locator(".jp-OutputArea-output.jupyter-widgets", has_text="model not found")
+    wait_until(lambda: errors.count() == 6)
+    assert not any(error.is_visible() for error in errors.all())
+    stills = again.locator(STILLS)
+    assert stills.count() == 6
+    for k in range(6):
+        assert stills.nth(k).is_visible()
+        assert_own_size(stills.nth(k))
+        shot(stills.nth(k), f"reopened-{k}")
+    assert colours(stills.nth(1)) == last, "the state in which it was saved"
+    for k in (2, 3):
+        drawn, spec = colours(stills.nth(k)), load_dataset("streetscenes", "val", size=(64, 80)).spec
+        assert all(drawn.get(spec.palette[spec.classes.index(name)], 0) > 100 for name in ("road", "building", "sky"))
+    again.close()
 
 def test_a_saved_notebook_holds_no_bar(jupyter, browser):
     page = opened(browser, f"{jupyter}/lab/workspaces/bars/tree/bars.ipynb", "A live run")

@@ -40,6 +40,7 @@ from selfsupnas.show import ERROR_COLOURS, colourise, error_map, legend, overlay
 from selfsupnas.data.splits import make_split
 from selfsupnas.data.inspection import sample_sheet, survey
 from selfsupnas.viz.widgets import draw_progress, edit_architecture, explore_budget, explore_split
+from selfsupnas.viz.widgets import plot_explored, plot_pixels, plot_puzzle, plot_summarised
 
 matplotlib.use("Agg")
 TESTS = [] # one for each figure
@@ -857,18 +858,86 @@ def test_explore_budget():
     gates = gates_along(ROUTE | {Edge(0, 0, "keep"): .1})
     statistics = GateStatistics(gates, gates, torch.zeros(1), torch.zeros(1))
     explorer = explore_budget(cost_table(SPACE), statistics, budget=.6)
-    figure = picture_of(explorer)
-    check_gates(figure, figure.axes[0], gates)
+    figure, mean = explorer.draw(explorer.values)
+    check_gates(mean, mean.axes[0], gates)
     route = panel(figure, "route")
-    check_frame(figure.axes[0])
+    check_frame(mean.axes[0])
     check_frame(route)
     # All six edges fit: 141 of 349.14 million. Cells (1, 0) to (4, 0) now pass their input on.
     check_route(route, ROUTE | {Edge(0, 0, "keep"): .1}, COMPUTING, PASSING | {(layer, 0) for layer in (1, 2, 3, 4)})
-    assert "0.1410 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
+    assert "0.141 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
     assert explorer.controls["budget"].min == 17 # stem, decoder and classifier alone: 58 of 349.14 million
-    cheap = picture_of(explorer, {"budget": 30})
-    assert 17 <= numbers(cheap.get_suptitle())[-1] <= 30
+    cheap, again = explorer.draw({"budget": 30})
+    assert 17 <= numbers(cheap.get_suptitle())[-1] <= 30 and again is mean
     assert numbers(panel(cheap, "route").get_title())[0] < 6
+    return [figure, mean]
+
+
+@figure_test
+def test_plot_summarised():
+    inherited = widgets.InheritedNetwork(torch.nn.Conv2d(1, 1, 1), .125, 7.25)
+    figure = plot_summarised(cost_table(SPACE), Architecture(SPACE, ROUTE), lambda architecture: inherited)
+    ax, = figure.axes
+    check_frame(ax)
+    check_route(ax)
+    assert [word in figure.get_suptitle() for word in ("0.14 GFLOPs", "40%", "7.2 ms", "cpu", "12.5%")] == [True] * 5
+    return figure
+
+
+@figure_test
+def test_plot_explored():
+    points = [(.3, .2, 9.), (.1, .05, 4.), (.2, .25, 6.)]
+    figure = plot_explored(points, points[2], .22)
+    for ax, values, word in zip(figure.axes, ([5, 25, 20], [4, 6, 9]), ("mIoU", "latency")):
+        check_points(line(ax, "seen"), [.1, .2, .3], values)
+        check_points(line(ax, "this"), [.2], values[1:2])
+        check_level(line(ax, "budget"), "x", .22)
+        assert word in ax.get_ylabel() and "GFLOPs" in ax.get_xlabel()
+    assert len(legend_of(figure)) == 3
+    check_distinct([line(figure.axes[0], name) for name in ("seen", "this", "budget")])
+    return figure
+
+
+@figure_test
+def test_plot_pixels():
+    images, labels = (torch.as_tensor(part) for part in images_and_labels(1))
+    labels[0, :48, :40], labels[0, :48, 40:], labels[0, 48:] = 1, 3, 255 # building, road, no label
+    guess = labels[0].where(labels[0] != 255, 3)
+    guess[:, :20] = 5 # a tree, in a quarter of the labelled pixels
+    sure = torch.full(SIZE, .9).where(torch.arange(80) < 40, .5) # the left half
+    figure = plot_pixels(images[0], labels[0], {"teacher": (sure, guess), "perfect": (sure, labels[0])}, SPEC,
+                         "teacher", .8)
+    left = np.arange(80) < 40
+    kept, truth = (np.where(left, part.numpy(), 255) for part in (guess, labels[0]))
+    image, label, *rest = pictures_of(figure)
+    assert (image == channels_last(images[0].numpy())).all() and (label == in_colours(labels[0].numpy())).all()
+    for drawn, errors, part, right in zip(rest[::2], rest[1::2], (kept, guess, labels[0]), (truth, labels[0], labels[0])):
+        part, right = np.asarray(part), np.asarray(right)
+        assert (drawn == in_colours(part)).all()
+        for state, where in (("ignored", right == 255), ("wrong", (right != part) & (right != 255)), ("correct", right == part)):
+            assert (errors[where & ((right == 255) == (state == "ignored"))] == ERROR_COLOURS[state]).all(), state
+    titles = [ax.get_title() for ax in figure.axes]
+    assert numbers(titles[2]) == [.8, 50] and [numbers(title) for title in titles[3::2]] == [[50], [25], [0]]
+    assert titles[4::2] == ["teacher", "perfect"]
+    assert "drawn scenes" in figure.get_suptitle() and "synthetic" in figure.get_suptitle()
+    check_palette(figure)
+    return figure
+
+
+@figure_test
+def test_plot_puzzle():
+    images, _ = images_and_labels(1)
+    whole = torch.as_tensor((images - images.mean((2, 3), keepdims=True)) / 60)
+    shuffled = whole.roll(40, 3) # left and right halves change places
+    figure = plot_puzzle(torch.as_tensor(images[0]), shuffled, torch.tensor([[1, 0, 3, 2]]), True)
+    image, pieces, restored = pictures_of(figure)
+    assert (image == channels_last(images[0])).all() and (restored == np.roll(pieces, 40, 1)).all()
+    assert not (restored == pieces).all()
+    numbered = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    assert numbered == [[], ["1", "2", "3", "4"], ["2", "1", "4", "3"]]
+    places = [(text.get_position()[0] > 39, text.get_position()[1] > 31) for text in figure.axes[2].texts]
+    assert places == [(False, False), (True, False), (False, True), (True, True)]
+    assert "right" in figure.axes[2].get_xlabel()
     return figure
 
 
@@ -882,11 +951,15 @@ def test_edit_architecture():
     check_route(ax)
     check_key(ax, ax)
     # Stem and classifier 58, cells with what leaves them 19 + 18 + 20 + 18, two steps of the decoder 4 + 3
-    assert "0.1400 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
+    assert "0.14 GFLOPs" in figure.get_suptitle() and "40%" in figure.get_suptitle()
     closed = picture_of(explorer, {edge: False})
     kept = {p: weight for p, weight in ROUTE.items() if p not in (edge, Edge(4, 1, "keep"))}
     check_route(closed.axes[0], kept, COMPUTING - {(4, 1)}, PASSING) # the edge behind it is removed, too
-    assert "0.1190 GFLOPs" in closed.get_suptitle() # less 3, and less 18
+    assert [part for part, button in explorer.controls.items() if button.disabled and part[:2] in {(1, 1), (2, 2)}] == []
+    assert explorer.controls[Edge(4, 1, "keep")].disabled, "no open edge leads to its cell"
+    picture_of(explorer)
+    assert not explorer.controls[Edge(4, 1, "keep")].disabled
+    assert "0.119 GFLOPs" in closed.get_suptitle() # less 3, and less 18
     return figure
 
 
@@ -1071,9 +1144,18 @@ CHANGES = {
                                          draw(replace(metrics, confusion=metrics.confusion.T))),
     "fractions in place of per cent": (test_summary_figure, summary_figure, lambda draw, *args, percent: draw(*args)),
     "a smaller budget": (test_explore_budget, explore_budget, lambda draw, *args, budget: draw(*args, budget=.3)),
-    "a cost that is not said": (test_explore_budget, picture_of, afterwards(lambda figure: figure.suptitle("a route"))),
+    "a cost that is not said": (test_edit_architecture, picture_of, afterwards(lambda figure: figure.suptitle("a route"))),
     "an edge that was shut before": (test_edit_architecture, edit_architecture, lambda draw, found, table:
                                     draw(without(found), table)),
+    "a route of another cost": (test_plot_summarised, plot_summarised, lambda draw, table, found, worth:
+                                draw(table, without(found), worth)),
+    "a route that is not highlighted": (test_plot_explored, plot_explored, lambda draw, points, current, budget:
+                                        draw(points, points[0], budget)),
+    "all pixels kept": (test_plot_pixels, plot_pixels, lambda draw, *args: draw(*args[:-1], .5)),
+    "no teacher": (test_plot_pixels, plot_pixels, lambda draw, *args: draw(*args[:-2])),
+    "pieces that stay": (test_plot_puzzle, plot_puzzle, lambda draw, image, shuffled, guess, right:
+                         draw(image, shuffled, guess.sort().values, right)),
+    "a right guess that passes for wrong": (test_plot_puzzle, plot_puzzle, lambda draw, *args: draw(*args[:-1], False)),
     "another fraction": (test_explore_split, explore_split, lambda draw, data, fraction: draw(data, 1 / 4)),
     "colours of other classes": (test_explore_split, picture_of, afterwards(lambda figure: [
         bar.set_facecolor("0.5") for bar in figure.axes[0].patches])),
