@@ -7,8 +7,8 @@ __all__ = ['SEEDS', 'OWN_PROCESS', 'RENAMED', 'RENAMED_STAGES', 'BOUNDS', 'Seed'
            'Pair', 'Triple', 'Interval', 'PathText', 'WORDS', 'seed_everything', 'keep_freed_memory', 'in_own_process',
            'rename_keys', 'rename_record', 'record_path', 'suggestion', 'describe_faults', 'checked_dataclass',
            'check_names', 'check_interval', 'parse_value', 'from_texts', 'atomic_write', 'write_json', 'file_digest',
-           'read_text', 'read_json', 'hashable', 'hash_fields', 'FrozenDict', 'cache_folder', 'cached_arrays',
-           'versions', 'commit', 'hardware', 'RunRecord', 'Timer', 'is_live', 'progress_bar']
+           'read_text', 'read_json', 'read_history', 'hashable', 'hash_fields', 'FrozenDict', 'cache_folder',
+           'cached_arrays', 'versions', 'commit', 'hardware', 'RunRecord', 'Timer', 'is_live', 'progress_bar']
 
 # %% ../nbs/01_core.ipynb #cell-02
 import ast, ctypes, dataclasses, difflib, functools, hashlib, json, os, platform, random, re
@@ -240,6 +240,15 @@ def read_json(path, what: str) -> dict: # what: the expected content, for the me
     except RecursionError: raise ValueError(f"{path} is not {what}: nested too deeply") from None
     if isinstance(data, dict): return data
     raise ValueError(f"{path} is not {what}: it holds a {type(data).__name__}, not an object")
+
+# %% ../nbs/01_core.ipynb #489b2267
+def read_history(path: Path) -> list:
+    "Log rows of a run; raises ValueError that names the file."
+    try: rows = rename_keys(json.loads(path.read_text(encoding="utf8")))
+    except ValueError as e: raise ValueError(f"{path} is damaged: {e}") from None
+    if isinstance(rows, list) and all(isinstance(row, dict) and "step" in row for row in rows):
+        return rows
+    raise ValueError(f"{path} does not hold the log of a run")
 
 # %% ../nbs/01_core.ipynb #4020da9a
 def hashable(value):

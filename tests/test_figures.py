@@ -639,7 +639,7 @@ def test_plot_views():
 @figure_test
 def test_draw_progress():
     "One PNG with the curves of a running search and, below, the gates of its last log row."
-    rows = [{**{key: row[key] for key in ("step", "sup", "expected", "realised")},
+    rows = [{**{key: row[key] for key in ("step", "sup", "jig_accuracy", "expected", "realised")},
              "gates": list(gates_of(SPACE).values())} for row in history()[:6]]
     figures, as_png = [], widgets.as_png
     def watched(drawn, dpi):
@@ -647,9 +647,10 @@ def test_draw_progress():
         return as_png(drawn, dpi)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(widgets, "as_png", watched)
-        png = draw_progress(rows, .4, SPACE, dpi=30)
+        png = draw_progress(rows, .4, SPACE, dpi=30, chance=1 / 24)
     curves, route = figures
-    assert len(curves.axes) == 2
+    assert len(curves.axes) == 3
+    check_level(line(panel(curves, "jigsaw"), "chance"), "y", 100 / 24)
     check_level(line(panel(curves, "cost"), "budget"), "y", 40)
     check_points(line(panel(curves, "loss"), "supervised"), STEPS[:6], [row["sup"] for row in rows])
     check_gates(route, route.axes[0], gates_of(SPACE))
@@ -1042,10 +1043,12 @@ CHANGES = {
     "a lower confidence threshold": (test_plot_views, plot_views, lambda draw, *args: draw(*args[:-1], .5)),
     "student in place of teacher": (test_plot_views, plot_views, lambda draw, weak, strong, taught, own, *args:
                                     draw(weak, strong, own, taught, *args)),
-    "another budget": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi:
-                       draw(rows, .9, space, dpi)),
-    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi:
-                             draw([{**row, "gates": row["gates"][::-1]} for row in rows], budget, space, dpi)),
+    "another budget": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, **more:
+                       draw(rows, .9, space, **more)),
+    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, **more:
+                             draw([{**row, "gates": row["gates"][::-1]} for row in rows], budget, space, **more)),
+    "a live plot without chance": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi, chance:
+                                   draw(rows, budget, space, dpi)),
     "a lower IoU": (test_plot_class_iou, plot_class_iou, with_iou("car", .56)),
     "an IoU of None drawn as 0": (test_plot_class_iou, plot_class_iou, with_iou("fence", 0.)),
     "an unmeasured mIoU drawn as 0": (test_plot_cost_accuracy, plot_cost_accuracy, lambda draw, points:
