@@ -225,7 +225,8 @@ HEADLINES = { # stage -> header with unit: metric, factor, format
     "pareto": {"mIoU (%)": ("miou", 100, ".1f"),
                "mIoU before training (%)": ("inherited_miou", 100, ".1f"),
                GFLOPS: ("gflops", 1, ".4f"),
-               "budget (% of the full grid)": ("budget", 100, ".1f")}}
+               "budget (% of the full grid)": ("budget", 100, ".1f"),
+               "cost (% of the full grid)": ("cost_share", 100, ".1f")}}
 
 # %% ../../nbs/viz/04_tables.ipynb #a4e665db
 class Cell(NamedTuple):
@@ -282,10 +283,12 @@ def run_summary(record: RunRecord) -> str:
     rows = [{header: cell.text for header, cell in row.items()} for row in headlines(record)]
     if len(rows) == 1: # one value a line
         rows = [{"result": header, "value": text} for header, text in rows[0].items()]
-    table = to_markdown(rows, list({header: None for row in rows for header in row}))
+    columns = list({header: None for row in rows for header in row})
+    table = to_markdown(rows, columns).splitlines()
+    table[1] = "| --- |" + " ---: |" * (len(columns) - 1) # the numbers have their texts
     changed = [f"`{name}` {value_text(value)} (default {value_text(default)})"
                for name, (value, default) in changed_parameters(record).items()]
-    return (f"{table}\n\nDiffers from the defaults: "
+    return ("\n".join(table) + "\n\nDiffers from the defaults: "
             f"{', '.join(changed) or 'nothing, all parameters are defaults'}.")
 
 # %% ../../nbs/viz/04_tables.ipynb #6d7ef8bf
