@@ -61,7 +61,7 @@ def test_a_log_says_first_what_runs_and_then_how_far_it_is(run):
         lines = stage.splitlines()
         first = next(k for k, line in enumerate(lines) if line.startswith("step "))
         assert [line.split()[0] for line in lines[first - 4:first]] == ["data", "images", "network", "steps"], lines
-        assert re.fullmatch(r"step 2/4  [\d.]+ (s|min|h) left  loss  sup [\d.]+ .*", lines[first])
+        assert re.fullmatch(r"step 2/4  [\d.]+ (s|min|h) left  loss sup [\d.]+ .*", lines[first])
 
 
 def test_retraining_built_what_the_search_found(run):

@@ -49,16 +49,16 @@ def time_text(seconds: float) -> str:
 def log_line(row: dict, steps: int, # of the run
              seconds_left: float | None = None) -> str:
     "A log row as one printed line: losses without their weights, metrics in per cent."
-    shares = {"jig_accuracy": "jigsaws solved", "pseudo_share": "pseudo-labels",
-              "expected": "expected cost", "realised": "realised cost", "val_miou": "val mIoU"}
+    shares = {"jig_accuracy": "jigsaws", "pseudo_share": "pseudo-labels",
+              "expected": "expected", "realised": "realised", "val_miou": "val mIoU"}
     losses = [f"{name} {row[name]:.3f}" for name in ("sup", "jig", "semi", "cost")
               if row.get(name) is not None]
     metrics = [f"{text} {100 * row[name]:.1f}%" for name, text in shares.items()
                if row.get(name) is not None]
     if row.get("overflows"): metrics.append(f"overflows {row['overflows']}")
     left = [] if seconds_left is None else [f"{time_text(seconds_left)} left"]
-    return "  ".join([f"step {row['step']:{len(str(steps))}}/{steps}", *left, "loss", *losses,
-                      *metrics])
+    return "  ".join([f"step {row['step']:{len(str(steps))}}/{steps}", *left,
+                      " ".join(["loss", *losses]), *metrics])
 
 # %% ../../nbs/train/06_log.ipynb #cell-22
 def last_checkpoint(folder, step: int) -> str: # at that step or before
