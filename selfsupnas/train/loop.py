@@ -10,7 +10,7 @@ __all__ = ['TrainResult', 'TrainingState', 'choose_execution', 'networks_of', 's
            'jigsaw_metrics', 'fit_metrics', 'load_trained', 'teacher_student_views']
 
 # %% ../../nbs/train/07_loop.ipynb #54575671
-import contextlib, json, signal, time
+import contextlib, signal, time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
