@@ -29,7 +29,7 @@ from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.data.files import PairDataset, SegmentationSpec
 from selfsupnas.viz.curves import plot_class_iou, plot_cost_accuracy
 from selfsupnas.viz.predictions import plot_jigsaw, plot_predictions, plot_views
-from selfsupnas.viz.curves import plot_candidates, plot_history
+from selfsupnas.viz.curves import plot_candidates, plot_history, plot_runs
 from selfsupnas.viz.routes import plot_gate_history, plot_route
 from selfsupnas.viz.tables import Summary, summary_figure
 from selfsupnas.viz.routes import plot_closed, plot_image_routes, plot_operations
@@ -637,6 +637,22 @@ def test_plot_views():
 
 
 @figure_test
+def test_plot_runs():
+    "One axis for all runs that have the column; values in per cent, each run with its own line and name."
+    runs = {"long": history(), "short": history()[:7], "without": [{"step": 1, "sup": 1.}]}
+    figure = plot_runs(runs, "val_miou")
+    ax, = figure.axes
+    assert "mIoU (%)" in ax.get_title() and ax.get_xlabel() == "step" and len(ax.lines) == 2
+    check_points(line(ax, "long"), [0, 150, 300, 450, 600], [10, 20, 30, 40, 50])
+    check_points(line(ax, "short"), [0, 150, 300], [10, 20, 30])
+    check_distinct(ax.lines)
+    for name in ("long", "short"): entry(ax, name)
+    assert plot_runs(runs, "sup").axes[0].get_yscale() == "log" and plot_runs({"a": [{"step": 1}]}, "sup") is None
+    with pytest.raises(ValueError, match="key"): plot_runs(runs, "accuracy")
+    return figure
+
+
+@figure_test
 def test_draw_progress():
     "One PNG with the curves of a running search and, below, the gates of its last log row."
     rows = [{**{key: row[key] for key in ("step", "sup", "jig_accuracy", "expected", "realised")},
@@ -943,7 +959,7 @@ def test_every_figure_has_a_test():
         reached |= fresh
         fresh = set().union(*(names_in(FUNCTIONS[name].__code__) for name in fresh)) & set(FUNCTIONS) - reached
     drawers = {name for name, f in FUNCTIONS.items() if {"ax", "axes", "fig"} & set(inspect.signature(f).parameters)}
-    missing = sorted(drawers - reached - {"save_figure"}) # which draws nothing
+    missing = sorted(drawers - reached - {"save_figure", "save_photos"}) # which draw nothing
     assert not missing, f"no figure with a test here calls {', '.join(missing)}"
 
 
@@ -1043,6 +1059,8 @@ CHANGES = {
     "a lower confidence threshold": (test_plot_views, plot_views, lambda draw, *args: draw(*args[:-1], .5)),
     "student in place of teacher": (test_plot_views, plot_views, lambda draw, weak, strong, taught, own, *args:
                                     draw(weak, strong, own, taught, *args)),
+    "a run under another's name": (test_plot_runs, plot_runs, lambda draw, runs, key: draw(
+        dict(zip(["short", "long", *list(runs)[2:]], runs.values())), key)),
     "another budget": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, **more:
                        draw(rows, .9, space, **more)),
     "gates of other edges": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, **more:
