@@ -6,9 +6,10 @@
 __all__ = ['SEEDS', 'OWN_PROCESS', 'RENAMED', 'RENAMED_STAGES', 'BOUNDS', 'Seed', 'Share', 'PositiveShare', 'AsTuple', 'Several',
            'Pair', 'Triple', 'Interval', 'PathText', 'WORDS', 'seed_everything', 'keep_freed_memory', 'in_own_process',
            'rename_keys', 'rename_record', 'record_path', 'suggestion', 'describe_faults', 'checked_dataclass',
-           'check_names', 'check_interval', 'parse_value', 'from_texts', 'atomic_write', 'write_json', 'file_digest',
-           'read_text', 'read_json', 'hashable', 'hash_fields', 'FrozenDict', 'cache_folder', 'cached_arrays',
-           'versions', 'commit', 'hardware', 'RunRecord', 'Timer', 'is_live', 'progress_bar']
+           'check_names', 'check_interval', 'parse_value', 'from_texts', 'notebook_config', 'atomic_write',
+           'write_json', 'file_digest', 'read_text', 'read_json', 'read_history', 'hashable', 'hash_fields',
+           'FrozenDict', 'cache_folder', 'cached_arrays', 'versions', 'commit', 'hardware', 'RunRecord', 'Timer',
+           'enter_checkout', 'is_live', 'progress_bar']
 
 # %% ../nbs/01_core.ipynb #cell-02
 import ast, ctypes, dataclasses, difflib, functools, hashlib, json, os, platform, random, re
@@ -185,6 +186,10 @@ def from_texts(cls, # a dataclass
     return cls(**{name: parse_value(value, kinds.get(name)) if isinstance(value, str) else value
                   for name, value in values.items()})
 
+def notebook_config(cls, variables: dict): # `vars()` of a run notebook
+    "`from_texts` of the variables that are fields of `cls`, which its parameters cell sets."
+    return from_texts(cls, {name: variables[name] for name in cls.__dataclass_fields__})
+
 # %% ../nbs/01_core.ipynb #cell-15
 @contextmanager
 def atomic_write(path):
@@ -240,6 +245,15 @@ def read_json(path, what: str) -> dict: # what: the expected content, for the me
     except RecursionError: raise ValueError(f"{path} is not {what}: nested too deeply") from None
     if isinstance(data, dict): return data
     raise ValueError(f"{path} is not {what}: it holds a {type(data).__name__}, not an object")
+
+# %% ../nbs/01_core.ipynb #489b2267
+def read_history(path: Path) -> list:
+    "Log rows of a run; raises ValueError that names the file."
+    try: rows = rename_keys(json.loads(path.read_text(encoding="utf8")))
+    except ValueError as e: raise ValueError(f"{path} is damaged: {e}") from None
+    if isinstance(rows, list) and all(isinstance(row, dict) and "step" in row for row in rows):
+        return rows
+    raise ValueError(f"{path} does not hold the log of a run")
 
 # %% ../nbs/01_core.ipynb #4020da9a
 def hashable(value):
@@ -404,6 +418,12 @@ class Timer:
         start = time.perf_counter()
         try: yield
         finally: self.seconds[name] = self.seconds.get(name, 0.) + time.perf_counter() - start
+
+# %% ../nbs/01_core.ipynb #0ac0dc63
+def enter_checkout():
+    "Work at the root of the checkout, if a run notebook was opened in its `nbs/runs`."
+    here = Path.cwd()
+    if here.parts[-2:] == ("nbs", "runs") and not in_own_process(): os.chdir(here.parent.parent)
 
 # %% ../nbs/01_core.ipynb #5ba40002
 def is_live() -> bool:

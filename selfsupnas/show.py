@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FONTS', 'ERROR_COLOURS', 'as_array', 'as_picture', 'ignore_colour', 'colourise', 'overlay', 'fonts_for',
            'complete_fonts', 'figure_class', 'new_figure', 'show_images', 'distinct_colours', 'class_patches',
-           'legend_below', 'legend', 'show_samples', 'error_map', 'save_figure']
+           'legend_below', 'legend', 'show_samples', 'error_map', 'save_figure', 'save_photos']
 
 # %% ../nbs/03_show.ipynb #cell-02
 import functools, math, warnings
@@ -268,3 +268,11 @@ def save_figure(fig, # matplotlib Figure
     with atomic_write(path) as aside:
         fig.savefig(aside, dpi=dpi or fig.dpi, bbox_inches="tight", facecolor="white")
     return path
+
+# %% ../nbs/03_show.ipynb #4985f848
+def save_photos(fig, # matplotlib Figure of images
+                path, # file to write: .jpg
+                width=920): # pixels
+    "Write a figure to a file and return it as the IPython Image that a notebook shows."
+    from IPython.display import Image
+    return Image(save_figure(fig, path, width / fig.get_figwidth()))

@@ -191,3 +191,5 @@ def test_a_report_is_one_page(tmp_path, capsys):
     assert main(["report", *runs, "--to", str(tmp_path/"page.html")]) == 0
     page = (tmp_path/"page.html").read_text("utf8")
     assert page.count("<tr>") > 20 and "w_semi" in page and "searched-semi/0/evaluate" in page
+    assert page.index("mIoU (%)") < page.index("Parameters that differ") < page.index("All parameters"), "results first"
+    assert "width=device-width" in page and not re.search(r"(src|href)=\"?(?!data:)", page), "one file, readable on a phone"

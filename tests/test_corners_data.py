@@ -491,7 +491,7 @@ def test_a_log_says_none_where_a_mean_is_undefined(root, tmp_path):
     log = RunLog(asked)
     row = log.add(0, Losses(sup=torch.tensor(1.)), StepMetrics(), LossWeights(), 1.)
     log.finish(row, Says(), FolderDataset(root, "val"), progress_bar(), lambda rows: None)
-    assert row["val_miou"] is None and "miou" not in log_line(row) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
+    assert row["val_miou"] is None and "mIoU" not in log_line(row, 1) and not log.is_best(row) and json.dumps(log.rows, allow_nan=False)
 
 
 # Letters that matplotlib's default font lacks

@@ -623,7 +623,7 @@ def test_an_overflow_is_counted_logged_and_changes_nothing(folder):
         assert run.threshold.value == pytest.approx(before.threshold["value"] + .01 * finite)
         assert all(p.grad is None for p in multitask.parameters())
         if row := run.log.add(step, Losses(sup=loss), StepMetrics(), LossWeights(sup=1.), .1, outcome): rows.append(row)
-    assert run.log.overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in log_line(rows[-1])
+    assert run.log.overflows == 5 and rows[-1]["overflows"] == 5 and "overflows 5" in log_line(rows[-1], 8)
     other = RunLog(run.log.config)
     other.load_state_dict(run.log.state_dict())
     assert other.overflows == 5

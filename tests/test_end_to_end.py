@@ -55,6 +55,15 @@ def test_the_records_hold_what_was_asked_for(run):
     assert rows["lraspp_mobilenet_v3_large"]["miou"] is None
 
 
+def test_a_log_says_first_what_runs_and_then_how_far_it_is(run):
+    _, done, _ = run
+    for stage in done.stdout.split("] ")[1:3]: # after [1/3] and [2/3]
+        lines = stage.splitlines()
+        first = next(k for k, line in enumerate(lines) if line.startswith("step "))
+        assert [line.split()[0] for line in lines[first - 4:first]] == ["data", "images", "network", "steps"], lines
+        assert re.fullmatch(r"step 2/4  [\d.]+ (s|min|h) left  loss sup [\d.]+ .*", lines[first])
+
+
 def test_retraining_built_what_the_search_found(run):
     folder, _, _ = run
     found, built = (load_architecture(folder/stage/"architecture.json") for stage in ("search", "retrain"))

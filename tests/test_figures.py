@@ -29,7 +29,7 @@ from selfsupnas.space.grid import Edge, SearchSpace
 from selfsupnas.data.files import PairDataset, SegmentationSpec
 from selfsupnas.viz.curves import plot_class_iou, plot_cost_accuracy
 from selfsupnas.viz.predictions import plot_jigsaw, plot_predictions, plot_views
-from selfsupnas.viz.curves import plot_candidates, plot_history
+from selfsupnas.viz.curves import plot_candidates, plot_history, plot_runs
 from selfsupnas.viz.routes import plot_gate_history, plot_route
 from selfsupnas.viz.tables import Summary, summary_figure
 from selfsupnas.viz.routes import plot_closed, plot_image_routes, plot_operations
@@ -638,9 +638,25 @@ def test_plot_views():
 
 
 @figure_test
+def test_plot_runs():
+    "One axis for all runs that have the column; values in per cent, each run with its own line and name."
+    runs = {"long": history(), "short": history()[:7], "without": [{"step": 1, "sup": 1.}]}
+    figure = plot_runs(runs, "val_miou")
+    ax, = figure.axes
+    assert "mIoU (%)" in ax.get_title() and ax.get_xlabel() == "step" and len(ax.lines) == 2
+    check_points(line(ax, "long"), [0, 150, 300, 450, 600], [10, 20, 30, 40, 50])
+    check_points(line(ax, "short"), [0, 150, 300], [10, 20, 30])
+    check_distinct(ax.lines)
+    for name in ("long", "short"): entry(ax, name)
+    assert plot_runs(runs, "sup").axes[0].get_yscale() == "log" and plot_runs({"a": [{"step": 1}]}, "sup") is None
+    with pytest.raises(ValueError, match="key"): plot_runs(runs, "accuracy")
+    return figure
+
+
+@figure_test
 def test_draw_progress():
     "One PNG with the curves of a running search and, below, the gates of its last log row."
-    rows = [{**{key: row[key] for key in ("step", "sup", "expected", "realised")},
+    rows = [{**{key: row[key] for key in ("step", "sup", "jig_accuracy", "expected", "realised")},
              "gates": list(gates_of(SPACE).values())} for row in history()[:6]]
     figures, as_png = [], widgets.as_png
     def watched(drawn, dpi):
@@ -648,9 +664,10 @@ def test_draw_progress():
         return as_png(drawn, dpi)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(widgets, "as_png", watched)
-        png = draw_progress(rows, .4, SPACE, dpi=30)
+        png = draw_progress(rows, .4, SPACE, dpi=30, chance=1 / 24)
     curves, route = figures
-    assert len(curves.axes) == 2
+    assert len(curves.axes) == 3
+    check_level(line(panel(curves, "jigsaw"), "chance"), "y", 100 / 24)
     check_level(line(panel(curves, "cost"), "budget"), "y", 40)
     check_points(line(panel(curves, "loss"), "supervised"), STEPS[:6], [row["sup"] for row in rows])
     check_gates(route, route.axes[0], gates_of(SPACE))
@@ -1015,7 +1032,7 @@ def test_every_figure_has_a_test():
         reached |= fresh
         fresh = set().union(*(names_in(FUNCTIONS[name].__code__) for name in fresh)) & set(FUNCTIONS) - reached
     drawers = {name for name, f in FUNCTIONS.items() if {"ax", "axes", "fig"} & set(inspect.signature(f).parameters)}
-    missing = sorted(drawers - reached - {"save_figure"}) # which draws nothing
+    missing = sorted(drawers - reached - {"save_figure", "save_photos"}) # which draw nothing
     assert not missing, f"no figure with a test here calls {', '.join(missing)}"
 
 
@@ -1115,10 +1132,14 @@ CHANGES = {
     "a lower confidence threshold": (test_plot_views, plot_views, lambda draw, *args: draw(*args[:-1], .5)),
     "student in place of teacher": (test_plot_views, plot_views, lambda draw, weak, strong, taught, own, *args:
                                     draw(weak, strong, own, taught, *args)),
-    "another budget": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi:
-                       draw(rows, .9, space, dpi)),
-    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi:
-                             draw([{**row, "gates": row["gates"][::-1]} for row in rows], budget, space, dpi)),
+    "a run under another's name": (test_plot_runs, plot_runs, lambda draw, runs, key: draw(
+        dict(zip(["short", "long", *list(runs)[2:]], runs.values())), key)),
+    "another budget": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, **more:
+                       draw(rows, .9, space, **more)),
+    "gates of other edges": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, **more:
+                             draw([{**row, "gates": row["gates"][::-1]} for row in rows], budget, space, **more)),
+    "a live plot without chance": (test_draw_progress, draw_progress, lambda draw, rows, budget, space, dpi, chance:
+                                   draw(rows, budget, space, dpi)),
     "a lower IoU": (test_plot_class_iou, plot_class_iou, with_iou("car", .56)),
     "an IoU of None drawn as 0": (test_plot_class_iou, plot_class_iou, with_iou("fence", 0.)),
     "an unmeasured mIoU drawn as 0": (test_plot_cost_accuracy, plot_cost_accuracy, lambda draw, points:

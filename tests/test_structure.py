@@ -92,6 +92,19 @@ def test_the_parameters_cell_mirrors_the_dataclass(stage):
     assert comments == docs, "the same explanations"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_notebook_is_a_report(stage):
+    "The result and what differs from the defaults are above the parameters; the file is one that ran from top to bottom."
+    path = ROOT/"nbs"/"runs"/f"{stage}.ipynb"
+    code = list(cells(path))
+    tagged = next(k for k, (_, cell) in enumerate(code) if "parameters" in cell["metadata"].get("tags", []))
+    heads = ["".join(o["data"].get("text/markdown", "")) for _, cell in code[:tagged] for o in cell["outputs"]]
+    assert len(heads) == 1 and "Differs from the defaults" in heads[0] and "GFLOPs" in heads[0]
+    assert not [source for source, _ in code if "globals" in source]
+    texts = ["".join(o.get("data", {}).get("text/plain", "")) for _, cell in code for o in cell["outputs"]]
+    assert not [text for text in texts if text.startswith("{")], "a raw dict"
+
+
 def test_every_run_notebook_has_a_stage():
     assert {p.stem for p in NOTEBOOKS if p.parent.name == "runs"} == set(STAGES)
 
@@ -100,7 +113,7 @@ def test_every_run_notebook_has_a_stage():
 def test_a_committed_notebook_is_whole_and_small(path):
     outputs = [o for _, cell in cells(path) for o in cell["outputs"]]
     assert not [o["ename"] for o in outputs if o["output_type"] == "error"]
-    if path.parent.name != "runs": assert outputs, "no outputs: readers see no pictures"
+    assert outputs, "no outputs: readers see no pictures"
     assert path.stat().st_size <= 700_000
     for data in (o.get("data", {}).get("image/png") for o in outputs):
         if data: assert len(base64.b64decode("".join(data))) <= 150_000

@@ -25,7 +25,8 @@ from ..space.compiled import CompiledNetwork
 from ..space.cost import count_cost
 from ..metrics import class_counts, none_if_nan, metrics_or_none, miou_of
 from ..space.network import StaticNetwork, inherit
-from ..train.log import consistency_metrics
+from ..distributed import world
+from ..train.log import consistency_metrics, describe_run
 from .calibration import plain_images, recalibrate_batch_norm
 from .choice import without_choice_images
 from ..train.loop import TrainResult, fit_metrics, jigsaw_metrics, load_trained, train
@@ -173,13 +174,16 @@ def retrain(config: RetrainConfig,
     network = initial_network(config, searched, data.train.spec, size, target)
     report = without_choice_images(data.val, *filter(None, [searched]))
     remove_earlier_run(config, "retrain")
+    cost = count_cost(network, size)
+    cost_text = f"{cost.gflops:.4f} GFLOPs (1e9 multiply-adds)"
+    if world().first: print(describe_run(config, data, size, network, cost_text))
     with timer("training"): trained = train(network, config, data, watch=watch)
     with timer("validation"):
         recalibrated = {}
         if config.recalibrate:
             plain = plain_images(data, config.crop, config.seed, config.recalibrate)
             recalibrated = recalibrated_metrics(trained, plain, report)
-        cost, measured = count_cost(trained.model, size), metrics_or_none(trained.model, report)
+        measured = metrics_or_none(trained.model, report)
         metrics = {"num_classes": data.train.spec.num_classes,
                    "classes": list(data.train.spec.classes),
                    "class_pixels": class_counts(data.train, data.split.labelled).tolist(),

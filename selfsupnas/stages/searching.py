@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGET_TOLERANCE', 'BudgetLosses', 'gate_threshold_of', 'split_in_halves', 'make_phases', 'SearchResult',
-           'save_supernet', 'save_statistics', 'load_statistics', 'load_search', 'searched_config', 'search',
-           'budget_note', 'search_metrics', 'reopened_edges', 'load_supernet']
+           'save_supernet', 'save_statistics', 'load_statistics', 'full_cost_text', 'load_search', 'searched_config',
+           'search', 'budget_note', 'search_metrics', 'reopened_edges', 'load_supernet']
 
 # %% ../../nbs/stages/03_searching.ipynb #73c6f1aa
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 
 from ..core import RunRecord, Timer, read_json, rename_keys, write_json
 from ..data.splits import LabelSplit
-from ..distributed import local_device
+from ..distributed import local_device, world
 from ..metrics import miou_of
 from ..space.architecture import Architecture, load_architecture, save_architecture
 from ..space.budget import (CostTable, binarization_loss, budget_loss, expected_cost,
@@ -35,7 +35,7 @@ from .configs import SEARCH_FILES, BudgetConfig, SearchConfig
 from ..train.batches import TrainingData, load_training_data
 from ..train.checkpoint import load_weights, remove_earlier_run, run_once, save_weights
 from ..train.config import ramp_up
-from ..train.log import consistency_metrics
+from ..train.log import consistency_metrics, describe_run
 from ..train.loop import (Phase, TrainResult, fit_metrics, jigsaw_metrics, load_trained,
                                    train)
 from ..train.step import LossWeights, Losses, StepMetrics
@@ -131,6 +131,12 @@ def load_statistics(folder) -> GateStatistics:
         raise ValueError(f"{file} does not hold the gate statistics of a search: {e!r}") from None
 
 # %% ../../nbs/stages/03_searching.ipynb #d1e51011
+def full_cost_text(table: CostTable, budget: float) -> str:
+    "The cost of the full grid with its unit, and the budget."
+    full = (f"{table.full / 1e9:.4f} GFLOPs (1e9 multiply-adds)" if table.kind == "flops"
+            else f"{table.kind} {table.full:.4g}")
+    return f"{full} with all edges open; budget {budget:.0%}"
+
 def load_search(folder, watch=None, # called once with all log rows
                 **locations) -> SearchResult: # parameters that name places, such as root
     "The result of a finished search; raises FileNotFoundError that names a missing file."
@@ -172,6 +178,8 @@ def search(config: SearchConfig,
     remove_earlier_run(config, "search")
     torch.manual_seed(config.seed)
     model = build_supernet(table.space, gate=config.gate, leak=config.leak)
+    if world().first:
+        print(describe_run(config, data, table.size, model, full_cost_text(table, config.budget)))
     with timer("training"):
         losses = BudgetLosses(model, table, config) if config.w_cost or config.w_binary else None
         phases = make_phases(data, config.update, config.seed)

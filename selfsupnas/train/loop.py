@@ -7,10 +7,10 @@ __all__ = ['TrainResult', 'TrainingState', 'choose_execution', 'networks_of', 's
            'build_training_state', 'make_moving_threshold', 'seed_step', 'ForwardState', 'forward_state',
            'restore_forward', 'take_step', 'resume_or_start', 'make_accelerator', 'sum_over_ranks', 'stop_early',
            'tensorboard_tracker', 'explain_failures', 'ids_of_step', 'Phase', 'schedule', 'train', 'solve_jigsaws',
-           'jigsaw_metrics', 'fit_metrics', 'read_history', 'load_trained', 'teacher_student_views']
+           'jigsaw_metrics', 'fit_metrics', 'load_trained', 'teacher_student_views']
 
 # %% ../../nbs/train/07_loop.ipynb #54575671
-import contextlib, json, signal, time
+import contextlib, signal, time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .checkpoint import (deferred_interrupts, load_checkpoint, load_weights,
                                          stop_message)
 from .config import (ConsistencyConfig, JigsawConfig, MachineConfig, TrainingConfig,
                                      ViewConfig, check_precision, learning_rate)
-from ..core import (in_own_process, keep_freed_memory, progress_bar, rename_keys,
+from ..core import (in_own_process, keep_freed_memory, progress_bar, read_history,
                              seed_everything)
 from ..metrics import ImageSubset, miou_of, same_size_batches
 from ..space.compiled import compile_regions
@@ -406,14 +406,6 @@ def fit_metrics(trained: TrainResult, data: TrainingData,
             "student_val_miou": miou_of(trained.student, report)}
 
 # %% ../../nbs/train/07_loop.ipynb #d1e50002
-def read_history(path: Path) -> list:
-    "Log rows of a run; raises ValueError that names the file."
-    try: rows = rename_keys(json.loads(path.read_text(encoding="utf8")))
-    except ValueError as e: raise ValueError(f"{path} is damaged: {e}") from None
-    if isinstance(rows, list) and all(isinstance(row, dict) and "step" in row for row in rows):
-        return rows
-    raise ValueError(f"{path} does not hold the log of a run")
-
 def load_trained(model: nn.Module, # freshly built
                  config: TrainingConfig, # of the finished run
                  weights, # file of the averaged network's weights

@@ -27,6 +27,7 @@ from ..metrics import Metrics, confusion_matrix, eval_mode, predict, segment
 from ..space.gate import record_gates
 from ..space.grid import STRIDES, Edge, SearchSpace
 from ..tasks.jigsaw import cut_and_shuffle, unshuffle
+from ..tasks.permutations import permutation_set
 from ..tasks.teacher import over_threshold, pseudo_labels
 from .predictions import mark_verdict, viewable_tiles
 from .routes import draw_route, plot_image_routes, plot_route
@@ -152,9 +153,10 @@ def draw_progress(rows: list, # of the log so far
                   budget: float | None = None, # of a search, with its space
                   space: SearchSpace | None = None,
                   dpi: int = DPI, # see `as_png`
+                  chance: float | None = None, # share of jigsaws solved by guessing
                  ) -> bytes:
     "PNG of the learning curves and, for a search, of the mean gates of the last log row."
-    figures = [plot_history(rows, budget=budget)]
+    figures = [plot_history(rows, chance, budget)]
     if gates := rows[-1].get("gates"):
         figures.append(plot_route(space, dict(zip(space.gated(), gates))))
     return as_png(figures, dpi)
@@ -164,11 +166,14 @@ def live_plot(config: TrainingConfig):
     each log row; None without a front end."""
     if not is_live(): return None
     from IPython.display import Image as NotebookImage, display
-    handles, searched = [], {}
+    handles, known = [], {}
     if isinstance(config, SearchConfig): # the edges do not depend on the classes
-        searched = {"budget": config.budget, "space": config.space(num_classes=2)}
+        known = {"budget": config.budget, "space": config.space(num_classes=2)}
+    if config.w_jig:
+        permutations = permutation_set(config.jigsaw_n, config.jigsaw_permutations)
+        known["chance"] = 1 / len(permutations)
     def draw(rows):
-        png = draw_progress(rows, **searched, dpi=2 * DPI)
+        png = draw_progress(rows, **known, dpi=2 * DPI)
         image = NotebookImage(png, width=display_width(png, 2 * DPI))
         if handles: handles[0].update(image)
         else: handles.append(display(image, display_id=True))
