@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'COLOURS', 'MARKERS', 'DASHES', 'STYLE', 'MOST_BYTES', 'ERROR_COLOURS', 'as_array', 'as_picture',
-           'ignore_colour', 'colourise', 'overlay', 'fonts_for', 'notebook_picture', 'complete_fonts', 'figure_class',
-           'new_figure', 'show_images', 'distinct_colours', 'class_patches', 'legend_below', 'legend', 'show_samples',
-           'error_map', 'save_figure']
+           'ignore_colour', 'colourise', 'overlay', 'fonts_for', 'reduce_colours', 'notebook_picture', 'complete_fonts',
+           'figure_class', 'new_figure', 'show_images', 'distinct_colours', 'class_patches', 'legend_below', 'legend',
+           'show_samples', 'error_map', 'save_figure']
 
 # %% ../nbs/03_show.ipynb #cell-02
 import base64, functools, io, math, sys, warnings
@@ -114,23 +114,37 @@ STYLE = {"axes.prop_cycle": f"cycler('color', {list(COLOURS)})", "axes.titlesize
          "axes.labelsize": 9} # of matplotlib, for all charts
 MOST_BYTES = 120_000 # of a picture with images in a notebook
 
+def reduce_colours(picture): # PIL image, RGB
+    "The picture with its 256 most frequent colours; any other becomes the nearest of them."
+    from PIL import Image
+    from scipy.spatial import KDTree
+    red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), 2, 0)
+    keys, index, counts = np.unique(red << 16 | green << 8 | blue, return_inverse=True,
+                                    return_counts=True)
+    colours = np.stack([keys >> 16, keys >> 8 & 255, keys & 255], axis=1)
+    palette = colours[np.argsort(-counts)[:256]]
+    nearest = KDTree(palette).query(colours)[1].astype(np.uint8)
+    reduced = Image.fromarray(nearest[index].reshape(red.shape))
+    reduced.putpalette(palette.astype(np.uint8).tobytes())
+    return reduced
+
 def notebook_picture(fig, # matplotlib Figure
                      kind:str): # png or jpeg
     """The figure in base64 and its size as a notebook shows it; None if the other kind is used. A
     PNG has twice the pixels as shown; with images: if it has at most MOST_BYTES."""
     from matplotlib.image import AxesImage
     from PIL import Image
-    choices = ("png", 2), ("png", 1), ("jpeg", 1)
-    for chosen, scale in choices if fig.findobj(AxesImage) else choices[:1]:
-        file = io.BytesIO()
-        options = dict(pil_kwargs=dict(quality=90, subsampling=0)) if chosen == "jpeg" else {}
-        fig.savefig(file, format=chosen, dpi=scale * fig.dpi, bbox_inches="tight",
-                    facecolor="white", **options)
+    choices, photographs = (("png", 2), ("png", 1), ("jpeg", 1)), fig.findobj(AxesImage)
+    for chosen, scale in choices if photographs else choices[:1]:
+        drawn, file = io.BytesIO(), io.BytesIO()
+        fig.savefig(drawn, dpi=scale * fig.dpi, bbox_inches="tight", facecolor="white")
+        picture = Image.open(drawn).convert("RGB")
+        if not photographs: picture = reduce_colours(picture)
+        picture.save(file, chosen, **dict(quality=90, subsampling=0) if chosen == "jpeg" else {})
         if file.tell() <= MOST_BYTES: break
     if chosen != kind: return None
-    width, height = Image.open(file).size
-    return (base64.b64encode(file.getvalue()).decode(),
-            {"width": width // scale, "height": height // scale})
+    size = dict(zip(("width", "height"), (pixels // scale for pixels in picture.size)))
+    return base64.b64encode(file.getvalue()).decode(), size
 
 # %% ../nbs/03_show.ipynb #1f3e5fda
 def complete_fonts(figure) -> bool:
