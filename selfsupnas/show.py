@@ -112,17 +112,21 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 STYLE = {"axes.prop_cycle": f"cycler('color', {list(COLOURS)})", "axes.titlesize": 10,
          "axes.labelsize": 9} # of matplotlib, for all charts
-MOST_BYTES = 120_000 # of a picture with images in a notebook
+MOST_BYTES = 90_000 # of a picture with images in a notebook
 
-def reduce_colours(picture): # PIL image, RGB
-    "The picture with its 256 most frequent colours; any other becomes the nearest of them."
+def reduce_colours(picture, # PIL image, RGB
+                   least:float): # share of the pixels
+    """The picture with its 256 most frequent colours, any other becomes the nearest of them; the
+    picture itself if they cover less than a share of the pixels."""
     from PIL import Image
     from scipy.spatial import KDTree
     red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), 2, 0)
     keys, index, counts = np.unique(red << 16 | green << 8 | blue, return_inverse=True,
                                     return_counts=True)
     colours = np.stack([keys >> 16, keys >> 8 & 255, keys & 255], axis=1)
-    palette = colours[np.argsort(-counts)[:256]]
+    order = np.argsort(-counts)[:256]
+    if counts[order].sum() < least * counts.sum(): return picture
+    palette = colours[order]
     nearest = KDTree(palette).query(colours)[1].astype(np.uint8)
     reduced = Image.fromarray(nearest[index].reshape(red.shape))
     reduced.putpalette(palette.astype(np.uint8).tobytes())
@@ -134,13 +138,13 @@ def notebook_picture(fig, # matplotlib Figure
     PNG has twice the pixels as shown; with images: if it has at most MOST_BYTES."""
     from matplotlib.image import AxesImage
     from PIL import Image
-    choices, photographs = (("png", 2), ("png", 1), ("jpeg", 1)), fig.findobj(AxesImage)
-    for chosen, scale in choices if photographs else choices[:1]:
+    choices, has_images = (("png", 2), ("png", 1), ("jpeg", 1)), bool(fig.findobj(AxesImage))
+    for chosen, scale in choices if has_images else choices[:1]:
         drawn, file = io.BytesIO(), io.BytesIO()
         fig.savefig(drawn, dpi=scale * fig.dpi, bbox_inches="tight", facecolor="white")
         picture = Image.open(drawn).convert("RGB")
-        if not photographs: picture = reduce_colours(picture)
-        picture.save(file, chosen, **dict(quality=90, subsampling=0) if chosen == "jpeg" else {})
+        if chosen == "png": picture = reduce_colours(picture, .97 if has_images else 0)
+        picture.save(file, chosen, **dict(quality=80, subsampling=0) if chosen == "jpeg" else {})
         if file.tell() <= MOST_BYTES: break
     if chosen != kind: return None
     size = dict(zip(("width", "height"), (pixels // scale for pixels in picture.size)))

@@ -115,7 +115,7 @@ def plot_candidates(candidates:list, # dicts: importance, choice_miou in 0..1, c
     if not candidates or any(row["choice_miou"] is None for row in candidates):
         raise ValueError("these candidates have no choice_miou: it is None if there was one "
                          "candidate, or no label")
-    fig, axes = new_figure(figsize=(11.5, 4))
+    fig, axes = new_figure(figsize=(9, 3.2))
     ax = axes[0, 0]
     def points(rows, name, **style):
         ax.plot([row["importance"] for row in rows], [100 * row["choice_miou"] for row in rows],
