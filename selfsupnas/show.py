@@ -115,18 +115,21 @@ STYLE = {"axes.prop_cycle": f"cycler('color', {list(COLOURS)})", "axes.titlesize
 MOST_BYTES = 90_000 # of a picture with images in a notebook
 
 def reduce_colours(picture, # PIL image, RGB
-                   least:float): # share of the pixels
-    """The picture with its 256 most frequent colours, any other becomes the nearest of them; the
-    picture itself if they cover less than a share of the pixels."""
+                   least:float): # share of the pixels that the most frequent must cover
+    """The picture with at most 256 colours, the most frequent ones that differ by more than 6; any
+    other becomes the nearest of them. The picture itself if the 256 most frequent cover less."""
     from PIL import Image
     from scipy.spatial import KDTree
     red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), 2, 0)
     keys, index, counts = np.unique(red << 16 | green << 8 | blue, return_inverse=True,
                                     return_counts=True)
     colours = np.stack([keys >> 16, keys >> 8 & 255, keys & 255], axis=1)
-    order = np.argsort(-counts)[:256]
-    if counts[order].sum() < least * counts.sum(): return picture
-    palette = colours[order]
+    order = np.argsort(-counts)
+    if counts[order[:256]].sum() < least * counts.sum(): return picture
+    palette = colours[order[:1]]
+    for colour in colours[order]:
+        if len(palette) == 256: break
+        if np.square(palette - colour).sum(1).min() > 36: palette = np.vstack([palette, colour])
     nearest = KDTree(palette).query(colours)[1].astype(np.uint8)
     reduced = Image.fromarray(nearest[index].reshape(red.shape))
     reduced.putpalette(palette.astype(np.uint8).tobytes())
