@@ -115,7 +115,7 @@ def test_a_committed_notebook_is_whole_and_small(path):
     assert not [o["ename"] for o in outputs if o["output_type"] == "error"]
     assert outputs, "no outputs: readers see no pictures"
     assert path.stat().st_size <= 700_000
-    for data in (o.get("data", {}).get("image/png") for o in outputs):
+    for data in (o.get("data", {}).get(kind) for o in outputs for kind in ("image/png", "image/jpeg")):
         if data: assert len(base64.b64decode("".join(data))) <= 150_000
 
 

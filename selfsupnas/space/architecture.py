@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Entries', 'Architecture', 'connected_edges', 'is_connected', 'check_schema', 'architecture_to_json',
            'ArchitectureFile', 'read_entries', 'architecture_from_json', 'save_architecture', 'load_architecture',
-           'draw_architecture', 'drop_cheapest', 'add_back', 'derive_greedily']
+           'frame_grid', 'draw_architecture', 'drop_cheapest', 'add_back', 'derive_greedily']
 
 # %% ../../nbs/space/06_architecture.ipynb #e8c69e9b
 import dataclasses, math
@@ -16,6 +16,7 @@ from typing import Annotated, Callable, Mapping
 import selfsupnas
 from ..core import (AsTuple, FrozenDict, checked_dataclass, hash_fields, read_json,
                              rename_keys, write_json)
+from ..show import COLOURS, figure_class
 from .grid import (STEP, STRIDES, Edge, SearchSpace, coarsest_scale, close_edge,
                                    open_operations, trace_route)
 
@@ -147,13 +148,37 @@ def load_architecture(path) -> Architecture: # a JSON file, or the folder of a s
     except ValueError as e:
         raise ValueError(f"{path} is not an architecture: {e}") from None
 
+# %% ../../nbs/space/06_architecture.ipynb #cell-21
+def frame_grid(ax, # matplotlib Axes with a grid
+               space:SearchSpace,
+               names=True): # label layers and strides
+    "Add stem, decoder, and the labels of strides and layers to a grid."
+    from matplotlib.patches import Rectangle
+    scales = 1 + max(scale for _, scale in space.cells())
+    end, box = space.layers + 1, dict(fc="0.94", ec="0.3", lw=.8, zorder=2)
+    text = dict(fontsize=8, rotation=90, ha="center", va="center", zorder=3)
+    ax.plot([-.6, 0], [0, 0], color="0.3", lw=1, zorder=0)
+    wide = max(.35, .024 * space.layers) # in layers; room for text in a long grid
+    for x, height, name in ((-.6 - wide, .8, "stem"), (end, scales - .2, "decoder")):
+        ax.add_patch(Rectangle((x, -.4), wide, height, **box))
+        if names: ax.text(x + wide / 2, -.4 + height / 2, name, **text)
+    every = 1 if space.layers <= 12 else 4
+    ax.set(xlim=(-.7 - wide, end + wide + .1), ylim=(scales - .5, -.5), yticks=range(scales),
+           xticks=range(0, end, every))
+    ax.set_yticklabels([f"stride {s}" if names else s for s in STRIDES[:scales]])
+    ax.set_xticklabels(range(0, end, every))
+    ax.set_xlabel("layer" if names else "", fontsize=8)
+    ax.tick_params(labelsize=8, length=0)
+    for spine in ax.spines.values(): spine.set_visible(False)
+
 # %% ../../nbs/space/06_architecture.ipynb #cell-11
-def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
+def draw_architecture(architecture: Architecture, ax=None, colour=COLOURS[0], names=True):
     """Draw the grid in grey and the route over it; line width = weight, white cell = passes its
     input on. Returns the matplotlib axes."""
     import matplotlib.pyplot as plt
     if ax is None:
-        _, ax = plt.subplots(figsize=(1 + architecture.space.layers, 2.6), layout="constrained")
+        _, ax = plt.subplots(figsize=(min(9, 3 + .8 * architecture.space.layers), 2.4), dpi=100,
+                             layout="constrained", FigureClass=figure_class())
     space, live = architecture.space, architecture.live
     def line(edge, **style):
         ax.plot([edge.layer, edge.layer + 1], [edge.scale, edge.scale + STEP[edge.kind]], **style)
@@ -165,9 +190,7 @@ def draw_architecture(architecture: Architecture, ax=None, colour="C0"):
     for cell in space.cells():
         ax.plot(*cell, "o", ms=9, mec="0.3", mfc=colour if live.get(cell) else "w" if cell in live
                 else "0.93", zorder=2)
-    ax.set(yticks=range(len(STRIDES)), yticklabels=[f"stride {s}" for s in STRIDES],
-           xticks=range(space.layers + 2), xticklabels=[*range(space.layers + 1), "decoder"],
-           xlabel="layer", ylim=(3.5, -.5))
+    frame_grid(ax, space, names)
     return ax
 
 # %% ../../nbs/space/06_architecture.ipynb #ab9efe90

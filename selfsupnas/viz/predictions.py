@@ -8,9 +8,8 @@ __all__ = ['viewable_tiles', 'mark_verdict', 'plot_jigsaw', 'plot_predictions', 
 # %% ../../nbs/viz/03_predictions.ipynb #54e93a9c
 import numpy as np
 
-from ..show import (ERROR_COLOURS, as_array, as_picture, colourise, error_map,
+from ..show import (COLOURS, ERROR_COLOURS, as_array, as_picture, colourise, error_map,
                              legend_below, new_figure)
-from .curves import COLOURS
 
 # %% ../../nbs/viz/03_predictions.ipynb #cell-08
 def viewable_tiles(jigsaws) -> np.ndarray: # (B,3,H,W) float: tiles of mean 0 and variance 1
@@ -37,7 +36,7 @@ def plot_jigsaw(images, # (B,3,H,W) uint8
         if batch.shape != rows[0][1].shape:
             raise ValueError(f"images are {rows[0][1].shape}, but {name!r} is {batch.shape}")
     count, _, height, width = rows[0][1].shape
-    side = min(1.4, 8.4 / count)
+    side = min(2.2, 8.4 / count)
     fig, axes = new_figure(len(rows), count, figsize=(
         side * count + .6, len(rows) * side * height / width + .3))
     for (name, batch), line in zip(rows, axes):
@@ -68,7 +67,7 @@ def plot_predictions(images, # (B,3,H,W) uint8, or a list of images
                          f"not {counts}")
     pictures = [as_picture(image) for image in images]
     ratio = max(p.shape[0] / p.shape[1] for p in pictures)
-    fig, axes = new_figure(len(pictures), 4, figsize=(8, len(pictures) * (1.95 * ratio + .22) + .9))
+    fig, axes = new_figure(len(pictures), 4, figsize=(9, len(pictures) * (2.2 * ratio + .22) + .2))
     for i, line in enumerate(axes):
         label, prediction = as_array(labels[i]), as_array(predictions[i])
         colours = spec.palette, spec.ignore_index
@@ -102,7 +101,7 @@ def plot_views(weak, # (B,3,H,W) uint8, the teacher's view
     if len(set(counts)) != 1 or not counts[0]:
         raise ValueError(f"the numbers of views and predictions must be equal, not {counts}")
     ratio = max(p.shape[0] / p.shape[1] for p in map(as_picture, weak))
-    fig, axes = new_figure(counts[0], 5, figsize=(9, counts[0] * (1.75 * ratio + .22) + .7))
+    fig, axes = new_figure(counts[0], 5, figsize=(9, counts[0] * (1.75 * ratio + .22)))
     colours = spec.palette, spec.ignore_index
     for i, line in enumerate(axes):
         teacher, prediction = as_array(taught[i]), as_array(student[i]).argmax(0)

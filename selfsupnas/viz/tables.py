@@ -183,7 +183,7 @@ def summary_figure(rows:list, # dicts, from `summarise`
     rows = [row for row in rows if isinstance(row.get(figure), Summary)]
     if not rows: raise ValueError(f"no row has a summary of {figure!r}; see `summarise`")
     scale = 100 if percent else 1
-    fig, axes = new_figure(figsize=(WIDTH, .6 + .36 * len(rows)))
+    fig, axes = new_figure(figsize=(WIDTH, .5 + .3 * len(rows)))
     ax = axes[0, 0]
     for y, row in enumerate(rows):
         values = [scale * value for value in row[figure].values]
@@ -193,7 +193,7 @@ def summary_figure(rows:list, # dicts, from `summarise`
              for row in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - .5, -.5)
-    ax.set_xlabel(xlabel or figure + (" (%)" if percent else ""), fontsize=10)
+    ax.set_xlabel(xlabel or figure + (" (%)" if percent else ""), fontsize=9)
     ax.tick_params(labelsize=10)
     ax.grid(axis="x", color=".9")
     return fig
