@@ -214,6 +214,10 @@ def check_training_inputs(stage: str, config, later: bool):
         from selfsupnas.stages.calibration import least_share, refuse_budget
         refuse_budget(config.budget, least_share(config.space(classes), size, config.cost,
                                                  config.gate))
+    if stage == "search" and config.initialise:
+        from selfsupnas.space.published import start_from
+        from selfsupnas.space.supernet import build_supernet
+        start_from(build_supernet(config.space(classes), gate=config.gate), config.initialise)
 
 # %% ../nbs/08_cli.ipynb #cell-31
 def kernel_manager_class(started: Callable = len) -> type: # started: called with the process id

@@ -18,6 +18,7 @@ from selfsupnas.space.network import StaticNetwork, inherit
 from selfsupnas.space.published import count_published, published_cost, published_name, read_published, start_from, to_dynamic_routing
 from selfsupnas.space.supernet import RAW_SCALE, build_supernet, feature_sizes, gates_by_edge
 from selfsupnas.stages.configs import EvaluateConfig, RetrainConfig, SearchConfig
+from selfsupnas.stages.dynamic import run_dynamic
 from selfsupnas.train.config import TrainingConfig
 from selfsupnas.train.update import make_optimiser
 from selfsupnas.zoo import from_dynamic_routing
@@ -285,7 +286,10 @@ def test_a_file_is_evaluated_as_it_is(file, state):
     with pytest.warns(UserWarning, match="classifier"): net = from_dynamic_routing(file, 3, small_gate=True)
     torch.save(to_dynamic_routing(net), "three.pth")
     config = EvaluateConfig(network="three.pth", conventions="small_gate", data="folder", root="data", baselines=(), split="val", latency_repeats=1, window=(64, 64), folder="evaluate")
-    row = evaluate(config).record.metrics["rows"]["searched"]
+    result = evaluate(config)
+    row = result.record.metrics["rows"]["three"]
+    dynamic = run_dynamic(result.network, result.data, measure_costs(result.network.space, (64, 80)))
+    assert len(dynamic.ids) == 4 and dynamic.shares.mean() <= 1
     assert row["least_gflops"] <= row["gflops"] <= row["largest_gflops"] and 0 <= row["miou"] < 1
     with pytest.raises(ValueError, match="classes"): evaluate(dataclasses.replace(config, network=file, folder="other"))
     assert RunRecord.load("evaluate/evaluate-record.json").inputs["network"]

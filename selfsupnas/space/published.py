@@ -241,7 +241,7 @@ def published_cost(space: SearchSpace, size: tuple, # (H,W), multiples of 32
     return (edges_and_cells(gates),
             edges_and_cells(is_open) + every_gate + costs.stem + costs.head)
 
-# %% ../../nbs/space/12_published.ipynb #31b0001f
+# %% ../../nbs/space/12_published.ipynb #31b00021
 def start_from(network: RoutingNetwork, # a supernet of the file's grid
                weights, # path or state dict
               ) -> RoutingNetwork:

@@ -212,7 +212,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         measured = evaluate_segmenter(network, report, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, report)
     name = retrained["architecture"]
-    first = name if is_hand_crafted(name) or name in GRID_RIVALS else "searched"
+    own_name = config.conventions != "own" or is_hand_crafted(name) or name in GRID_RIVALS
+    first = name if own_name else "searched"
     row, latency = cost_row(first, network, cost_size, config.latency_repeats)
     if gates_of(network): row |= dynamic_costs(network, report, cost_size)
     rows, latencies = ({first: {**row, **record_metrics(measured)},
