@@ -101,6 +101,7 @@ def test_names_are_one_to_one():
     assert names.count(None) == len(net.space.cells()), "gate thresholds"
     names = [name for name in names if name]
     assert len(set(names)) == len(names) == 568
+    with pytest.raises(ValueError, match="conventions"): to_dynamic_routing(build_supernet(SearchSpace(7, 5, 8)))
 
 
 @pytest.mark.parametrize("channels, parameters", [(8, 328_508), pytest.param(64, 17_784_968, marks=pytest.mark.long)])
@@ -130,7 +131,7 @@ def test_wrappers_and_prefixes_are_stripped(wrap, state):
 
 def test_a_backbone_alone_may_lack_its_prefix(state):
     backbone = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    with pytest.warns(UserWarning, match="decoder and classifier"): net = from_dynamic_routing(backbone, 4, small_gate=True)
+    with pytest.warns(UserWarning, match="classifier, decoder"): net = from_dynamic_routing(backbone, 4, small_gate=True)
     assert torch.equal(net.stem[0].weight, state[ANCHOR]) and net.classifier.out_channels == 4
     with pytest.raises(ValueError, match="num_classes"): from_dynamic_routing(backbone, small_gate=True)
     with pytest.warns(UserWarning, match="fc.weight"): read_published({**backbone, "fc.weight": torch.zeros(1)})
@@ -138,6 +139,8 @@ def test_a_backbone_alone_may_lack_its_prefix(state):
 
 def test_other_classes_get_a_new_classifier(state):
     with pytest.warns(UserWarning, match="classifier"): net = from_dynamic_routing(state, 3, small_gate=True)
+    removed = {name: value for name, value in state.items() if "predictor" not in name}
+    with pytest.warns(UserWarning, match="classifier"): from_dynamic_routing(removed, 3, small_gate=True)
     assert net.classifier.weight.shape == (3, 8, 3, 3) and torch.equal(net.decoder.last[0].weight, state["sem_seg_head.layer_decoder_list.0.weight"])
 
 
@@ -161,6 +164,8 @@ BROKEN = {
     "half a decoder": (lambda s: {k: v for k, v in s.items() if "layer_decoder_list.2" not in k}, "layer_decoder_list.2"),
     "another decoder": (lambda s: s | {"sem_seg_head.psp.weight": torch.zeros(1)}, "psp"),
     "another operation": (lambda s: s | {"backbone.init_layer.cell_ops._ops.1.op.0.weight": torch.zeros(1)}, "_ops.1"),
+    "no tensor": (lambda s: s | {NAME: "text"}, NAME),
+    "a number": (lambda s: s | {"sem_seg_head.predictor.bias": torch.tensor(1.)}, "predictor"),
     "a whole stem": (lambda s: s | {"backbone.stem.stem_2.weight": torch.zeros(8, 8, 3, 3)}, "stem_2"),
     "no layers": (lambda s: {k: v for k, v in s.items() if "all_cell_list" not in k}, "all_cell_list"),
     "no stem": (lambda s: {k: v for k, v in s.items() if k != ANCHOR}, "stem_1"),

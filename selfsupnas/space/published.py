@@ -46,12 +46,14 @@ def published_name(name: str) -> str | None: # of a tensor of a supernet
         return f"sem_seg_head.layer_decoder_list.{level}{'.norm' * int(norm)}.{tensor}"
     layer, scale, part = re.fullmatch(r"(\d+)_(\d)\.(.*)", part).groups()
     if part not in CELL_NAMES: return None # the gate threshold, a static gate
-    if part == "gate.logits" and tensor == "logits": return None
     cell = f"all_cell_list.{int(layer) - 1}.{scale}" if int(layer) else "init_layer"
     return f"backbone.{cell}.{CELL_NAMES[part]}.{tensor}"
 
 def to_dynamic_routing(network: RoutingNetwork) -> dict: # of `from_dynamic_routing`
-    "The weights of a supernet under the published names."
+    "The weights of a supernet under the published names; ValueError for other conventions."
+    if not network.space.published:
+        raise ValueError("conventions must be small_gate or full_gate, not own: the published code "
+                         "would compute something else with these weights")
     return {other: tensor[..., None, None] if name.endswith("gate.logits.weight") else tensor
             for name, tensor in network.state_dict().items() if (other := published_name(name))}
 
@@ -85,6 +87,7 @@ def read_published(weights) -> dict: # path or state dict
         names = list(content)[:3] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{source} has no weights of dynamic routing: expected a tensor "
                          f"[backbone.]{FIRST}, found {names}")
+    state = {str(name): value for name, value in state.items()}
     backbone = next(name for name in state if name.endswith(FIRST)).removesuffix(FIRST)
     head = f"{backbone.removesuffix('backbone.')}sem_seg_head."
     tensors, others = {}, []
@@ -95,7 +98,11 @@ def read_published(weights) -> dict: # path or state dict
             tensors[f"backbone.{part}"] = value
         else: others.append(name)
     if others: warnings.warn(f"{source}: {len(others)} entries are not read, {others[0]} the first")
-    return {name: torch.as_tensor(value) for name, value in tensors.items()}
+    for name, value in tensors.items():
+        try: tensors[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{source}: {name} must be a tensor, not {value!r:.40}") from None
+    return tensors
 
 def describe_source(weights) -> str: # path or state dict
     "What messages call the weights."
@@ -139,29 +146,31 @@ def load_published(network: RoutingNetwork, # of the conventions of published we
     a classifier for other classes; a warning says so. Raises ValueError that names the tensor if
     one is missing, has another shape, or has no place."""
     state, loaded, unused, new = network.state_dict(), {}, dict(tensors), set()
-    parts = {"gates": has_gates(tensors),
-             "decoder and classifier": any(name.startswith("sem_seg_head.") for name in tensors)}
+    classifier = tensors.get("sem_seg_head.predictor.weight")
+    has = {"gates": has_gates(tensors), None: True,
+           "decoder": any(name.startswith("sem_seg_head.layer_decoder") for name in tensors),
+           "classifier": classifier is not None
+                         and classifier.shape[:1] == network.classifier.weight.shape[:1]}
     for name, tensor in state.items():
         if (other := published_name(name)) is None: continue
-        part = ("gates" if ".gate." in name else
-                "decoder and classifier" if other.startswith("sem_seg_head.") else None)
+        part = name.split(".")[0]
+        part = "gates" if ".gate." in name else part if part in has else None
         found = unused.pop(other, None)
-        if found is None and part and not parts[part]: new.add(part)
+        if not has[part]: new.add(part)
         elif found is None:
             if name.endswith("num_batches_tracked"): continue # some batch norms have no count
             raise ValueError(f"{source} lacks {other}, {tuple(tensor.shape)}: it is damaged, or "
                              "its cells have other operations")
-        elif name.startswith("classifier.") and len(found) != len(tensor): new.add("classifier")
         else:
-            if name.endswith("gate.logits.weight"): found = found.flatten(1) # 1x1 convolution there
+            if name.endswith("gate.logits.weight") and found.dim() == 4: # a 1x1 convolution there
+                found = found.flatten(1)
             if found.shape != tensor.shape:
                 raise ValueError(f"{source}: {other} is {tuple(found.shape)}, expected "
                                  f"{tuple(tensor.shape)}")
             loaded[name] = found
     if unknown := [name for name in unused if not name.endswith("gate_weights_beta")]:
-        raise ValueError(f"{source}: {len(unknown)} tensors have no place here, {unknown[0]} the "
-                         "first: another decoder, other operations, or conditional gates for "
-                         "gate='static'")
+        raise ValueError(f"{source}: {unknown[0]} has no place here ({len(unknown)} in all): "
+                         "another decoder, other operations, or gates where gate='static'")
     network.load_state_dict(loaded, strict=False)
     if new: warnings.warn(f"{source} has no weights for these parts, which are new: "
                           f"{', '.join(sorted(new))}")
@@ -171,7 +180,7 @@ OPEN = 20. # logit of a static gate that is exactly 1
 
 def from_dynamic_routing(weights, # path of a file of torch.save, or a state dict
                          num_classes: int | None = None, # None: as in the file
-                         small_gate: bool | None = None, # gates shrink their input: see below
+                         small_gate: bool | None = None, # gates shrink their input (A, B, C)
                          leak: float = 0.) -> RoutingNetwork: # see selfsupnas.space.gate
     """The supernet of weights of the public code of dynamic routing, in evaluation mode. A network
     without gates ("Fix") gets all edges open. Raises ValueError for other files, and if the file
