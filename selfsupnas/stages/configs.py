@@ -32,6 +32,7 @@ class SpaceConfig:
     leak: NonNegativeFloat = 0.1 # slope of a closed gate, see selfsupnas.space.gate; 0 = published
     conventions: Conventions = "own" # stem and gates; the others: see selfsupnas.space.published
     stem_channels: PositiveInt | None = None # between the stem's convolutions; None: channels
+    initialise: PathText | None = None # file of published weights to start from; None: new weights
 
     def space(self, num_classes: int) -> SearchSpace:
         "The search space for images of `num_classes` classes."
@@ -68,7 +69,6 @@ SEARCH_FILES = ("architecture.json", "supernet.safetensors", "derived.safetensor
 class SearchConfig(BudgetConfig, SpaceConfig, TrainingConfig):
     "Parameters of the search: those of a training, the search space and the budget."
     folder: PathText = "runs/search"
-    initialise: PathText | None = None # file of published weights to start from; None: new weights
 
     def __post_init__(self):
         super().__post_init__()
