@@ -167,7 +167,8 @@ def check_evaluate(stage: str, config, later: bool):
             dataset.skip_unreadable = config.skip_unreadable
             check_labels(dataset, config.split)
         return
-    if config.conventions != "own": return open_evaluation(config)
+    if config.conventions != "own" or Path(config.network).is_file():
+        return open_evaluation(config)
     record = Path(config.network)/"retrain-record.json"
     if not record.is_file(): raise FileNotFoundError(
         f"no retrained network in {config.network}; set the folder of "

@@ -288,6 +288,7 @@ def test_from_the_reference_to_onnx(file, state):
 def test_a_file_is_evaluated_as_it_is(file, state):
     from selfsupnas.stages.evaluation import evaluate
     with pytest.raises(ValueError, match="data"): EvaluateConfig(network=file, conventions="small_gate")
+    with pytest.raises(ValueError, match="conventions"): evaluate(EvaluateConfig(network=file, data="folder", root="data"))
     with pytest.warns(UserWarning, match="classifier"): net = from_dynamic_routing(file, 3, small_gate=True)
     torch.save(to_dynamic_routing(net), "three.pth")
     config = EvaluateConfig(network="three.pth", conventions="small_gate", data="folder", root="data", baselines=(), split="val", latency_repeats=1, window=(64, 64), folder="evaluate")

@@ -261,7 +261,7 @@ def start_from(network: RoutingNetwork, # a supernet of the file's grid
     wrong = [f"{name}={value!r}, not {own!r}" for name, value, own in
              (("layers", found.layers, space.layers), ("channels", found.channels, space.channels),
               ("stem_channels", found.stem_channels or found.channels,
-               space.stem_channels or space.channels))
+               space.stem_channels or found.channels))
              if value != own]
     if not space.published: wrong.append("conventions='small_gate' or 'full_gate', not 'own'")
     if wrong: raise ValueError(f"{source} needs {'; '.join(wrong)}")

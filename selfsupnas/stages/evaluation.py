@@ -169,6 +169,9 @@ def open_published(config: EvaluateConfig) -> tuple:
 def open_evaluation(config: EvaluateConfig) -> tuple:
     "Network, dataset and record of the retraining; raises ValueError if their classes differ."
     if config.conventions != "own": network, record = open_published(config)
+    elif Path(config.network).is_file():
+        raise ValueError(f"network={config.network!r} is a file: for published weights, "
+                         "conventions must be small_gate or full_gate, not own")
     else:
         network = load_network(config.network)
         record = RunRecord.load(Path(config.network)/"retrain-record.json",
