@@ -163,6 +163,8 @@ def check_evaluate(stage: str, config, later: bool):
             dataset.skip_unreadable = config.skip_unreadable
             check_labels(dataset, config.split)
         return
+    if config.conventions != "own" or Path(config.network).is_file():
+        return open_evaluation(config)
     record = Path(config.network)/"retrain-record.json"
     if not record.is_file(): raise FileNotFoundError(
         f"no retrained network in {config.network}; set the folder of "
@@ -209,6 +211,10 @@ def check_training_inputs(stage: str, config, later: bool):
         from selfsupnas.stages.calibration import least_share, refuse_budget
         refuse_budget(config.budget, least_share(config.space(classes), size, config.cost,
                                                  config.gate))
+    if stage == "search" and config.initialise:
+        from selfsupnas.space.published import start_from
+        from selfsupnas.space.supernet import build_supernet
+        start_from(build_supernet(config.space(classes), gate=config.gate), config.initialise)
 
 # %% ../nbs/08_cli.ipynb #cell-31
 def kernel_manager_class(started: Callable = len) -> type: # started: called with the process id

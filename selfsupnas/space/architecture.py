@@ -98,7 +98,7 @@ SCHEMA = 2 # raised when the meaning of the JSON changes; 1: version 0.1, edges 
 def architecture_to_json(architecture: Architecture) -> dict:
     "The architecture as plain data for JSON, with its schema number."
     def entries(weights): return [[*edge, round(w, 6)] for edge, w in weights.items()]
-    return {"schema": SCHEMA, "space": dataclasses.asdict(architecture.space),
+    return {"schema": SCHEMA, "space": architecture.space.to_json(),
             "edges": entries(architecture.edges), "operations": entries(architecture.operations),
             "provenance": architecture.provenance}
 

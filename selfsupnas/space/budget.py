@@ -99,7 +99,7 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
     and an operation that cannot be counted or does not keep the shape of its input."""
     if min(size) < 32: raise ValueError(f"size must be 32x32 or more, not {size[0]}x{size[1]}")
     if kind not in COSTS: raise ValueError(f"a cost is one of {', '.join(COSTS)}, not {kind!r}")
-    sizes, c = feature_sizes(size), space.channels
+    sizes, c = feature_sizes(size, space.published), space.channels
     def cost(module, scale, channels=None, hw=None):
         shape = (1, channels or space.channels_at(scale), *(hw or sizes[scale]))
         x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -119,15 +119,18 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         if scale > 0: costs["up"] = up(scale)
         if scale < 3: costs["down"] = cost(_WithSum(Down(space.channels_at(scale))), scale)
         return costs
+    def gate_cost(scale, n):
+        return cost(make_gate(gate, space.channels_at(scale), n, shrink=shrink,
+                              conventions=space.conventions), scale)
     values = {len(space.gated_at(*cell)) for cell in space.cells()}
     last = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
     classify = nn.Sequential(nn.Conv2d(c, space.num_classes, 3, padding=1),
                              nn.Upsample(tuple(size), mode="bilinear", align_corners=False))
-    return CostTable(space, tuple(size), kind, cost(stem(c), 0, 3, size),
+    first = stem(c, space.stem_channels, space.published)
+    return CostTable(space, tuple(size), kind, cost(first, 0, 3, size),
                      tuple({o: operation(o, s) for o in space.operations} for s in range(4)),
                      tuple(edges(s) for s in range(4)),
-                     tuple({n: cost(make_gate(gate, space.channels_at(s), n, shrink=shrink), s)
-                            for n in values} for s in range(4)),
+                     tuple({n: gate_cost(s, n) for n in values} for s in range(4)),
                      (0, *(up(s) for s in (1, 2, 3))), cost(last, 0) + cost(classify, 0))
 
 # %% ../../nbs/space/09_budget.ipynb #c0fe3102

@@ -154,7 +154,7 @@ class GatedCell(Cell):
     def __init__(self, channels: int, operations: tuple, kinds: tuple,
                  search_operations: bool = False, # the gate has a value for each candidate, too
                  gate: str = "conditional", # or static, see selfsupnas.space.gate
-                 **gate_options): # shrink, bias, leak
+                 **gate_options): # shrink, bias, leak, conventions
         super().__init__(channels, operations, kinds)
         self.search_operations = search_operations
         self.gate = make_gate(gate, channels, len(kinds) + search_operations * len(operations),

@@ -78,9 +78,12 @@ class Gate(nn.Module):
                  edges: int, # outgoing edges, 1 to 3
                  shrink: int = 4, # size of the average pooling of the input
                  bias: float = 1.5, # initial logits: tanh(1.5) = 0.905
-                 leak: float = 0.1): # see gate_activation
+                 leak: float = 0.1, # see gate_activation
+                 conventions: str = "own"): # see SearchSpace
         super().__init__()
-        self.shrink, self.leak, self.scale = shrink, leak, 8 / (channels // 2)
+        self.published = conventions != "own"
+        self.shrink = 1 if conventions == "full_gate" else shrink
+        self.leak, self.scale = leak, 1 if self.published else 8 / (channels // 2)
         self.register_buffer("threshold", torch.tensor(CLOSED))
         self.reduce = nn.Sequential(*conv_norm(channels, channels // 2, 1))
         self.logits = nn.Linear(channels // 2, edges)
@@ -93,7 +96,7 @@ class Gate(nn.Module):
         return (self.masked and self.compiled or Gate.compute)(self, x, mask)
 
     def compute(self, x, mask):
-        one_pixel = self.training and max(x.shape[-2:]) <= self.shrink
+        one_pixel = self.training and max(self.pooled_size(x)) == 1
         if one_pixel and self.masked and mask is not None: hidden = reduce_pixels(self, x, mask)
         else:
             # Batch norm needs two values: a single image is not pooled to one pixel.
@@ -103,11 +106,20 @@ class Gate(nn.Module):
         gates = gate_activation(logits, self.leak, self.threshold)
         return (zero_rows if self.masked else place_rows)(gates, mask)
 
+    def pooled_size(self, x) -> list:
+        "Sides of the shrunk input, rounded up; by the published conventions down, from 1."
+        if self.published: return [max(1, n // self.shrink) for n in x.shape[-2:]]
+        return [-(-n // self.shrink) for n in x.shape[-2:]]
+
     def pool(self, x):
-        "Average pooling by `shrink`; sizes are rounded up."
-        if min(x.shape[-2:]) >= self.shrink:
-            return F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
-        return F.adaptive_avg_pool2d(x, [-(-n // self.shrink) for n in x.shape[-2:]])
+        "Average pooling by `shrink`; by the published conventions bilinear interpolation."
+        large = min(x.shape[-2:]) >= self.shrink
+        if self.published:
+            if self.shrink == 1: return x
+            how = {"scale_factor": 1 / self.shrink} if large else {"size": self.pooled_size(x)}
+            return F.interpolate(x, **how, mode="bilinear", align_corners=False)
+        if large: return F.avg_pool2d(x, self.shrink, ceil_mode=True, count_include_pad=False)
+        return F.adaptive_avg_pool2d(x, self.pooled_size(x))
 
     def count_images(self, x, mask=None): # mask: of masked execution
         "The number of present images of all processes that share the batch."
@@ -123,7 +135,8 @@ def reduce_pixels(gate: Gate, x: torch.Tensor, # (B,C,h,w), pooled to one pixel 
     conv, *rest = gate.reduce
     full = conv(x)
     single = gate.count_images(x, mask) == 1
-    pooled = torch.where(single, full, full.mean((2, 3), keepdim=True))
+    pixel = gate.pool(full) if gate.published else full.mean((2, 3), keepdim=True)
+    pooled = torch.where(single, full, pixel)
     # Each pixel is a row of the batch norm; of a pooled image the first pixel counts.
     rows = pooled.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
     first = torch.arange(full.shape[2] * full.shape[3], device=x.device) == 0
@@ -141,7 +154,8 @@ class StaticGate(nn.Module):
     def __init__(self, channels: int, # unused
                  edges: int, # outgoing edges, 1 to 3
                  shrink: int = 4, # unused
-                 bias: float = 1.5, leak: float = 0.1): # see Gate
+                 bias: float = 1.5, leak: float = 0.1, # see Gate
+                 conventions: str = "own"): # unused
         super().__init__()
         self.leak = leak
         self.register_buffer("threshold", torch.tensor(CLOSED))
@@ -156,7 +170,7 @@ GATES = {"conditional": Gate, "static": StaticGate} # kinds of gate by name
 
 def make_gate(kind: str, # a key of GATES
               channels: int, edges: int,
-              **options) -> nn.Module: # shrink, bias, leak
+              **options) -> nn.Module: # shrink, bias, leak, conventions
     "A gate of that kind; raises ValueError for an unknown kind."
     if kind not in GATES: raise ValueError(f"gate must be one of {', '.join(GATES)}, not {kind!r}")
     return GATES[kind](channels, edges, **options)

@@ -6,8 +6,9 @@
 __all__ = ['STRIDES', 'STEP', 'Edge', 'SearchSpace', 'trace_route', 'open_operations', 'coarsest_scale', 'close_edge']
 
 # %% ../../nbs/space/01_grid.ipynb #cell-02
+import dataclasses
 from functools import cached_property
-from typing import Annotated, Iterable, NamedTuple
+from typing import Annotated, Iterable, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
@@ -35,6 +36,9 @@ class SearchSpace:
     channels: Annotated[int, Field(gt=0, multiple_of=2)] = 16
     operations: Several[str] = ("sep_conv_3x3", "identity") # summed in each cell
     search_operations: bool = False # a gate for each candidate operation of a cell, too
+    # of stem and gates; the last two: those of published weights, see selfsupnas.space.published
+    conventions: Literal["own", "small_gate", "full_gate"] = "own"
+    stem_channels: PositiveInt | None = None # between the stem's convolutions; None: C0
 
     def __post_init__(self):
         if not self.operations:
@@ -42,6 +46,15 @@ class SearchSpace:
         if len(set(self.operations)) < len(self.operations) or set(self.operations) & set(STEP):
             raise ValueError(f"operations must differ from one another and from {', '.join(STEP)}, "
                              f"not {self.operations}")
+
+    @property
+    def published(self) -> bool: return self.conventions != "own"
+
+    def to_json(self) -> dict:
+        "The fields as plain data; what only published weights need is left out at its default."
+        later = {"conventions": "own", "stem_channels": None}
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name not in later or value != later[name]}
 
     def channels_at(self, scale: int) -> int: return self.channels * 2**scale
     def scales_at(self, layer: int) -> range: return range(min(layer + 1, len(STRIDES)))

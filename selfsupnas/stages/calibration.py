@@ -7,7 +7,7 @@ __all__ = ['GateStatistics', 'gate_statistics', 'plain_images', 'closed_below', 
            'recalibrate_batch_norm', 'make_table', 'check_budget', 'least_share', 'refuse_budget']
 
 # %% ../../nbs/stages/01_calibration.ipynb #e839d66b
-import dataclasses, functools, json
+import functools, json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +148,7 @@ def make_table(config: SearchConfig, data: TrainingData,
     table = measure_costs(space, image_size(data.train, config.crop), config.cost, config.gate,
                           device=local_device() if timed else "cpu")
     if not (timed and folder): return table
-    key = json.loads(json.dumps([dataclasses.asdict(space), table.size, config.gate]))
+    key = json.loads(json.dumps([space.to_json(), table.size, config.gate]))
     path = Path(folder)/"costs.json"
     stored = rename_keys(json.loads(path.read_text(encoding="utf8"))) if path.exists() else None
     if not stored or stored["of"] != key:

@@ -55,7 +55,7 @@ def keep_search_record(search: str, folder: str, overwrite: bool): # search: its
 
 def member_config(config: ParetoConfig, searched: SearchConfig, name: str) -> RetrainConfig:
     "The training of one member of the front, in FOLDER/name."
-    not_shared = ("folder", "steps", "w_jig", "w_sup", "w_semi", "sup_start", "seed")
+    not_shared = ("folder", "steps", "w_jig", "w_sup", "w_semi", "sup_start", "seed", "initialise")
     shared = {f.name: getattr(searched, f.name) for f in dataclasses.fields(RetrainConfig)
               if hasattr(searched, f.name) and f.name not in not_shared}
     return RetrainConfig(**shared, folder=f"{config.folder}/{name}", steps=config.steps,

@@ -26,6 +26,7 @@ from ..space.cost import count_cost
 from ..space.gate import gates_of, set_gate_threshold
 from ..space.grid import Edge, SearchSpace
 from ..space.network import StaticNetwork
+from ..space.published import start_from
 from ..space.supernet import RoutingNetwork, build_supernet, gates_by_edge
 from .calibration import (GateStatistics, calibrate_gate_threshold, check_budget,
                                            gate_statistics, make_table, plain_images)
@@ -175,9 +176,10 @@ def search(config: SearchConfig,
     data = load_training_data(config)
     with timer("cost table"): table = make_table(config, data, folder)
     check_budget(table, config.budget)
-    remove_earlier_run(config, "search")
     torch.manual_seed(config.seed)
     model = build_supernet(table.space, gate=config.gate, leak=config.leak)
+    if config.initialise: start_from(model, config.initialise)
+    remove_earlier_run(config, "search")
     if world().first:
         print(describe_run(config, data, table.size, model, full_cost_text(table, config.budget)))
     with timer("training"):

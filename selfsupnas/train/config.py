@@ -145,6 +145,7 @@ class OptimiserConfig:
     batch_jigsaw: PositiveInt = 12 # jigsaws a step, of both kinds of images; labels are not used
     optimiser: Literal["adamw", "sgd"] = "adamw" # published: sgd with lr 0.05
     lr: NonNegativeFloat = 3e-3 # peak learning rate
+    gate_lr: PositiveFloat = 1.0 # times lr for gates (published, with pretrained weights: 2.5)
     weight_decay: NonNegativeFloat = 1e-4 # not applied to batch norm and biases
     warmup: Share = 0.05 # share of the steps in which lr rises; then polynomial decay of power 0.9
     clip: PositiveFloat = 5.0 # largest gradient norm

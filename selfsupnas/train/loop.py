@@ -306,7 +306,8 @@ def schedule(state: TrainingState, share: float, step: int) -> LossWeights:
     "Set learning rate and drop path of a step; returns the weights of its losses."
     config = state.config
     for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate(step, config.steps, config.lr, config.warmup)
+        rate = learning_rate(step, config.steps, config.lr, config.warmup)
+        group["lr"] = rate * group.get("lr_factor", 1.) # earlier checkpoints have no factors
     if config.drop_path: state.multitask.drop_path(config.drop_path * share)
     return step_weights(config, share, state.objective.cost)
 

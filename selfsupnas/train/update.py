@@ -15,10 +15,16 @@ from .config import OptimiserConfig
 
 # %% ../../nbs/train/05_update.ipynb #cell-20
 def make_optimiser(network: nn.Module, optimiser: OptimiserConfig) -> torch.optim.Optimizer:
-    "Fused AdamW, or SGD with momentum 0.9; no weight decay on tensors of one dimension."
-    groups = [{"params": [p for p in network.parameters() if p.dim() > 1],
-               "weight_decay": optimiser.weight_decay},
-              {"params": [p for p in network.parameters() if p.dim() <= 1], "weight_decay": 0.}]
+    """Fused AdamW, or SGD with momentum 0.9; no weight decay on tensors of one dimension. The
+    schedule multiplies the learning rate by `lr_factor` of a group."""
+    apart = optimiser.gate_lr != 1 # gates have groups of their own
+    def group(gates, decays):
+        return {"params": [p for name, p in network.named_parameters()
+                           if (p.dim() > 1) == decays and (apart and ".gate." in name) == gates],
+                "weight_decay": optimiser.weight_decay if decays else 0.,
+                "lr_factor": optimiser.gate_lr if gates else 1.}
+    groups = [group(gates, decays) for gates in (False, True)[:1 + apart]
+              for decays in (True, False)]
     if optimiser.optimiser == "sgd": # not fused: torch 2.14 fails when a gradient appears later
         return torch.optim.SGD(groups, lr=optimiser.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=optimiser.lr, fused=True)
