@@ -333,4 +333,5 @@ def save_photos(fig, # matplotlib Figure of images
                 width=920): # pixels
     "Write a figure to a file and return it as the IPython Image that a notebook shows."
     from IPython.display import Image
+    Path(path).with_suffix(".png").unlink(missing_ok=True) # earlier versions wrote that
     return Image(save_figure(fig, path, width / fig.get_figwidth()))

@@ -5,7 +5,7 @@ numbers in lines, bars and images, the colours of classes, and the names in axes
 then rendered once; the test fails if a part is blank, cut off or too small. `CHANGES` breaks each figure in at least
 one way, and the test of that figure must fail.
 """
-import functools, importlib, inspect, io, pkgutil, random, re, warnings
+import dataclasses, functools, importlib, inspect, io, pkgutil, random, re, warnings
 from dataclasses import replace
 from itertools import combinations
 
@@ -1201,3 +1201,12 @@ def test_a_real_change_fails_its_test(change, monkeypatch):
     test, draw, spoilt = CHANGES[change]
     monkeypatch.setitem(globals(), draw.__name__, functools.partial(spoilt, draw))
     with pytest.raises(AssertionError): test()
+
+
+def test_a_headline_is_a_metric_where_a_parameter_has_its_name():
+    "Of a run of a hand-crafted network with a given cost."
+    from selfsupnas.core import RunRecord
+    from selfsupnas.stages.configs import RetrainConfig
+    from selfsupnas.viz.tables import run_summary
+    config = RetrainConfig(architecture="narrow_unet", gflops=1., w_jig=0., w_semi=0.)
+    assert "0.9800" in run_summary(RunRecord("retrain", "x", dataclasses.asdict(config), 0, {"gflops": .98, "val_miou": .5, "parameters": 1000}, {"training": 3.}))

@@ -257,7 +257,14 @@ def test_a_search_starts_from_a_file(file, state):
     assert torch.equal(result.trained.model.stem[0].weight, state[ANCHOR])
     assert result.architecture.space.conventions == "small_gate" and result.record.inputs["initialise"]
     Path(file).unlink() # a finished search does not need it
-    assert load_search("search").architecture.edges.keys() == result.architecture.edges.keys()
+    assert search(config).architecture.edges.keys() == load_search("search").architecture.edges.keys() == result.architecture.edges.keys()
+
+
+@pytest.mark.parametrize("operations", [("sep_conv_3x3",), ("sep_conv_3x3", "identity", "sep_conv_5x5")])
+def test_a_supernet_of_other_operations_is_refused(operations, state):
+    net = build_supernet(SearchSpace(7, 5, 8, operations, conventions="small_gate"))
+    for call in (lambda: start_from(net, state), lambda: to_dynamic_routing(net)):
+        with pytest.raises(ValueError, match="operations"): call()
 
 
 @pytest.mark.long
@@ -298,4 +305,6 @@ def test_a_file_is_evaluated_as_it_is(file, state):
     assert len(dynamic.ids) == 4 and dynamic.shares.mean() <= 1
     assert row["least_gflops"] <= row["gflops"] <= row["largest_gflops"] and 0 <= row["miou"] < 1
     with pytest.raises(ValueError, match="classes"): evaluate(dataclasses.replace(config, network=file, folder="other"))
+    turned = evaluate(dataclasses.replace(config, folder="turned", classes=tuple(reversed(result.data.spec.classes))))
+    assert turned.record.metrics["rows"]["three"]["gflops"] == row["gflops"], "the same network, its classes in another order"
     assert RunRecord.load("evaluate/evaluate-record.json").inputs["network"]

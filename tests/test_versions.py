@@ -105,3 +105,10 @@ def test_a_file_of_a_later_version_says_which_version_reads_it(tmp_path):
     data = json.loads((OLD/"search"/"architecture.json").read_text())
     (tmp_path/"later.json").write_text(json.dumps({**data, "schema": 9}))
     with pytest.raises(ValueError, match=f"later.json.*schema is 9.*{selfsupnas.__version__}"): load_architecture(tmp_path/"later.json")
+
+
+def test_a_parameter_that_an_earlier_run_lacks_had_its_default_then():
+    from selfsupnas.train.checkpoint import ADDED_PARAMETERS, parameter_differences, run_identity
+    now = run_identity(SearchConfig())
+    before = {name: value for name, value in now.items() if name not in ADDED_PARAMETERS}
+    assert parameter_differences(before, now) == "" and "gate_lr" in parameter_differences(before, {**now, "gate_lr": 2.5})

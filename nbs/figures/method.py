@@ -18,7 +18,7 @@ from selfsupnas.show import as_picture, colourise, figure_class, overlay, save_f
 from selfsupnas.space.architecture import draw_architecture, load_architecture
 from selfsupnas.tasks.jigsaw import cut_and_shuffle
 from selfsupnas.tasks.permutations import permutation_set
-from selfsupnas.viz.routes import draw_gates, frame_grid
+from selfsupnas.viz.routes import draw_gates
 
 HERE = Path(__file__).resolve().parent
 SEARCH = HERE.parent/"experiments"/"records"/"demo-streetscenes"/"search"
@@ -70,7 +70,6 @@ def draw_method():
     ax = panel(.735, .60, .26, .32, f"derive: the best {len(architecture.edges)} of "
                f"{len(space.edges())} edges")
     draw_architecture(architecture, ax)
-    frame_grid(ax, space)
     picture("unseen", .735, .09, "retrain, evaluate")
     picture("prediction", .875, .09, "prediction")
     arrow((.65, .56), (.685, .66))

@@ -120,8 +120,8 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         if scale < 3: costs["down"] = cost(_WithSum(Down(space.channels_at(scale))), scale)
         return costs
     def gate_cost(scale, n):
-        return cost(make_gate(gate, space.channels_at(scale), n, shrink=shrink,
-                              conventions=space.conventions), scale)
+        options = {"conventions": space.conventions} if space.published else {}
+        return cost(make_gate(gate, space.channels_at(scale), n, shrink=shrink, **options), scale)
     values = {len(space.gated_at(*cell)) for cell in space.cells()}
     last = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
     classify = nn.Sequential(nn.Conv2d(c, space.num_classes, 3, padding=1),

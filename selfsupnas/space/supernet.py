@@ -321,11 +321,11 @@ class RoutingNetwork(nn.Module):
 def build_supernet(space: SearchSpace,
                    **gate_options) -> RoutingNetwork: # gate, shrink, bias, leak: see space.gate
     "The supernet: a gated cell at each crossing of the grid."
+    if space.published: gate_options["conventions"] = space.conventions
     return RoutingNetwork(space,
                           {(layer, scale): GatedCell(space.channels_at(scale), space.operations,
                                                      space.kinds_at(layer, scale),
                                                      space.search_operations,
-                                                     conventions=space.conventions,
                                                      **gate_options)
                            for layer, scale in space.cells()})
 

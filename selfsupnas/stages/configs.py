@@ -84,8 +84,9 @@ class SearchConfig(BudgetConfig, SpaceConfig, TrainingConfig):
 
     def inputs(self) -> dict:
         "Digests of the files a run builds on, by the parameter that names them; None: unknown."
-        files = {"initialise": file_digest([self.initialise])} if self.initialise else {}
-        return files | super().inputs()
+        if not self.initialise: return super().inputs()
+        found = Path(self.initialise).is_file() # a finished search does not need it
+        return {"initialise": file_digest([self.initialise]) if found else None} | super().inputs()
 
     def output_files(self) -> tuple: return SEARCH_FILES
 

@@ -46,11 +46,12 @@ def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
             {"latency_ms": measure_latency(model, size, repeats=repeats)})
 
 # %% ../../nbs/stages/05_evaluation.ipynb #af0ef6a5
-def dynamic_costs(network: RoutingNetwork, dataset, size: tuple) -> dict:
-    "Multiply-adds of a supernet over a dataset in 1e9: mean, least and largest of an image."
+def dynamic_costs(network: RoutingNetwork, dataset, size: tuple, batch_size: int) -> dict:
+    """Multiply-adds of a supernet over a dataset of whole images in 1e9: mean, least and largest of
+    an image."""
     static = any(isinstance(gate, StaticGate) for gate in gates_of(network).values())
     table = measure_costs(network.space, size, gate="static" if static else "conditional")
-    costs = gate_statistics(network, dataset, table).realised / 1e9
+    costs = gate_statistics(network, dataset, table, batch_size).realised / 1e9
     return {"gflops": costs.mean().item(), "least_gflops": costs.min().item(),
             "largest_gflops": costs.max().item()}
 
@@ -159,6 +160,7 @@ def open_published(config: EvaluateConfig) -> tuple:
     "The supernet of published weights, and a record in place of that of a retraining."
     network = from_dynamic_routing(config.network, small_gate=config.conventions == "small_gate")
     train = load_dataset(config.data, "train", config.root)
+    train.skip_unreadable = config.skip_unreadable
     counts = class_counts(train, train.labelled_ids[:100]) # of the most frequent class
     parameters = {"architecture": Path(config.network).stem, "data": config.data,
                   "root": config.root, "size": None}
@@ -218,7 +220,9 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     own_name = config.conventions != "own" or is_hand_crafted(name) or name in GRID_RIVALS
     first = name if own_name else "searched"
     row, latency = cost_row(first, network, cost_size, config.latency_repeats)
-    if gates_of(network): row |= dynamic_costs(network, report, cost_size)
+    supernet = network.network if isinstance(network, Reordered) else network
+    if gates_of(supernet):
+        row |= dynamic_costs(supernet, report, cost_size, config.batch_size)
     rows, latencies = ({first: {**row, **record_metrics(measured)},
                         "most frequent class": {"name": "most frequent class",
                                                 **record_metrics(trivial)}}, {first: latency})

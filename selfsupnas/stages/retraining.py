@@ -54,7 +54,7 @@ def grid_rival(name: str, searched: Architecture, # whose grid and cost the riva
                weights: Path # of the supernet, for batch_norm_route
               ) -> Architecture:
     "The rival of this name, with the cost of the searched architecture."
-    state = [read_weights(weights)] if name == "batch_norm_route" else []
+    state = [supernet_weights(weights, searched.space)] if name == "batch_norm_route" else []
     rival = GRID_RIVALS[name](searched.space, size, target, *state)
     # metrics of both are measured on the same images
     shared = {key: searched.provenance[key] for key in ("data", "classes", "chosen_on")

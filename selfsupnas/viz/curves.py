@@ -76,16 +76,15 @@ def draw_panel(ax, # matplotlib Axes
         name = f"{level[0]} {scale * level[1]:.3g} %"
         ax.axhline(scale * level[1], color="0.35", ls=(0, (1, 1.5)), lw=1.4, label=name)
     if len(names) > 1 or level:
-        crowded = len(ax.get_lines()) > 3
-        corner = dict(ncols=2, loc="lower left" if logarithmic else "upper left")
-        ax.legend(fontsize=9, frameon=False, labelspacing=.2, handlelength=1.7,
-                  columnspacing=.8, **corner if crowded or logarithmic else {})
-        if crowded and not logarithmic: ax.set_ylim(top=1.5 * max(plotted)) # room for the legend
+        ax.legend(fontsize=9, frameon=False, labelspacing=.2, handlelength=1.7, columnspacing=.8,
+                  ncols=2, loc="upper center", bbox_to_anchor=(.5, -.24), borderaxespad=0)
     if logarithmic: log_axis(ax, "y", plotted)
-    if ax.get_yscale() == "log": # room for the legend
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], LEAST_LOSS) / 12)
-    elif min(plotted) >= 0: ax.set_ylim(bottom=0)
-    ax.set_xlim(min(row["step"] for row in rows) - 1, max(row["step"] for row in rows) + 1)
+    if ax.get_yscale() == "log":
+        if max(plotted) > LEAST_LOSS: ax.set_ylim(bottom=max(ax.get_ylim()[0], LEAST_LOSS))
+    elif min(plotted) >= 0:
+        ax.set_ylim(0, 1.08 * max(*plotted, scale * level[1] if level else 0) or 1)
+    first, last = (f(row["step"] for row in rows) for f in (min, max))
+    ax.set_xlim(first - .02 * (last - first) - 1, last + .02 * (last - first) + 1)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("step", fontsize=9)
     ax.tick_params(labelsize=8, which="both")
@@ -106,7 +105,7 @@ def plot_history(rows:list, # log lines, with "step" and any keys of HISTORY_PAN
                          + ", ".join(key for panel in HISTORY_PANELS for key in panel[1]))
     ncols = min(3, len(panels))
     nrows = math.ceil(len(panels) / ncols)
-    fig, axes = new_figure(nrows, ncols, figsize=(WIDTH, 2.2 * nrows))
+    fig, axes = new_figure(nrows, ncols, figsize=(WIDTH, 2.5 * nrows))
     for ax, panel in zip(axes.flat, panels):
         level = (("chance", chance) if "jig_accuracy" in panel[1] else
                  ("budget", budget) if "realised" in panel[1] else (None, None))
@@ -229,6 +228,7 @@ def draw_measured(ax, # matplotlib Axes
                 label=point_name(runs[0]) + (f", n={len(runs)}" if len(runs) > 1 else ""))
     ax.set_ylabel("mIoU (%)", fontsize=9)
     ax.margins(y=.12)
+    if len(points) == 1: ax.set_ylim(0, 200 * points[0]["miou"] or 100)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9, frameon=False)
 
 # %% ../../nbs/viz/01_curves.ipynb #cell-29
@@ -258,7 +258,7 @@ def plot_cost_accuracy(points:list): # dicts: name, gflops, miou (0..1 or None),
 # %% ../../nbs/viz/01_curves.ipynb #014e28e4
 FRONT_KINDS = {"derived": dict(color=COLOURS[0], marker="o", ls="-", ms=7),
                "dynamic": dict(color=COLOURS[1], marker="D", ls="--", ms=6),
-               "random": dict(color="0.45", marker="o", ls="", ms=4, mfc="w"),
+               "random": dict(color="0.25", marker="o", ls="", ms=6, mfc="none"),
                "all open": dict(color=COLOURS[2], marker="*", ls="", ms=12),
                "baseline": dict(color=COLOURS[6], marker="", ls="", ms=7)} # marker by name
 FRONT_NAMES = {"dynamic": "dynamic inference, mean cost"}
@@ -312,7 +312,7 @@ def plot_front(rows:list): # dicts: kind (see FRONT_KINDS), name, gflops, miou (
             points = groups if kind != "random" else [([r], r["gflops"], r["miou"]) for r in runs]
             means = f"{len(points)} means of " if len(points) < len(runs) else ""
             ax.plot([x for _, x, _ in points], [100 * y for _, _, y in points], lw=1.6, **style,
-                    zorder=1 if kind == "random" else 2,
+                    zorder=3 if kind == "random" else 2,
                     label=f"{FRONT_NAMES.get(name, name)} ({means}n={len(runs)})")
     least, most = (f(row["gflops"] for row in rows) for f in (min, max))
     if most > 20 * least: log_axis(ax, "x", (least, most))

@@ -214,7 +214,7 @@ HEADLINES = { # stage -> header with unit: metric, factor, format
     "retrain": {"val mIoU (%)": ("val_miou", 100, ".1f"),
                 "val pixel accuracy (%)": ("val_pixel_accuracy", 100, ".1f"),
                 "labelled images": ("labelled_images", 1, ",d"),
-                GFLOPS: ("gflops", 1, ".4f"),
+                GFLOPS: ("metrics.gflops", 1, ".4f"),
                 "parameters": ("metrics.parameters", 1, ",d"),
                 "training (min)": ("timings.training", 1 / 60, ".1f")},
     "evaluate": {"mIoU (%)": ("miou", 100, ".1f"),
