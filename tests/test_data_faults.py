@@ -136,7 +136,8 @@ def test_a_run_that_meets_a_fault_ends_with_its_message(data, tmp_path, command)
     done = command("search", "--folder", tmp_path/"run", *(w for pair in {
         "data": "cityscapes", "root": data, "label_fraction": 1, "steps": 4, "logs": 1, "layers": 2, "channels": 8, "budget": .9, "workers": 1,
         "batch_labelled": 5, "w_semi": 0, "w_jig": 0}.items() for w in ("-p", *pair)), cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    own = done.stderr[done.stderr.rindex("selfsupnas search: failed"):] # a kernel that ends on a busy machine may complain before
+    assert done.returncode == 1 and "Traceback" not in own
     assert re.search(rf"failed: \S*(Error|UnreadableFile): .*cannot read the image {re.escape(str(path))}", done.stderr, re.M)
 
 

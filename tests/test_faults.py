@@ -224,11 +224,12 @@ def split_of(labelled, unlabelled="", **more):
 def by_notebook(stage, **parameters):
     "Run the first cells of a run notebook with parameters, as papermill does."
     def act():
-        cells = [c.source for c in nbformat.read(ROOT/"nbs"/"runs"/f"{stage}.ipynb", 4).cells if c.cell_type == "code"]
+        cells = [c for c in nbformat.read(ROOT/"nbs"/"runs"/f"{stage}.ipynb", 4).cells if c.cell_type == "code"]
+        at = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
         space = {}
-        exec(cells[0], space)
+        exec(cells[at].source, space)
         space.update(parameters)
-        exec(cells[1], space)
+        exec(cells[at + 1].source, space)
     return act
 
 
