@@ -77,7 +77,8 @@ def draw_panel(ax, # matplotlib Axes
         ax.axhline(scale * level[1], color="0.35", ls=(0, (1, 1.5)), lw=1.4, label=name)
     if len(names) > 1 or level:
         ax.legend(fontsize=9, frameon=False, labelspacing=.2, handlelength=1.7, columnspacing=.8,
-                  ncols=2, loc="upper center", bbox_to_anchor=(.5, -.24), borderaxespad=0)
+                  ncols=1 if max(map(len, names.values())) > 16 else 2, loc="upper center",
+                  bbox_to_anchor=(.5, -.24), borderaxespad=0)
     if logarithmic: log_axis(ax, "y", plotted)
     if ax.get_yscale() == "log":
         if max(plotted) > LEAST_LOSS: ax.set_ylim(bottom=max(ax.get_ylim()[0], LEAST_LOSS))
