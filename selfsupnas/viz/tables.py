@@ -362,6 +362,7 @@ SORT = """for (const head of document.querySelectorAll("th")) head.onclick = () 
   body.append(...[...body.rows].sort(order))
 }"""
 
+# %% ../../nbs/viz/04_tables.ipynb #1848bbac
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content="width=device-width, initial-scale=1">
 <title>selfsupnas: {{ count }} runs</title><style>{{ style }}</style>
