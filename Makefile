@@ -225,7 +225,7 @@ notebooks: env ## execute all notebooks in place and print their times; NB='nbs/
 	  echo "== notebooks: executing $$nb"
 	  begun=$$SECONDS
 	  jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 \
-	    --ExecutePreprocessor.timeout=600 --ExecutePreprocessor.store_widget_state=False --log-level=ERROR "$$nb"
+	    --ExecutePreprocessor.timeout=3000 --ExecutePreprocessor.store_widget_state=False --log-level=ERROR "$$nb"
 	  echo "== notebooks: $$nb took $$((SECONDS - begun)) s"
 	done
 	nbdev_clean
