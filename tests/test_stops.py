@@ -92,7 +92,7 @@ def table():
 
 def short_notebook(path):
     "Write the run notebook up to the search, without its metrics."
-    cells = [cell for cell in nbformat.read(ROOT/"nbs"/"runs"/"search.ipynb", 4).cells if cell.cell_type == "code"][:3]
+    cells = [cell for cell in nbformat.read(ROOT/"nbs"/"runs"/"search.ipynb", 4).cells if cell.cell_type == "code"][:4]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
 
 
