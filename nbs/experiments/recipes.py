@@ -54,7 +54,10 @@ FEW_DRAWS = 0, 1, 2
 # of a sequence that does not train ask what a network knows of a new one.
 OLD = dict(consistency="mean_teacher", w_semi=10.) # `teacher` of records/camvid-long
 UNSEEN = {"labels": dict(w_semi=0.), "old-teacher": OLD,
-          "control-old-teacher": dict(consistency_images="labelled", **OLD)}
+          "control-old-teacher": dict(consistency_images="labelled", **OLD),
+          # the network of `labels` as the teacher of another one
+          "self-training": dict(ramp=(0., 0.), **OLD),
+          "control-self-training": dict(ramp=(0., 0.), consistency_images="labelled", **OLD)}
 SEQUENCES = "0006R0", "0016E5" # those with more than 100 images
 
 def runs() -> dict:
@@ -64,7 +67,11 @@ def runs() -> dict:
     unseen = {f"{sequence}-3200/{arm}/{draw}": dict(COMMON, **own, steps=3200, seed=draw,
                                                     architecture=THIN,
                                                     root=f"runs/camvid-but-{sequence}")
-              for sequence in SEQUENCES for draw in DRAWS for arm, own in UNSEEN.items()}
+              for sequence in SEQUENCES for arm, own in UNSEEN.items() for draw in DRAWS}
+    for name, parameters in unseen.items():
+        if "self-training" in name:
+            sequence, _, draw = name.split("/")
+            parameters["teacher"] = f"runs/recipes/{sequence}/labels/{draw}"
     standard = {f"{steps}/{arm}/{draw}": dict(COMMON, **ARMS[arm], steps=steps, seed=draw)
                 for steps, arms in ((3200, LONGER), (800, ARMS), (1600, LONGER))
                 for draw in DRAWS for arm in arms}

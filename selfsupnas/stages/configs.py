@@ -93,11 +93,12 @@ class SearchConfig(BudgetConfig, SpaceConfig, TrainingConfig):
 # %% ../../nbs/stages/00_configs.ipynb #56f96b2a
 @checked_dataclass
 class NetworkConfig:
-    "The network to train, and the weights that it starts from."
+    "The network to train, the weights that it starts from, and its teacher."
     architecture: PathText = "runs/search/architecture.json" # file, folder, or name of a rival
     initialise: Literal["scratch", "inherit"] = "scratch" # inherit: the weights of the supernet
     supernet: PathText | None = None # weights to inherit, or a .pth; None: beside the architecture
     recalibrate: NonNegativeInt = 0 # training images for batch-norm statistics at the end; 0: none
+    teacher: PathText | None = None # folder of a retraining that makes the targets; None: averaging
     equal_cost: PathText | None = None # architecture whose cost a rival gets, if built to a cost
     gflops: PositiveFloat | None = None # or the cost, 1e9 multiply-adds: narrow_unet, fast_scnn
 
@@ -143,6 +144,9 @@ class RetrainConfig(NetworkConfig, TrainingConfig):
         super().__post_init__()
         if not self.w_sup: raise ValueError("retraining needs labels: w_sup must be over 0")
         if self.recalibrate == 1: raise ValueError("recalibrate must be 0, or 2 or more, not 1")
+        if self.teacher and not (self.w_semi and self.consistency in ("mean_teacher", "fixmatch")):
+            raise ValueError("teacher is for w_semi over 0 with consistency mean_teacher or "
+                             f"fixmatch, not w_semi {self.w_semi:g} with {self.consistency}")
         if self.architecture == NetworkConfig.architecture and not (self.equal_cost or self.gflops):
             return # no rival
         from selfsupnas.rivals import is_hand_crafted
@@ -167,6 +171,7 @@ class RetrainConfig(NetworkConfig, TrainingConfig):
             parameter: self.file}
         if self.initialise == "inherit" or self.architecture == "batch_norm_route":
             files["supernet"] = self.weights
+        if self.teacher: files["teacher"] = Path(self.teacher)/"network.safetensors"
         return {name: file_digest([file]) for name, file in files.items()} | super().inputs()
 
     def output_files(self) -> tuple: return ("network.safetensors",)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['require_weights', 'check_files', 'grid_rival', 'supernet_weights', 'static_network', 'configured_architecture',
            'initial_network', 'RetrainResult', 'load_retrain', 'recalibrated_metrics', 'retrain', 'retrain_or_load',
-           'load_network']
+           'load_network', 'load_teacher']
 
 # %% ../../nbs/stages/04_retraining.ipynb #4fc969c7
 import copy, dataclasses
@@ -182,12 +182,14 @@ def retrain(config: RetrainConfig,
         target = (1e9 * config.gflops if config.gflops else
                   count_cost(static_network(searched, config.file), size).flops)
     network = initial_network(config, searched, data.train.spec, size, target)
+    teacher = load_teacher(config.teacher, data) if config.teacher else None
     report = without_choice_images(data.val, *filter(None, [searched]))
     remove_earlier_run(config, "retrain")
     cost = count_cost(network, size)
     cost_text = f"{cost.gflops:.4f} GFLOPs (1e9 multiply-adds)"
     if world().first: print(describe_run(config, data, size, network, cost_text))
-    with timer("training"): trained = train(network, config, data, watch=watch)
+    with timer("training"):
+        trained = train(network, config, data, watch=watch, teacher=teacher)
     with timer("validation"):
         recalibrated = {}
         if config.recalibrate:
@@ -251,3 +253,21 @@ def load_network(folder,
         raise FileNotFoundError(f"no weights at {weights}; `selfsupnas retrain` writes them")
     network = load_weights(network, weights)
     return CompiledNetwork(network, dtype) if compile else network
+
+# %% ../../nbs/stages/04_retraining.ipynb #eeb5f4b4
+def load_teacher(folder, data: TrainingData) -> torch.nn.Module:
+    """The network of the retraining in `folder`, as a teacher on this data. Raises ValueError for
+    other classes, and for a teacher that learned the labels of unlabelled images."""
+    folder = Path(folder)
+    network, spec = load_network(folder), data.train.spec
+    record = RunRecord.load(folder/"retrain-record.json", needs=("architecture",))
+    if record.metrics["classes"] != list(spec.classes):
+        raise ValueError(f"teacher {folder}: its classes are {', '.join(record.metrics['classes'])}"
+                         f", those of {spec.name} are {', '.join(spec.classes)}")
+    learned = (folder/"split"/"labeled.txt").read_text(encoding="utf-8").splitlines()
+    leaked = sorted({*learned} & {*data.split.unlabelled})
+    if leaked:
+        raise ValueError(f"teacher {folder} learned the labels of {len(leaked)} images that are "
+                         f"unlabelled here, such as {leaked[0]}: use its split (split_folder="
+                         f"'{folder}/split'), or one with more labels")
+    return network

@@ -84,7 +84,8 @@ def save_checkpoint(folder, step: int, # steps done
 IGNORED_PARAMETERS = ("folder", "resume", "overwrite", "workers", "cache_gb", "checkpoints", "logs",
                       "tensorboard")
 # parameters that earlier versions lacked, with the values that their runs had
-ADDED_PARAMETERS = {"gate_lr": 1., "conventions": "own", "stem_channels": None, "initialise": None}
+ADDED_PARAMETERS = {"gate_lr": 1., "conventions": "own", "stem_channels": None, "initialise": None,
+                    "teacher": None}
 REMEDIES = "take another folder, or overwrite=True to replace it"
 
 def parameter_differences(stored: dict, requested: dict) -> str: # of `run_identity`

@@ -128,15 +128,18 @@ def respecialise(state: TrainingState) -> dict:
 
 # %% ../../nbs/train/07_loop.ipynb #c2d001a5
 def build_training_state(model: nn.Module, config: TrainingConfig, data: TrainingData, accelerator,
-                         cost: Callable | None = None) -> TrainingState: # cost: see `train`
+                         cost: Callable | None = None, # see `train`
+                         teacher: nn.Module | None = None # see `train`
+                        ) -> TrainingState:
     "The state of a run before its first step."
     check_precision(config.precision, accelerator.device)
     multitask = build_multitask_model(model, config)
     multitask.to(accelerator.device, memory_format=torch.channels_last)
-    teacher = EMATeacher(multitask, config.decay, config.ema_buffers)
+    averaged = EMATeacher(multitask, config.decay, config.ema_buffers)
+    if teacher is not None: teacher.to(accelerator.device).eval().requires_grad_(False)
     synchronise(multitask) # after copying the teacher, which treats each image by itself
     objective = Objective(
-        config, multitask, teacher, cost=cost,
+        config, multitask, averaged, cost=cost, fixed_teacher=teacher,
         threshold=make_moving_threshold(config, config.decay) if config.w_semi else None,
         network=accelerator.prepare_model(multitask, evaluation_mode=True)) # for precision only
     if config.w_jig:
@@ -144,7 +147,7 @@ def build_training_state(model: nn.Module, config: TrainingConfig, data: Trainin
     if config.w_sup and config.class_weights:
         objective.class_weights = class_weights_of(data, config.class_weights, accelerator.device)
     optimiser = accelerator.prepare_optimizer(make_optimiser(multitask, config))
-    state = TrainingState(config, accelerator, multitask, teacher, optimiser, RunLog(config),
+    state = TrainingState(config, accelerator, multitask, averaged, optimiser, RunLog(config),
                           objective.threshold, objective)
     state.log.execution = choose_execution(model, config, accelerator.device)
     set_execution(state)
@@ -317,13 +320,14 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
           cost: Callable | None = None, # with `weights`; see BudgetLosses of the search
           phases: list | None = None, # of `Phase`; None: all data and parameters at every step
           watch: Callable | None = None, # called with the log rows after each new one
+          teacher: nn.Module | None = None, # makes the targets; None: the averaged network
          ) -> TrainResult:
     """Train with the four losses and return the averaged network. Raises FloatingPointError for a
     loss that is not finite."""
     accelerator = make_accelerator(config.precision, config.folder, config.tensorboard)
     process, stop = world(), False
     seed_everything(config.seed)
-    state = build_training_state(model, config, data, accelerator, cost)
+    state = build_training_state(model, config, data, accelerator, cost, teacher)
     log = state.log
     first = resume_or_start(state, identity := run_identity(config), data.split)
     phases = phases or [Phase(data, lambda name: True)]

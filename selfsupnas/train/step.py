@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'GROUPS', 'MultiTaskOutput', 'MultiTaskModel', 'select_image
            'build_multitask_model', 'PassOutputs', 'run_passes', 'concatenate_gates', 'MixMasks', 'draw_mix_masks',
            'configured_consistency', 'UnlabelledViews', 'Losses', 'LossWeights', 'step_weights', 'StepMetrics',
            'class_weights_of', 'supervised_term', 'jigsaw_term', 'consistency_term', 'budget_term', 'StepViews',
-           'draw_views', 'averaged_logits', 'update_threshold', 'Objective']
+           'draw_views', 'teacher_logits', 'update_threshold', 'Objective']
 
 # %% ../../nbs/train/03_step.ipynb #c0f47003
 import contextlib, copy
@@ -254,12 +254,12 @@ class UnlabelledViews:
         return {**views, "weak": self.batch.weak} if self.weak else views
 
     def logits(self, outputs: PassOutputs,
-               averaged: torch.Tensor | None # (B,K,H,W) of the averaged teacher on the weak views
+               taught: torch.Tensor | None # (B,K,H,W) of a teacher that is not trained, weak views
               ) -> tuple[dict, dict]:
         "Logits (B,K,H,W) by view: the student's, and its teacher's on the weak view, not mixed."
         student = {**outputs.logits, "perturbed": outputs.perturbed,
                    "peer": outputs.peer.get("strong")}
-        teacher = {"ema": averaged, "student": student.get("weak"),
+        teacher = {"ema": taught, "student": student.get("weak"),
                    "peer": outputs.peer.get("weak")}[self.kind.teacher]
         taught = dict.fromkeys(self.kind.weights, teacher)
         if self.kind.peer: taught["peer"] = student["weak"] # each network teaches the other
@@ -412,10 +412,12 @@ def draw_views(config: TrainingConfig, batch: StepBatch, weights: LossWeights,
                                                     share=config.jigsaw_share, world=world())
     return views
 
-def averaged_logits(teacher: EMATeacher, views: UnlabelledViews | None) -> torch.Tensor | None:
-    "Logits (B,K,H,W) of the averaged teacher on the weak views, where it makes the targets."
+def teacher_logits(averaged: EMATeacher,
+                   fixed: nn.Module | None, # takes its place
+                   views: UnlabelledViews | None) -> torch.Tensor | None:
+    "Logits (B,K,H,W) of the teacher on the weak views, where one that is not trained is needed."
     if views is None or views.kind.teacher != "ema": return None
-    return logits_of(teacher.model.model(views.batch.weak))
+    return logits_of((averaged.model.model if fixed is None else fixed)(views.batch.weak))
 
 def update_threshold(threshold, # moving threshold of selfsupnas.tasks.teacher
                      teacher_logits: torch.Tensor, valid: torch.Tensor, # of the weak views
@@ -440,6 +442,7 @@ class Objective:
     threshold: object = None # moving threshold of selfsupnas.tasks.teacher; None: it is fixed
     class_weights: torch.Tensor | None = None # (K,) of the supervised loss
     network: nn.Module | None = None # the multi-task model, wrapped; None: not wrapped
+    fixed_teacher: nn.Module | None = None # makes the targets instead, in evaluation mode
 
     def __call__(self, batch: StepBatch, # on the device
                  weights: LossWeights, # a loss of weight 0 is not computed
@@ -450,7 +453,7 @@ class Objective:
         the shares add up."""
         labels, losses, metrics = batch.labelled.label, Losses(), StepMetrics()
         views = draw_views(self.config, batch, weights, self.permutations, generator)
-        averaged = averaged_logits(self.teacher, views.unlabelled)
+        taught = teacher_logits(self.teacher, self.fixed_teacher, views.unlabelled)
         outputs = self.outputs(views)
         if weights.sup: losses.sup = self.supervised(outputs.of("labelled"), labels)
         if weights.strong:
@@ -459,7 +462,7 @@ class Objective:
             losses.jig, metrics.jig_accuracy = jigsaw_term(outputs.jigsaw, views.order,
                                                            self.permutations)
         if weights.semi:
-            losses.semi, found = self.consistency(views.unlabelled, outputs, averaged, labels)
+            losses.semi, found = self.consistency(views.unlabelled, outputs, taught, labels)
             metrics = replace(metrics, **present(found))
         if self.cost: # also while its weight is 0: the log shows gates from the start
             charged, found = budget_term(self.cost, outputs.gates, share, self.multitask.peer)
@@ -477,9 +480,9 @@ class Objective:
         return supervised_term(logits, labels, self.class_weights, self.config.ohem_threshold)
 
     def consistency(self, views: UnlabelledViews, outputs: PassOutputs,
-                    averaged: torch.Tensor | None, labels: torch.Tensor) -> tuple:
+                    taught: torch.Tensor | None, labels: torch.Tensor) -> tuple:
         "`consistency_term` with the fixed or the moving threshold."
-        student, taught = views.logits(outputs, averaged)
+        student, taught = views.logits(outputs, taught)
         if self.threshold is None:
             return consistency_term(views, student, taught, self.config.threshold)
         threshold = update_threshold(self.threshold, taught["strong"], views.batch.valid,
