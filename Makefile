@@ -18,11 +18,12 @@ ARMS ?= labels both jigsaw consistency
 FOUND ?= nbs/experiments/records/compare/found
 COMPARE ?= runs/compare
 PARTS ?=
+ADDRESS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed bench-gpu terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks imports docs hooks clean
+.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed bench-gpu terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks readme imports docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -229,6 +230,9 @@ notebooks: env ## execute all notebooks in place and print their times; NB='nbs/
 	  echo "== notebooks: $$nb took $$((SECONDS - begun)) s"
 	done
 	nbdev_clean
+
+readme: env ## README.md from nbs/index.ipynb; ADDRESS=https://github.com/OWNER/NAME sets the repository for Colab and Binder
+	python tests/readme.py $(ADDRESS)
 
 imports: env ## draw the imports between folders, nbs/figures/imports.png; fails if one points against the reading order
 	@python tests/imports.py

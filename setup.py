@@ -14,7 +14,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf8"), long_description_content_type="text/markdown",
     author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0", license_files=["LICENSE"],
     packages=find_packages(include=["selfsupnas", "selfsupnas.*"]) + ["selfsupnas.runs"],
-    package_dir={"selfsupnas.runs": "nbs/runs"}, package_data={"selfsupnas": ["presets/*"], "selfsupnas.runs": ["*.ipynb"]},
+    package_dir={"selfsupnas.runs": "nbs/runs"}, package_data={"selfsupnas": ["presets/*/*", "presets/*/*/*"], "selfsupnas.runs": ["*.ipynb"]},
     python_requires=">=" + cfg["min_python"], install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bluemarble", "rivals", "export", "tensorboard", "workflow", "browser", "docs")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

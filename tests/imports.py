@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("runs", "experiments") and re.match(r"\d\d_", p.name)]
 # folders in reading order: each imports only from earlier ones; inside a folder, from chapters with lower numbers
-ORDER = ["core", "distributed", "show", "data/toy", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "zoo", "export", "cli"]
+ORDER = ["core", "distributed", "show", "data/toy", "data", "space", "tasks", "metrics", "train", "rivals", "stages", "viz", "export", "zoo", "cli"]
 
 
 def cells(path, kind="code"):

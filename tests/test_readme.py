@@ -5,10 +5,11 @@ import pytest
 import tyro
 import yaml
 from conftest import ROOT
+from readme import NO_ADDRESS, readme, readme_of
 
 from selfsupnas.train.batches import check_shares
 from selfsupnas.distributed import World
-from selfsupnas.cli import STAGES, DataOptions, DemoOptions, ExportOptions, ReportOptions, main, parse_options
+from selfsupnas.cli import STAGES, DataOptions, DemoOptions, ExportOptions, ReportOptions, ZooOptions, main, parse_options
 from selfsupnas.stages.configs import RetrainConfig
 
 INDEX = json.loads((ROOT/"nbs"/"index.ipynb").read_text("utf8"))
@@ -18,14 +19,16 @@ SHELL = [line.split("#")[0].strip() for language, text in FENCES if language == 
 TEXT = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)  # without code blocks
 
 
-def readme_of(cell):
-    "What a cell of the index is in the README: its prose, or the Markdown that it makes, with links from the root."
-    texts = ["".join(cell["source"])] if cell["cell_type"] == "markdown" else ["".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
-    return [re.sub(r"\]\((?!\.\./|http)", "](nbs/", text).replace("](../", "](") for text in texts]
-
-
 def test_readme_and_index_are_alike():
-    assert README == "\n\n".join(part for cell in INDEX["cells"] for part in readme_of(cell)) + "\n"
+    assert README == readme(INDEX["cells"])
+
+
+def test_its_badges_need_an_address(page):
+    "They name the owner, the repository and the tour; the tour installs the package from the same address."
+    assert page["ADDRESS"] == NO_ADDRESS and page["badges"](NO_ADDRESS) == page["badges"]("https://example.org/a/b") == ""
+    links = re.findall(r"\]\((https[^)]+)\)(?: |$)", page["badges"]("https://github.com/owner/name.git"))
+    assert len(links) == 2 and all("/owner/name/" in link and link.endswith("nbs/00_tour.ipynb") for link in links)
+    assert f"git+{NO_ADDRESS}" in (ROOT/"nbs"/"00_tour.ipynb").read_text("utf8")
 
 
 def test_it_is_short(): assert len([word for word in README.split() if re.search(r"\w", word)]) <= 1000
@@ -73,7 +76,7 @@ def test_its_commands_are_understood(command):
     "Each is parsed to the end; where 8 processes share a batch, they can."
     launcher, _, words = command.partition("selfsupnas ")
     command, *words = shlex.split(words)
-    options = {"demo": DemoOptions, "data": DataOptions, "report": ReportOptions, "export": ExportOptions}.get(command)
+    options = {"demo": DemoOptions, "data": DataOptions, "report": ReportOptions, "export": ExportOptions, "zoo": ZooOptions}.get(command)
     if "--help" in words: assert main([command, *words]) == 0
     elif options: tyro.cli(options, args=words, return_unknown_args=command == "demo")
     else:

@@ -52,7 +52,7 @@ def test_the_wheel_is_complete(wheel):
         entries = z.read(f"{info}/entry_points.txt").decode()
     assert {f"selfsupnas/runs/{stage}.ipynb" for stage in STAGES} <= names
     modules = {f"selfsupnas/{p.name}" for p in (ROOT/"selfsupnas").glob("*.py")}
-    assert {f"selfsupnas/presets/{p.name}" for p in (ROOT/"selfsupnas"/"presets").iterdir()} <= names
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/"selfsupnas"/"presets").rglob("*") if p.is_file()} <= names
     assert modules <= names and not [n for n in names if n.startswith(("tests", "nbs", "build"))]
     assert any(n.startswith(info) and n.endswith("LICENSE") for n in names)
     assert re.search(r"^selfsupnas\s*=\s*selfsupnas\.cli:main$", entries, re.M)

@@ -312,7 +312,7 @@ def remove_earlier_run(config, stage: str):
         path.unlink(missing_ok=True)
 
 # parameters that name places: a finished run may have used others
-PLACES = "root", "architecture", "supernet", "network", "search"
+PLACES = "root", "architecture", "supernet", "teacher", "network", "search"
 
 def run_once(stage: str,
              reopen: Callable): # (folder of a finished run, ...) -> result of the stage
