@@ -85,7 +85,8 @@ def read_cards(place: str) -> list:
         try:
             with urlopen(f"{place}/index.json", timeout=20) as answer: cards = json.load(answer)
         except (URLError, OSError, ValueError) as e:
-            raise FileNotFoundError(f"SELFSUPNAS_ZOO: no index of networks at {place}: {e}") from None
+            raise FileNotFoundError(f"SELFSUPNAS_ZOO: no index of networks at {place}: "
+                                    f"{e}") from None
         return [Card(**card) for card in cards]
     if not Path(place).is_dir():
         raise FileNotFoundError(f"SELFSUPNAS_ZOO: there is no folder {place}")
