@@ -23,7 +23,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 FRONT ?= runs/demo-streetscenes/search
 
-.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed bench-gpu terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks readme imports docs hooks clean
+.PHONY: help env demo compare budgets rivals pareto camvid bench-quick bench-speed bench-gpu terms loader shortcuts test test-long test-oldest faults kills stops soak test-gpu test-browser drift lint notebook-tests notebooks readme evidence-check imports docs hooks clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -230,6 +230,9 @@ notebooks: env ## execute all notebooks in place and print their times; NB='nbs/
 	  echo "== notebooks: $$nb took $$((SECONDS - begun)) s"
 	done
 	nbdev_clean
+
+evidence-check: env ## recompute the tables of nbs/experiments/evidence.ipynb from the records, compare with the page
+	python -m pytest -q tests/test_evidence.py
 
 readme: env ## README.md from nbs/index.ipynb; ADDRESS=https://github.com/OWNER/NAME sets the repository for Colab and Binder
 	python tests/readme.py $(ADDRESS)
