@@ -117,7 +117,7 @@ MOST_BYTES = 90_000 # of a picture with images in a notebook
 def reduce_colours(picture, # PIL image, RGB
                    least:float): # share of the pixels that the most frequent must cover
     """The picture with at most 256 colours, the most frequent ones that differ by more than 6; any
-    other colour becomes the nearest of them. The picture itself if the 256 most frequent cover less."""
+    other colour becomes the nearest. The picture itself if the 256 most frequent cover less."""
     from PIL import Image
     from scipy.spatial import KDTree
     red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), 2, 0)
@@ -286,7 +286,7 @@ def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
     indices, spec = [int(i) for i in indices], dataset.spec
     invalid = [i for i in indices if not 0 <= i < len(dataset)]
     if invalid or not indices:
-        raise ValueError(f"the dataset has {len(dataset)} samples, numbered from 0; "
+        raise ValueError(f"the data set has {len(dataset)} samples, numbered from 0; "
                          f"invalid indices: {invalid or 'none given'}")
     pictures, titles = [], []
     for i in indices:
