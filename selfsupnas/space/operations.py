@@ -90,7 +90,7 @@ def check_result(name: str, # of the operation
     half = torch.is_autocast_enabled(features.device.type) # some operators change the dtype
     if not (half and result.is_floating_point()):
         raise TypeError(f"operation {name!r} returned {result.dtype} for an input of "
-                        f"{features.dtype}; it must keep it")
+                        f"{features.dtype}; it must keep the dtype")
     return result
 
 @contextmanager
