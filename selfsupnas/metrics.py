@@ -156,7 +156,7 @@ def confusion_figure(metrics:Metrics):
 # %% ../nbs/04_metrics.ipynb #82bd5fe4
 def readable_pairs(dataset, # [i] -> (image, label), with .ids
                    indices): # of the pairs, in this order
-    "Yield (id, image, label); unreadable files are skipped if the data set sets `skip_unreadable`."
+    "Yield (id, image, label); unreadable files are skipped if the dataset sets `skip_unreadable`."
     read = tolerant_reader(dataset, lambda i: dataset[i], None)
     for i in indices:
         if pair := read(i): yield dataset.ids[i], *pair
@@ -262,7 +262,7 @@ def predict(model, # images -> logits
 def segment(model:nn.Module, # images (B,3,H,W), normalised -> logits (B,K,H,W)
             images:torch.Tensor, # (B,3,H,W) uint8
             **views) -> torch.Tensor: # see predict
-    "Predicted classes (B,H,W), int64, on the CPU, of images as a data set stores them."
+    "Predicted classes (B,H,W), int64, on the CPU, of images as a dataset stores them."
     device = next(model.parameters(), torch.empty(0)).device
     with eval_mode(model), torch.no_grad():
         return predict(model, normalise(images).to(device), **views).argmax(1).cpu()
@@ -290,7 +290,7 @@ def evaluate_segmenter(model:nn.Module, # images (B,3,H,W), normalised -> logits
                       ) -> Metrics:
     """Metrics over the whole set, each image at its own size; raises ValueError for invalid logits.
     All processes of a run must call this; each predicts its share."""
-    if not len(dataset): raise ValueError("the data set is empty")
+    if not len(dataset): raise ValueError("the dataset is empty")
     spec = dataset.spec
     model, device = on_device(model, device)
     total = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=device)
@@ -326,7 +326,7 @@ def miou_of(model:nn.Module, dataset) -> float|None:
     return metrics and none_if_nan(metrics.miou)
 
 class ImageSubset(Subset):
-    "The images of a data set with the given ids, in the order of the data set."
+    "The images of a dataset with the given ids, in the order of the dataset."
     def __init__(self, dataset, ids: list):
         ids = set(ids)
         super().__init__(dataset, [i for i, name in enumerate(dataset.ids) if name in ids])
@@ -344,7 +344,7 @@ def class_counts(dataset, # [i] -> (image, label), with .ids and .spec
     return counts
 
 # %% ../nbs/04_metrics.ipynb #cell-48
-def trivial_predictor_metrics(train, # K pixel counts of the labelled training images, or a data set
+def trivial_predictor_metrics(train, # K pixel counts of the labelled training images, or a dataset
                               test_dataset, # the evaluated set
                              ) -> Metrics:
     "Metrics of a predictor that predicts the most frequent training class everywhere."

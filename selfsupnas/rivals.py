@@ -273,8 +273,8 @@ def fit_width(name:str, # of the rival, for the message
     return fitted
 
 def fit_edges(name:str, table:CostTable, parts:set, target:float) -> Architecture:
-    """The architecture of all `parts`, or the one with most edges of ten random subsets that cost
-    `target`; all weights are 1. Raises ValueError if no subset does."""
+    """The architecture of all `parts`, or the one with the most edges of ten random subsets that
+    cost `target`; all weights are 1. Raises ValueError if no subset does."""
     def cost(selected): return static_cost(table, selected)
     if cost(parts) <= (1 + TOLERANCE) * target:
         return Architecture(table.space, {p: 1. for p in parts if p.kind in STEP},

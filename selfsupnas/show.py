@@ -117,7 +117,7 @@ MOST_BYTES = 90_000 # of a picture with images in a notebook
 def reduce_colours(picture, # PIL image, RGB
                    least:float): # share of the pixels that the most frequent must cover
     """The picture with at most 256 colours, the most frequent ones that differ by more than 6; any
-    other becomes the nearest of them. The picture itself if the 256 most frequent cover less."""
+    other colour becomes the nearest. The picture itself if the 256 most frequent cover less."""
     from PIL import Image
     from scipy.spatial import KDTree
     red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int64), 2, 0)
@@ -199,7 +199,7 @@ def figure_class() -> type:
 # %% ../nbs/03_show.ipynb #25339bde
 def new_figure(nrows=1, ncols=1, # grid of axes
                figsize=(6, 3), # width, height in inches
-               dpi=100): # pixels an inch, as shown in a notebook
+               dpi=100): # pixels per inch, as shown in a notebook
     "A matplotlib Figure in `STYLE` that a notebook shows once, and an (nrows,ncols) array of Axes."
     import matplotlib.pyplot as plt
     with plt.rc_context(STYLE):
@@ -315,7 +315,7 @@ def error_map(label, # (H,W) true class numbers or ignore_index
 # %% ../nbs/03_show.ipynb #cell-41
 def save_figure(fig, # matplotlib Figure
                 path, # file to write; the suffix gives the format
-                dpi=None, # pixels an inch; by default the figure's own
+                dpi=None, # pixels per inch; by default the figure's own
                ) -> Path:
     "Write a figure to a file and return its path; raises ValueError for an unknown format."
     path = Path(path)

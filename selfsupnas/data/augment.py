@@ -51,7 +51,7 @@ def _axis(n:int,       # pixels of the source
 def is_dominated(label:torch.Tensor, # (h, w) class numbers or 255
                  ratio:float,        # share of the labelled pixels
                 ) -> bool:
-    "Whether one class has at least `ratio` of the labelled pixels, or no pixel is labelled."
+    "Whether one class fills at least `ratio` of the labelled pixels, or no pixel is labelled."
     counts = label.flatten().bincount(minlength=256)[:255]
     return bool(counts.max() >= ratio*counts.sum())
 
@@ -69,7 +69,7 @@ class Window(NamedTuple):
         return x[..., top:top + height, left:left + width]
 
     def numbers(self) -> list:
-        "What `render_weak` takes beside the cropped source: lengths, start and flip of both axes."
+        "What `render_weak` takes besides the cropped source: lengths, start and flip of both axes."
         return [*self.rows[1:], 0, *self.columns[1:], int(self.flipped)]
 
 # %% ../../nbs/data/06_augment.ipynb #6558f18e

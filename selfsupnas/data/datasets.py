@@ -214,7 +214,7 @@ class FolderDataset(FileDataset):
                  size:tuple=None,    # (H, W) of the resized pairs
                  palette:tuple=None, # colours of the classes
                  fractions:tuple=(0.7, 0.1, 0.2), # shares of train, val, test in a flat folder
-                 seed:int=0,         # of this division
+                 seed:int=0,         # of the division of a flat folder
                  incomplete:bool=False): # True: a missing mask is an error when it is read
         if root is None:
             raise FileNotFoundError("a folder dataset needs root=, or SELFSUPNAS_DATA set")

@@ -62,7 +62,7 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.
 
 @contextmanager
 def open_image(path, what:str="image"): # what: the content, for the message
-    """Context of Pillow's Image; raises UnreadableFile, also for errors of decoding in the block.
+    """Context of Pillow's Image; raises UnreadableFile, also if decoding fails within the block.
     The file is not mapped into memory, since Pillow decodes a mapped TIFF into stripes."""
     try:
         with open(path, "rb") as file, Image.open(file) as f: yield f
@@ -130,7 +130,7 @@ def mask_numbers(mask:np.ndarray) -> list: # (H, W) uint8
     return np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
 
 def check_numbers(mask:np.ndarray, path, spec:SegmentationSpec) -> None:
-    "Raise ValueError when a mask holds a number that is not a class; suggests a correction."
+    "Raise ValueError if a mask holds a number that is not a class; suggests a correction."
     numbers = [i for i in mask_numbers(mask) if i != spec.ignore_index]
     invalid, count = [i for i in numbers if i >= spec.num_classes], spec.num_classes
     if not invalid: return
@@ -141,7 +141,7 @@ def check_numbers(mask:np.ndarray, path, spec:SegmentationSpec) -> None:
                      f"classes 0 to {count - 1} ({spec.ignore_index} is ignored){hint}")
 
 def check_sizes(image:np.ndarray, mask:np.ndarray, path) -> None:
-    "Raise ValueError when the image and its mask differ in size."
+    "Raise ValueError if the image and its mask differ in size."
     if image.shape[:2] != mask.shape:
         hint = (" (does the image have an EXIF orientation? Draw the mask on the upright image)"
                 if image.shape[:2] == mask.shape[::-1] else "")
@@ -391,7 +391,7 @@ def is_turned(path) -> bool:
 SYNTHETIC = "synthetic.txt" # marks the folder of a dataset that is drawn by a program
 
 class FileDataset(PairDataset):
-    "Pairs of files; with None as its mask, an image has no label and all its pixels are ignored."
+    "Pairs of files; an image whose mask is None has no label, and all its pixels are ignored."
     def __init__(self, spec:SegmentationSpec, ids:list, pairs:list, # of (image path, mask path)
                  size:tuple=None,  # (H, W) of the resized pairs
                  table:dict=None,  # number in the files -> class number; None: they are equal

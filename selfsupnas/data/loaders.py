@@ -99,7 +99,7 @@ class Stream:
             return name_views(self.kind, weak, label, valid, strong)
 
     def draw(self, image:torch.Tensor, label:torch.Tensor|None) -> dict:
-        "The draws of a sample, as they are for its views, and the source pixels that it shows."
+        "The random numbers of a sample, the same as for its views, and the source pixels it shows."
         window = self.view.draw(image, label)
         count = 0 if self.image_only else int(self.strong_views)
         strong = [self.strong.draw(window.size).numbers() for _ in range(count)]
@@ -204,8 +204,8 @@ class StepBatches(Dataset):
         return batches, unreadable
 
 def start_process_group(worker:int):
-    """Put a worker into its own process group, so that an interrupt of the run does not end it
-    before the step is done."""
+    """Put a worker into its own process group, so that interrupting the run does not end it before
+    the step is done."""
     if hasattr(os, "setpgrp"): os.setpgrp()
 
 def draw_batches(streams:dict, # name -> (Stream, batch size)

@@ -69,7 +69,7 @@ def label_count(fraction:float, # label fraction, above 0, at most 1
 # %% ../../nbs/data/05_splits.ipynb #271e13e3
 def make_split(dataset,            # the training set
                fraction:float,     # label fraction, above 0, at most 1
-               seed:int,           # splits of one seed are nested
+               seed:int,           # splits from one seed are nested
                stratify:bool=True, # True: each class occurs among the labelled images
               ) -> LabelSplit:
     "Draw `label_count` labelled images; raises ValueError, warns about classes without a label."
@@ -114,7 +114,7 @@ def find_id(line:str,   # of a split file
     mask; None if there is none."""
     ends = [len(line)] + [i for i in range(len(line) - 1, 0, -1) if line[i].isspace()]
     starts = [line[:end].lstrip("/") for end in ends] # longest first: names may contain spaces
-    starts += [start.replace("\\", "/") for start in starts] # paths of Windows
+    starts += [start.replace("\\", "/") for start in starts] # Windows paths
     return next((names[start] for start in starts if start in names), None)
 
 def read_ids(path,  # labeled.txt or unlabeled.txt

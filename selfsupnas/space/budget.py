@@ -106,7 +106,7 @@ def measure_costs(space: SearchSpace, size: tuple, # (H,W) of the images, each 3
         return COSTS[kind](module.to(device, memory_format=torch.channels_last), x)
     def operation(name, scale):
         candidate = make_operation(name, space.channels_at(scale)).to(device)
-        with torch.inference_mode(False): # two images, since some operations fail on a batch only
+        with torch.inference_mode(False): # two images, since some operations fail only on a batch
             x = torch.zeros(2, space.channels_at(scale), *sizes[scale], device=device)
         try_operation(name, candidate, x)
         try: return cost(_WithSum(candidate), scale)

@@ -218,8 +218,8 @@ def apply_candidates(cell: GatedCell, features, # (n,C,h,w)
 def run_masked(cell: GatedCell, sparse: SparseFeatures,
                edges, candidates, # gates (B,edges), (B,operations)
                finer_size, drops) -> dict[str, SparseFeatures]: # see GatedCell
-    """Compute all images; masks decide what counts, and a shut gate is 0 without gradient. What is
-    skipped is taken as shut."""
+    """Compute all images; masks decide what counts, and a closed gate is 0 without gradient. What
+    is skipped counts as closed."""
     (features, mask), training = sparse, cell.training
     skipped = cell.skipped or () if training else ()
     kinds = [kind for kind in cell.kinds if kind not in skipped]

@@ -28,7 +28,7 @@ def backward_at_once(backend): # name of a backend of torch.compile, or a functi
 def compiled_or_plain(plain, # a function
                       failures: list, # shared by several functions: after a failure none compiles
                       **options): # of torch.compile
-    "The function, compiled at its first call; after a failure of the compiler, one warning, plain."
+    "The function, compiled at its first call; if the compiler fails, plain, after one warning."
     # Inductor's processes look into site-packages before the standard library, where an old
     # package such as `typing` would end them.
     os.environ.setdefault("TORCH_CUSTOM_PYTHONPATH", os.pathsep.join(sys.path))
@@ -73,7 +73,7 @@ def compile_regions(network: RoutingNetwork,
 
 # %% ../../nbs/space/11_compiled.ipynb #2f392c95
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy for prediction, without gradients. In each nn.Sequential, batch norm behind a
+    """A copy for prediction, without gradients. In each nn.Sequential, batch norm after a
     convolution is folded into it."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(network.modules()):

@@ -48,7 +48,7 @@ def place_rows(rows: torch.Tensor, # (number of True, ...)
 def zero_rows(rows: torch.Tensor, # (B, ...)
               images: torch.Tensor | None, # (B,) bool on the device of the rows; None = all
              ) -> torch.Tensor:
-    "The rows of the images, and zeros, which pass no gradient, for all others; rows are finite."
+    "The given images' rows, which must be finite; zeros, which pass no gradient, for all others."
     return rows if images is None else rows * images.view(-1, *[1] * (rows.dim() - 1))
 
 def index_add_rows(parts: list, # of (rows (number of True, ...), images (n,) bool on the CPU)
@@ -107,12 +107,12 @@ class Gate(nn.Module):
         return (zero_rows if self.masked else place_rows)(gates, mask)
 
     def pooled_size(self, x) -> list:
-        "Sides of the shrunk input, rounded up; by the published conventions down, from 1."
+        "Sides of the shrunk input, rounded up; published conventions: rounded down, at least 1."
         if self.published: return [max(1, n // self.shrink) for n in x.shape[-2:]]
         return [-(-n // self.shrink) for n in x.shape[-2:]]
 
     def pool(self, x):
-        "Average pooling by `shrink`; by the published conventions bilinear interpolation."
+        "Average pooling by `shrink`; with the published conventions, bilinear interpolation."
         large = min(x.shape[-2:]) >= self.shrink
         if self.published:
             if self.shrink == 1: return x
@@ -199,7 +199,7 @@ def record_gates(model: nn.Module):
 @contextmanager
 def fix_gates(model: nn.Module,
               values: dict): # name of a gate in model -> (edges,) or (B,edges) in [0, 1]
-    """`with fix_gates(model, values): ...` replaces gates by fixed values; absent images stay at 0.
+    """`with fix_gates(model, values): ...` gives gates fixed values; absent images stay at 0.
     Raises ValueError for an unknown name."""
     modules = gates_of(model)
     unknown = sorted(set(values) - set(modules))

@@ -30,7 +30,7 @@ RAW_SCALE = 58.395, 57.12, 57.375 # red, green, blue of normalised images in gre
 
 class PublishedConv(nn.Conv2d):
     """A first convolution with weights for blue, green, red in 0..255 minus the mean; it takes
-    normalised images, as all networks."""
+    normalised images, as all networks do."""
     def __init__(self, *args, **options): # of nn.Conv2d
         super().__init__(*args, **options)
         self.register_buffer("raw_scale", torch.tensor(RAW_SCALE).view(1, 3, 1, 1),
@@ -186,7 +186,7 @@ def add_openings(network: "RoutingNetwork"):
 
 # %% ../../nbs/space/05_supernet.ipynb #3373d13c
 def choose_skipped(network: "RoutingNetwork") -> Specialisation:
-    "End a window: what had no opening leaves, and what was missed comes back."
+    "End a window: what had no opening is left out, and what was missed comes back."
     window, space, network.window = network.window, network.space, {}
     columns = {name: space.gated_at(*map(int, name.split("_"))) for name in network.cells}
     counts = iter(all_reduce_sum(torch.cat(list(window.values()))).tolist() if window else ())

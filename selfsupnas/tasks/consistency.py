@@ -79,7 +79,7 @@ def pseudo_label_loss(student_logits, teacher_logits, valid, # see `fixmatch`
                       least, # confidence threshold of the loss, or one per class, (K,)
                       threshold, # of the diagnostics
                       diagnosis_label=None) -> tuple:
-    "`fixmatch` with a threshold of its own for the diagnostics."
+    "`fixmatch` with a separate threshold for the diagnostics."
     student_logits, teacher_logits = check_consistency(student_logits, teacher_logits, valid,
                                                        threshold)
     confidence, pseudo_label = predicted = pseudo_labels(teacher_logits)

@@ -39,7 +39,7 @@ def check_pixels(logits: torch.Tensor, # (B, K, H, W)
 # %% ../../nbs/tasks/05_losses.ipynb #cell-10
 def hard_pixels(pixel_loss: torch.Tensor, # (B, H, W) cross-entropy, no class weights
                 valid: torch.Tensor, # (B, H, W) bool, the labelled pixels
-                threshold: float, # keep pixels whose true class has less probability than this
+                threshold: float, # keep pixels whose true class has a lower probability than this
                 min_kept: float, # least share of the valid pixels to keep
                 ) -> torch.Tensor:
     """Online hard example mining (OHEM): the valid pixels that the model finds hard, (B, H, W)

@@ -84,7 +84,7 @@ GRAIN, BLOTCH, COURSES, FOLIAGE = 0, 4, 8, 12  # texture kinds; add 0..3 for the
 @dataclass
 class Scene:
     "A canvas with its camera, light and haze."
-    rng:np.random.Generator # the only source of chance
+    rng:np.random.Generator # the only source of randomness
     size:tuple # canvas width, height in pixels
     draw:ImageDraw.ImageDraw # of the RGBA canvas
     camera:Camera # maps metres to the canvas
