@@ -330,7 +330,7 @@ FAULTS = {
             ("search", "update", "never", "alternating"), ("search", "budget_of", "hoped", "realised"), ("search", "jigsaw_head", "magic", "position"), ("search", "jigsaw_stride", "5", "8"),
             ("search", "bad_loss", "ignore", "skip"), ("search", "precision", "int8", "bf16"), ("search", "operations", "('conv_9x9',)", "conv_3x3"), ("retrain", "initialise", "magic", "inherit"),
             ("evaluate", "split", "tset", "test"), ("evaluate", "baselines", "('deeplab',)", "deeplabv3_resnet50"), ("pareto", "split", "tset", "test"), ("pareto", "baselines", "('unet',)", "unet_resnet18"))},
-        "a preset": (raises(ValueError, lambda: selfsupnas.load("nowhere")), "no preset 'nowhere'; known: .*streetscenes"),
+        "a preset": (raises(ValueError, lambda: selfsupnas.load("nowhere")), "the zoo has no .nowhere.; known: .*streetscenes"),
     },
     "Data": {
         "no folder of images": (after(lambda: shutil.rmtree("data/images"), raises(FileNotFoundError, load_data())), "no folder .*data/images: put your dataset into"),
