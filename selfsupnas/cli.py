@@ -65,7 +65,7 @@ def fraction_rule(info: tyro.constructors.PrimitiveTypeInfo):
         str_from_instance=lambda value: [str(value)])
 
 def optional_rule(kinds: tuple): # of the parts: int or float
-    "Several numbers, or None."
+    "A rule for several numbers, or None."
     names = " ".join(kind.__name__.upper() for kind in kinds)
     def read(words):
         if words == ["None"]: return None
@@ -89,7 +89,7 @@ def plain_rule(info: tyro.constructors.PrimitiveTypeInfo):
 
 # %% ../nbs/08_cli.ipynb #4b13f85e
 def option_words(name: str, value) -> list:
-    "The words of an option for the value of a parameter."
+    "The words of the option that sets a parameter to a value."
     option = name.replace("_", "-")
     if isinstance(value, bool): return ["--" + "no-" * (not value) + option]
     if isinstance(value, (tuple, list)): return [f"--{option}", *map(str, value)]
@@ -121,7 +121,7 @@ def split_options(words: list) -> dict:
     return options
 
 def given_parameters(words: list, cls) -> set:
-    "Names of the parameters of a dataclass that have an option among the words."
+    "Names of the parameters of a dataclass that the words set."
     fields = {f.name for f in dataclasses.fields(cls)}
     return {name if name in fields else name.removeprefix("no_") for name in split_options(words)}
 
@@ -343,7 +343,7 @@ def run_without_notebook(stage:str, config) -> int:
     return 0
 
 # %% ../nbs/08_cli.ipynb #5c092638
-# defaults of the demo by data set; options override them
+# defaults of the demo by dataset; options override them
 DEMO = {"camvid": {"label_fraction": 1 / 8, "size": (120, 160)},
         "bluemarble": {"label_fraction": 1 / 8}}
 DEMO |= {name: {"label_fraction": 1 / 16, "size": (96, 192), "split": "val"}
@@ -437,7 +437,7 @@ def open_splits(name:str, root, splits=None) -> tuple: # splits: None for all th
 
 def inspect_data(name:str, root, splits,
                  folder, # of the sample sheets
-                 samples:int=6, # images of a sheet
+                 samples:int=6, # images in a sheet
                 ) -> int:
     """Print the survey of each split and save its sheet; returns the exit status, 1 if a file is
     faulty or missing. Raises ValueError or FileNotFoundError."""
@@ -466,41 +466,41 @@ def inspect_data(name:str, root, splits,
 # %% ../nbs/08_cli.ipynb #7cb2cc57
 @dataclasses.dataclass
 class DataOptions:
-    "Counts, sizes, classes and faulty files of a data set, and a sheet of samples."
+    "Counts, sizes, classes and faulty files of a dataset, and a sheet of samples."
     name: tyro.conf.Positional[str] # camvid, cityscapes, voc, folder, ...
-    root: tyro.conf.Positional[str | None] = None # its folder; None: SELFSUPNAS_DATA
-    split: tuple[Literal["train", "val", "test"], ...] = () # without it: all that exist
-    samples: int = 6 # images of a sheet
-    folder: str | None = None # of the sheets; None: runs/data-NAME
+    root: tyro.conf.Positional[str | None] = None # folder of the dataset; None: SELFSUPNAS_DATA
+    split: tuple[Literal["train", "val", "test"], ...] = () # default: all that exist
+    samples: int = 6 # images in a sheet
+    folder: str | None = None # folder for the sheets; None: runs/data-NAME
 
 @dataclasses.dataclass
 class ReportOptions:
     "Several runs side by side on one HTML page: parameters, metrics, images."
     runs: tyro.conf.Positional[tuple[str, ...]] # folders with a record, or records
-    to: str = "report.html" # HTML file
+    to: str = "report.html" # HTML file to write
 
 @dataclasses.dataclass
 class ExportOptions:
     "A retrained network as a folder: weights, classes, model card, program, ONNX."
-    run: tyro.conf.Positional[str] # folder of a retraining, or the folder above
-    to: str | None = None # folder; None: travel/ in the folder of the retraining
+    run: tyro.conf.Positional[str] # folder of a retraining, or the folder above it
+    to: str | None = None # folder to write; None: travel/ in the folder of the retraining
     program: bool = False # add network.pt2, which needs only torch
     onnx: bool = False # add network.onnx, for ONNX runtimes
-    evaluate: str | None = None # evaluation in the model card; None: evaluate/ beside the run
+    evaluate: str | None = None # evaluation for the model card; None: evaluate/ beside the run
     root: str | None = None # of the data; None: that of the retraining
     licence: str | None = None # short name or sentence for the model card
 
 @dataclasses.dataclass
 class ZooOptions:
     "Trained networks and supernets that come with the package: their names, cards and files."
-    name: tyro.conf.Positional[str | None] = None # without it: all names
-    to: str | None = None # folder to copy the files to; a supernet's is that of a search
+    name: tyro.conf.Positional[str | None] = None # default: list all names
+    to: str | None = None # folder to copy the files to; for a supernet, a search folder
 
 @dataclasses.dataclass
 class DemoOptions:
     "Search, retrain and evaluate in a row. Parameters of the stages are options, too."
     data: str = "streetscenes" # or bluemarble, camvid, cityscapes, voc, folder, ...
-    folder: str | None = None # of the results; None: runs/demo-DATA
+    folder: str | None = None # folder for the results; None: runs/demo-DATA
 
 # %% ../nbs/08_cli.ipynb #cfb6b8b8
 def read_options(cls, command: str, words: list):
@@ -575,16 +575,16 @@ images.
   retrain   train the derived network, or a rival: runs/retrain
   evaluate  measure a trained network on the test split: runs/evaluate
   pareto    one search, several budgets, and rivals of equal cost: runs/pareto
-  data      what a data set holds, and a sheet of samples
+  data      what a dataset contains, and a sheet of samples
   report    several runs side by side on one HTML page
-  export    a trained network as a folder that needs no checkout
+  export    a trained network as a folder that others can use
   zoo       trained networks and supernets: names, cards, files
 
 example: selfsupnas search --steps 2000 --budget 0.4 --size 64 80
 `selfsupnas COMMAND --help` lists options and defaults; `selfsupnas --version` the version."""
 
 def refuse_command(command: str):
-    "Raise ValueError for a word that is no command, with what to write instead."
+    "Raise ValueError for a word that is not a command, with what to write instead."
     if command in RENAMED_STAGES:
         raise ValueError(f"the command is `selfsupnas {RENAMED_STAGES[command]}` since version 0.2")
     if command in MOVED:

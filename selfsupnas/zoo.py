@@ -34,14 +34,14 @@ class Card:
     "What a network or a supernet is, how it was trained, and what it reached."
     name: str
     kind: Literal["network", "supernet"]
-    data: str # name of the data set
+    data: str # name of the dataset
     size: Pair[PositiveInt] # (height, width) of its images
     classes: Several[str]
     labelled_images: PositiveInt
     unlabelled_images: int
     recipe: dict # parameters of its training that differ from the defaults of the stage
-    split: str # of the images that mIoU is of
-    miou: Several[Share] # of this training, then of others that differ in the seed
+    split: str # of the images that mIoU is measured on
+    miou: Several[Share] # of this training, then of others with other seeds
     gflops: PositiveFloat # 1e9 multiply-adds of one image; of a supernet, with every edge
     parameters: PositiveInt
     latency_ms: PositiveFloat | None # of one image
@@ -72,7 +72,7 @@ class Card:
 
 # %% ../nbs/07_zoo.ipynb #7f4269b3
 def zoo_places() -> list:
-    "The places of networks: the package's own folder, and that of SELFSUPNAS_ZOO, a path or URL."
+    "Where networks are: the package's own folder, and SELFSUPNAS_ZOO, a path or URL."
     other = os.environ.get("SELFSUPNAS_ZOO", "").rstrip("/")
     return [str(Path(selfsupnas.__file__).parent/"presets"), *filter(None, [other])]
 
@@ -99,7 +99,7 @@ def all_cards() -> list:
     return sorted(cards.values(), key=lambda card: card.name)
 
 def find_card(name: str) -> tuple: # -> place, card
-    "The first place that has this name; raises ValueError that lists the known names."
+    "The first place that has this name, and the card; ValueError lists the known names."
     known = []
     for place in zoo_places():
         for card in read_cards(place):
@@ -174,7 +174,7 @@ def device_of(record: RunRecord) -> str:
     hardware = record.hardware
     return hardware.get("gpu") or f"{hardware.get('threads')} thread of {hardware['processor']}"
 
-def add_network(retrained, evaluated, # folders of the stages; several evaluations: first its own
+def add_network(retrained, evaluated, # folders of the stages; if several evaluations, its own first
                  to, # folder to write; its last part is the name
                  licence: str, # short name or sentence
                  root: str | None = None, # of the data; None: as in the record

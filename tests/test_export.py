@@ -201,7 +201,7 @@ def test_a_place_that_is_none(tmp_path, monkeypatch):
     code = "from selfsupnas.export import from_pretrained\ntry: from_pretrained('nobody/nothing')\nexcept FileNotFoundError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
-    assert done.stdout.startswith("nobody/nothing is no folder, and no repository"), done.stderr
+    assert done.stdout.startswith("nobody/nothing is neither a folder nor a repository"), done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def gate_statistics(model, dataset, table: CostTable, batch_size: int = 8) -> Ga
 # %% ../../nbs/stages/01_calibration.ipynb #fea295da
 def plain_images(data: TrainingData, crop: tuple | None, seed: int,
                  count: int = 64) -> torch.Tensor:
-    """Training images (count,3,H,W) uint8 as in use: no zoom, no flip, no label; cropped if the run
+    """Training images (count,3,H,W) uint8 as in use: no zoom, flip or label; cropped if the run
     crops."""
     stream = Stream(data.train, data.split_ids, WeakView(crop, (1., 1.), 0.), seed,
                     kind="plain")

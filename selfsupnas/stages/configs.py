@@ -30,8 +30,8 @@ class SpaceConfig:
     search_operations: bool = False # candidates have gates, too: search what a cell computes
     gate: Literal["conditional", "static"] = "conditional" # static: one value for all images
     leak: NonNegativeFloat = 0.1 # slope of a closed gate, see selfsupnas.space.gate; 0 = published
-    conventions: Conventions = "own" # stem and gates; the others: see selfsupnas.space.published
-    stem_channels: PositiveInt | None = None # between the stem's convolutions; None: channels
+    conventions: Conventions = "own" # of stem and gates; not own: see selfsupnas.space.published
+    stem_channels: PositiveInt | None = None # between the stem's convolutions; None: as channels
     initialise: PathText | None = None # file of published weights to start from; None: new weights
 
     def space(self, num_classes: int) -> SearchSpace:
@@ -44,17 +44,17 @@ class SpaceConfig:
 class BudgetConfig:
     "The budget, its control, and the choice of the derived network."
     budget: PositiveShare = 0.5 # mu: share of the full grid's cost, for search and derived network
-    cost: Literal["flops", "parameters", "latency"] = "flops" # unit of the budget: multiply-adds
+    cost: Literal["flops", "parameters", "latency"] = "flops" # of the budget; flops: multiply-adds
     budget_of: Literal["realised", "expected"] = "realised" # published: expected
-    budget_gain: NonNegativeFloat = 0.03 # gain of the control of the budget; 0: none (published)
+    budget_gain: NonNegativeFloat = 0.03 # gain of the budget control; 0: no control (published)
     w_cost: NonNegativeFloat = 6.0 # of the cost; 0: no cost, no control (published: 0.5 to 0.8)
     cost_ramp: Interval[Share] = (0.15, 0.4) # w_cost rises between these shares of the steps
     w_binary: NonNegativeFloat = 1.5 # of the binarization loss; 0 removes it, for dynamic inference
     binary_ramp: Interval[Share] = (0.4, 0.8) # w_binary rises between these shares of the steps
-    update: Literal["joint", "alternating"] = "joint" # gates on a held-out half: first-order DARTS
-    keep_operations: PositiveInt | None = None # of a derived cell, at most; None: by the budget
+    update: Literal["joint", "alternating"] = "joint" # alternating: first-order DARTS on two halves
+    keep_operations: PositiveInt | None = None # most operations in a derived cell; None: by budget
     candidates: Candidates = 8 # routes compared with inherited weights; 1: importance alone
-    choice_images: PositiveInt = 32 # validation images for that, at most half; not in any report
+    choice_images: PositiveInt = 32 # validation images for the choice, at most half; in no report
 
     @property
     def controlled(self) -> bool:
@@ -98,13 +98,13 @@ class NetworkConfig:
     initialise: Literal["scratch", "inherit"] = "scratch" # inherit: the weights of the supernet
     supernet: PathText | None = None # weights to inherit, or a .pth; None: beside the architecture
     recalibrate: NonNegativeInt = 0 # training images for batch-norm statistics at the end; 0: none
-    teacher: PathText | None = None # folder of a retraining that makes the targets; None: averaging
-    equal_cost: PathText | None = None # architecture whose cost a rival gets, if built to a cost
-    gflops: PositiveFloat | None = None # or the cost, 1e9 multiply-adds: narrow_unet, fast_scnn
+    teacher: PathText | None = None # retraining whose network makes the targets; None: averaging
+    equal_cost: PathText | None = None # architecture whose cost a rival meets, if built to a cost
+    gflops: PositiveFloat | None = None # or the cost in 1e9 multiply-adds: narrow_unet, fast_scnn
 
     @property
     def file(self) -> Path:
-        "File of the architecture, or of the one whose cost a rival meets."
+        "File of the architecture, or of the architecture whose cost a rival meets."
         path = Path(self.equal_cost or self.architecture)
         return path/"architecture.json" if path.is_dir() else path
 
@@ -115,7 +115,7 @@ class NetworkConfig:
 
 # %% ../../nbs/stages/00_configs.ipynb #581fd1b5
 def check_rival(config):
-    "Raise ValueError for a rival that lacks a cost to meet, and for a cost that nothing uses."
+    "Raise ValueError for a rival without a cost to meet, and for a cost that nothing uses."
     from selfsupnas.rivals import GRID_RIVALS, SCALABLE
     name, given = config.architecture, [n for n in ("equal_cost", "gflops")
                                         if getattr(config, n) is not None]
@@ -148,7 +148,7 @@ class RetrainConfig(NetworkConfig, TrainingConfig):
             raise ValueError("teacher is for w_semi over 0 with consistency mean_teacher or "
                              f"fixmatch, not w_semi {self.w_semi:g} with {self.consistency}")
         if self.architecture == NetworkConfig.architecture and not (self.equal_cost or self.gflops):
-            return # no rival
+            return # not a rival
         from selfsupnas.rivals import is_hand_crafted
         check_rival(self)
         if not is_hand_crafted(self.architecture): return
@@ -178,7 +178,7 @@ class RetrainConfig(NetworkConfig, TrainingConfig):
 
 # %% ../../nbs/stages/00_configs.ipynb #b678275e
 def check_baselines(baselines: tuple):
-    "Raise ValueError for a hand-crafted network that does not exist."
+    "Raise ValueError for an unknown hand-crafted network."
     if not baselines: return
     from selfsupnas.rivals import BASELINES
     check_names("baselines", baselines, BASELINES)
@@ -199,7 +199,7 @@ class EvaluateConfig:
     latency_repeats: PositiveInt = 15 # timed calls; the latency is their median
     batch_size: PositiveInt = 8 # images or windows at once
     window: Pair[int] | None = None # (height, width) of sliding windows; None: whole images
-    scales: Several[float] = (1.,) # of the image; their probabilities are added up
+    scales: Several[float] = (1.,) # scales of the image; probabilities are added up
     flip: bool = False # also predict the mirror image
     skip_unreadable: bool = False # leave damaged files out and count them; False: they stop the run
     seed: Seed = 0 # of the weights of the baselines
@@ -227,7 +227,7 @@ class EvaluateConfig:
                                (self.split,))
         return {"network": file_digest([f"{self.network}/network.safetensors"]), "root": data}
 
-    def output_files(self) -> tuple: return () # quickly computed again
+    def output_files(self) -> tuple: return () # quick to compute again
 
 # %% ../../nbs/stages/00_configs.ipynb #0a64da73
 @checked_dataclass
@@ -237,8 +237,8 @@ class ParetoConfig:
     search: PathText = "runs/search" # folder of the search
     budgets: Several[PositiveShare] = (0.3, 0.4, 0.5, 0.7) # one network for each
     candidates: Candidates = 8 # routes compared with inherited weights; 1: importance alone
-    choice_images: PositiveInt = 32 # validation images for that, at most half; not in any report
-    initialise: Literal["inherit", "scratch"] = "inherit" # of the members
+    choice_images: PositiveInt = 32 # validation images for the choice, at most half; in no report
+    initialise: Literal["inherit", "scratch"] = "inherit" # weights that the members start from
     steps: NonNegativeInt = 200 # of each training; 0: inherited weights without training
     random: NonNegativeInt = 2 # random architectures for each budget, with equal cost and training
     baselines: Several[str] = () # hand-crafted networks to train as well: selfsupnas.rivals

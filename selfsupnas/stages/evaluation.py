@@ -47,7 +47,7 @@ def cost_row(name: str, model, size: tuple, repeats: int) -> tuple[dict, dict]:
 
 # %% ../../nbs/stages/05_evaluation.ipynb #af0ef6a5
 def dynamic_costs(network: RoutingNetwork, dataset, size: tuple, batch_size: int) -> dict:
-    """Multiply-adds of a supernet over a dataset of whole images in 1e9: mean, least and largest of
+    """Multiply-adds (1e9) of a supernet over a dataset of whole images: mean, least and largest for
     an image."""
     static = any(isinstance(gate, StaticGate) for gate in gates_of(network).values())
     table = measure_costs(network.space, size, gate="static" if static else "conditional")
@@ -112,7 +112,7 @@ class Reordered(torch.nn.Module):
 def recorded_root(given: str | None, # root from the parameters; None: take the recorded one
                   recorded: str | None,
                   folder): # of the run whose record has the root
-    "Gives the root of the data; data missing at a recorded root raise an error that says so."
+    "Yields the root of the data; data missing at a recorded root raise an error that says so."
     try: yield given or recorded
     except FileNotFoundError as e:
         if given or not recorded: raise
@@ -122,7 +122,7 @@ def recorded_root(given: str | None, # root from the parameters; None: take the 
 def training_class_counts(record: RunRecord, network: str, # folder of the record
                           root: str | None, # of its data; None: the recorded one
                           skip_unreadable: bool) -> torch.Tensor:
-    "Labelled training pixels of each class (K,), from the record of the retraining, else counted."
+    "Labelled training pixels by class (K,), from the record of the retraining, else counted."
     if "class_pixels" in record.metrics: return torch.tensor(record.metrics["class_pixels"])
     retrained = record.parameters
     size = retrained["size"] and tuple(retrained["size"])
@@ -157,7 +157,7 @@ def load_evaluation(folder,
     return EvaluateResult(network=network, metrics=metrics, data=data, record=record)
 
 def open_published(config: EvaluateConfig) -> tuple:
-    "The supernet of published weights, and a record in place of that of a retraining."
+    "The supernet of published weights, and a substitute for the record of a retraining."
     network = from_dynamic_routing(config.network, small_gate=config.conventions == "small_gate")
     train = load_dataset(config.data, "train", config.root)
     train.skip_unreadable = config.skip_unreadable

@@ -54,7 +54,7 @@ class BudgetLosses:
 
     def __call__(self, gates: dict, # name -> (B,edges), from record_gates
                  share: float, # of the steps done
-                 network: RoutingNetwork | None = None, # that has the gates; None: the model
+                 network: RoutingNetwork | None = None, # the network of the gates; None: the model
                 ) -> tuple[Losses, StepMetrics]:
         c, by_edge = self.budget, gates_by_edge(self.table.space, gates)
         network = self.model if network is None else network
@@ -220,7 +220,7 @@ def search(config: SearchConfig,
 BUDGET_TOLERANCE = 1.05 # times the budget
 
 def budget_note(record: RunRecord) -> str | None:
-    "For a search that missed its budget, or left much of it: by how much, and what to change."
+    "For a search that missed its budget, or left much of it unused: by how much, and a remedy."
     metrics, parameters = record.metrics, record.parameters
     realised, budget = metrics["realised_share"], parameters["budget"]
     derived = metrics["derived_cost"] / metrics["full_cost"]

@@ -24,7 +24,7 @@ def ramp_up(share: float, # of the steps done, 0 to 1
             begin: float, end: float, # shares at which the rise begins and ends
             kind: str = "sigmoid", # exp(-5 (1-t)^2), Tarvainen & Valpola 2017; or "linear"
            ) -> float:
-    "Factor of a loss's weight, from 0 to 1, at this point of the run; exactly 0 before the rise."
+    "Factor of a loss's weight, from 0 to 1, at this point in the run; exactly 0 before the rise."
     if share < begin: return 0.
     t = min(1., (share - begin) / (end - begin)) if end > begin else 1.
     return math.exp(-5 * (1 - t)**2) if kind == "sigmoid" else t
@@ -44,7 +44,7 @@ Zoom = Annotated[float, Field(ge=0.01, le=100)]
 Area = Annotated[float, Field(ge=0.001, le=1)] # share of an image
 Hue = Annotated[float, Field(ge=0, le=0.5)]
 Jitter = Annotated[tuple[Share, Share, Share, Hue], AsTuple]
-# groups of images that share a normalisation; does the group move the running statistics?
+# groups of images that share a normalisation; whether the group moves the running statistics
 STATISTICS = {
     "shared": ((("labelled", "weak", "strong", "jigsaw"), True),),
     "clean": ((("labelled", "weak"), True), (("strong",), False), (("jigsaw",), False)),
@@ -53,7 +53,7 @@ STATISTICS = {
 
 # %% ../../nbs/train/01_config.ipynb #d6824dde
 def check_schedules(config):
-    "Raise ValueError for schedules by which nothing would be learned."
+    "Raise ValueError for schedules with which nothing would be learned."
     for weight, ramp in (("w_semi", "ramp"), ("w_jig", "jigsaw_ramp")):
         if getattr(config, weight) and getattr(config, ramp)[0] == 1:
             raise ValueError(f"{ramp} must begin before 1: to remove the loss, set {weight}=0")
@@ -61,7 +61,7 @@ def check_schedules(config):
         raise ValueError("jigsaw_decay must end after 0: to remove jigsaws, set w_jig=0")
     if config.sup_start and not (config.w_jig and config.jigsaw_ramp[0] == 0
                                  and config.jigsaw_decay[0] >= config.sup_start):
-        raise ValueError(f"sup_start={config.sup_start} needs jigsaws before: w_jig over 0, "
+        raise ValueError(f"sup_start={config.sup_start} needs jigsaws before it: w_jig over 0, "
                          "jigsaw_ramp from 0 and jigsaw_decay not before sup_start")
     if not config.w_sup and (config.jigsaw_ramp[0] > 0 or config.jigsaw_decay[1] < 1):
         raise ValueError("with w_sup=0 only jigsaws are learned: jigsaw_ramp must begin at 0 "
@@ -79,7 +79,7 @@ def check_schedules(config):
 
 # %% ../../nbs/train/01_config.ipynb #fb5cba76
 def check_training(config):
-    "Raise ValueError that names the parameter, for values that do not fit together."
+    "Raise ValueError that names the parameter for values that do not fit together."
     check_schedules(config)
     largest = min(5000, math.factorial(config.jigsaw_n**2))
     if config.jigsaw_permutations is not None and not 2 <= config.jigsaw_permutations <= largest:
@@ -118,21 +118,21 @@ class RunConfig:
     "The run: its folder, its seed, and what happens to an earlier run in the folder."
     folder: PathText = "runs/train" # folder that the run writes to
     seed: Seed = 0 # of all random numbers; sums on a GPU still differ in their last digits
-    resume: bool = True # from the newest checkpoint of the folder; False: refuse a folder with one
+    resume: bool = True # from the newest checkpoint in the folder; False: refuse if there is one
     overwrite: bool = False # replace another run, or a finished one, in the folder
 
 # %% ../../nbs/train/01_config.ipynb #8a0cbe68
 @checked_dataclass
 class DataConfig:
-    "Images, and which of them have labels that may be used."
+    "Images, and which of their labels may be used."
     data: str = "streetscenes" # or bluemarble, camvid, cityscapes, voc, folder...: selfsupnas.data
     root: PathText | None = None # of the data; None: the environment variable SELFSUPNAS_DATA
     size: Size | None = None # (height, width) to resize images to; None: as they are
-    crop: Size | None = None # (height, width) of a training view; None: as the image
+    crop: Size | None = None # (height, width) of a training view; None: size of the image
     label_fraction: PositiveShare = 1 / 40 # share of the training images whose labels are used
-    split_folder: PathText | None = None # with (un)labeled.txt; None: by label_fraction and seed
+    split_folder: PathText | None = None # has (un)labeled.txt; None: by label_fraction and seed
     skip_unreadable: bool = False # skip damaged files and name them; False: they stop the run
-    cache_gb: NonNegativeFloat = 4.0 # 1e9 bytes for decoded images; others are decoded again
+    cache_gb: NonNegativeFloat = 4.0 # cache for decoded images, 1e9 bytes; others are decoded again
     workers: NonNegativeInt = 0 # processes that prepare views
 
 # %% ../../nbs/train/01_config.ipynb #ac9dfb31
@@ -142,22 +142,22 @@ class OptimiserConfig:
     steps: PositiveInt = 500 # optimiser steps (published: 190,000 of batch 8)
     batch_labelled: PositiveInt = 8 # labelled images a step
     batch_unlabelled: PositiveInt = 8 # unlabelled images a step
-    batch_jigsaw: PositiveInt = 12 # jigsaws a step, of both kinds of images; labels are not used
+    batch_jigsaw: PositiveInt = 12 # jigsaws a step, from both kinds of images; labels are not used
     optimiser: Literal["adamw", "sgd"] = "adamw" # published: sgd with lr 0.05
     lr: NonNegativeFloat = 3e-3 # peak learning rate
-    gate_lr: PositiveFloat = 1.0 # times lr for gates (published, with pretrained weights: 2.5)
+    gate_lr: PositiveFloat = 1.0 # factor of lr for gates (published, with pretrained weights: 2.5)
     weight_decay: NonNegativeFloat = 1e-4 # not applied to batch norm and biases
     warmup: Share = 0.05 # share of the steps in which lr rises; then polynomial decay of power 0.9
     clip: PositiveFloat = 5.0 # largest gradient norm
     drop_path: ShareBelow1 = 0.0 # largest probability of dropping an operation (published: 0.3)
     ema_decay: ShareBelow1 = 0.98 # of the teacher, which is the result (published: 0.996)
-    ema_horizon: PositiveShare | None = None # share of the steps it averages, not ema_decay
-    ema_start: ShareBelow1 = 0.0 # share of the steps at which it restarts as a copy of the student
+    ema_horizon: PositiveShare | None = None # share of the steps to average, in place of ema_decay
+    ema_start: ShareBelow1 = 0.0 # share of the steps at which the teacher restarts from the student
     ema_buffers: Literal["copied", "averaged"] = "copied" # running statistics of the teacher
 
     @property
     def decay(self) -> float:
-        "Decay of the teacher: `ema_decay`, or the one that averages over `ema_horizon`."
+        "Decay of the teacher: `ema_decay`, or the decay that averages over `ema_horizon`."
         if self.ema_horizon is None: return self.ema_decay
         return max(0., 1 - 1 / (self.ema_horizon * self.steps))
 
@@ -166,24 +166,24 @@ class OptimiserConfig:
 class ViewConfig:
     "Weak and strong views of an image."
     zoom: Interval[Zoom] = (0.75, 2.0) # random zoom of a view; published: 0.5 to 2
-    category_ratio: Share = 1.0 # largest share of a class; other views are redrawn (elsewhere 0.75)
+    category_ratio: Share = 1.0 # largest share of a class, or the view is redrawn (elsewhere: 0.75)
     cutmix_p: Share = 0.5 # share of strong views that receive a box from another image
     cutmix_area: Interval[Area] = (0.02, 0.4) # smallest and largest area of that box (share)
     cutout_p: Share = 0.0 # share of strong views with a blank box that the loss ignores
     cutout_area: Interval[Area] = (0.02, 0.4) # smallest and largest area of that box (share)
-    jitter: Jitter = (0.5, 0.5, 0.5, 0.25) # of strong views, see below
+    jitter: Jitter = (0.5, 0.5, 0.5, 0.25) # of strong views: brightness, contrast, saturation, hue
     jitter_p: Share = 0.8 # share of strong views with colour jitter
     grey_p: Share = 0.2 # share of strong views without colour
     blur_p: Share = 0.5 # share of strong views that are blurred
-    blur: Interval[PositiveFloat] | None = (0.1, 2.0) # pixels; None: up to 2 at 320, in proportion
+    blur: Interval[PositiveFloat] | None = (0.1, 2.0) # sigma in pixels; None: up to 2 at 320 pixels
 
 # %% ../../nbs/train/01_config.ipynb #50c3f970
 @checked_dataclass
 class SupervisedConfig:
     "The supervised loss, and the batch norm that all losses share."
-    w_sup: NonNegativeFloat = 1.0 # of the supervised loss; 0, with w_semi=0: no label is used
+    w_sup: NonNegativeFloat = 1.0 # weight of the supervised loss; 0, with w_semi=0: no labels used
     sup_start: ShareBelow1 = 0.0 # share of the steps that train on jigsaws alone, without any label
-    w_strong: NonNegativeFloat = 0.0 # of a supervised loss on strong views of labelled images
+    w_strong: NonNegativeFloat = 0.0 # weight of a supervised loss on labelled images' strong views
     class_weights: Literal["inverse_log", "median_frequency"] | None = None # of the supervised loss
     ohem_threshold: PositiveShare | None = None # only pixels below this probability; None: all
     statistics: Literal["shared", "clean", "separate"] = "shared" # which views share batch norm
@@ -197,10 +197,10 @@ class JigsawConfig:
     jigsaw_decay: Interval[Share] = (1.0, 1.0) # w_jig falls to 0 between these shares
     jigsaw_share: Share = 1.0 # share of jigsaws that are shuffled; the others keep their order
     jigsaw_n: Annotated[int, Field(ge=2, le=8)] = 2 # tiles along a side
-    jigsaw_head: Literal["permutation", "position"] = "permutation" # position: one tile a place
-    jigsaw_permutations: int | None = None # permutation set; None: 24, 72, 240 for n = 2, 3, 4
+    jigsaw_head: Literal["permutation", "position"] = "permutation" # position: one tile per place
+    jigsaw_permutations: int | None = None # size of the set; None: 24, 72, 240 for n = 2, 3, 4
     jigsaw_zoom: Interval[Zoom] = (1.0, 1.25) # random zoom of a view that becomes a jigsaw
-    jigsaw_stride: Literal[4, 8, 16, 32] = 8 # of the fused feature that the head reads
+    jigsaw_stride: Literal[4, 8, 16, 32] = 8 # stride of the fused feature that the head reads
 
 # %% ../../nbs/train/01_config.ipynb #8321f43b
 @checked_dataclass
@@ -208,9 +208,9 @@ class ConsistencyConfig:
     "The loss on unlabelled images."
     w_semi: NonNegativeFloat = 1.0 # weight of the consistency loss; 0 removes it
     ramp: Interval[Share] = (0.1, 0.4) # w_semi rises between these shares of the steps
-    consistency: Literal["fixmatch", "mean_teacher", "unimatch", "cps"] = "fixmatch" # kind
+    consistency: Literal["fixmatch", "mean_teacher", "unimatch", "cps"] = "fixmatch" # its kind
     consistency_images: Literal["unlabelled", "labelled"] = "unlabelled" # labelled: a control
-    squares: Literal["averaged", "summed"] = "averaged" # of mean_teacher: over the classes
+    squares: Literal["averaged", "summed"] = "averaged" # over the classes, for mean_teacher
     temperature: Zoom = 1.0 # of the teacher's softmax in mean_teacher; below 1 sharpens it
     threshold: Share = 0.8 # confidence threshold of pseudo-labels
     threshold_kind: Literal["global", "relative", "class"] = "global" # see selfsupnas.tasks.teacher
@@ -220,15 +220,15 @@ class ConsistencyConfig:
 @checked_dataclass
 class MachineConfig:
     "Precision, memory, log and checkpoints."
-    views: Literal["auto", "processor", "device"] = "auto" # where they are made; auto: on a GPU
+    views: Literal["auto", "processor", "device"] = "auto" # where they are made; auto: on any GPU
     precision: Literal["no", "fp16", "bf16"] = "no" # fp16: on a GPU only
-    execution: Execution = "auto" # of a supernet; auto: grouped, on a GPU or compiled masked
+    execution: Execution = "auto" # of a supernet; auto: masked on a GPU or compiled, else grouped
     compile: bool = False # compile the regions of a network of the grid: minutes at the start
-    recompute: bool = False # compute cells again for the gradient: less memory, a third more time
-    logs: PositiveInt = 20 # log rows and checkpoints of a run
-    checkpoints: PositiveInt = 2 # newest checkpoints to keep, beside the best
+    recompute: bool = False # recompute cells for the gradient: less memory, a third more time
+    logs: PositiveInt = 20 # number of log rows and checkpoints of a run
+    checkpoints: PositiveInt = 2 # newest checkpoints to keep, besides the best
     tensorboard: bool = False # also write log rows as event files for TensorBoard
-    bad_loss: Literal["stop", "skip"] = "stop" # skip: a step that is not finite changes nothing
+    bad_loss: Literal["stop", "skip"] = "stop" # skip: a step with NaN or infinity changes nothing
 
 # %% ../../nbs/train/01_config.ipynb #3c818e35
 @checked_dataclass

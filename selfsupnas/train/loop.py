@@ -120,7 +120,7 @@ def set_execution(state: TrainingState):
         network.execution = state.log.execution
 
 def respecialise(state: TrainingState) -> dict:
-    "Columns of a log row, of the student: edges that are left out, and openings missed."
+    "Columns of a log row for the student: edges that are left out, and openings missed."
     if state.log.execution != "specialised": return {}
     chosen = [network.respecialise() for network in networks_of(state)][0]
     return {"skipped_edges": chosen.skipped, "missed_openings": chosen.misses,
@@ -172,7 +172,7 @@ def seed_step(seed: int, step: int, process: int = 0) -> torch.Generator:
 
 # %% ../../nbs/train/07_loop.ipynb #e6663d45
 class ForwardState(NamedTuple):
-    "What a forward pass changes, as it was before."
+    "What a forward pass changes, as it was before the pass."
     buffers: Snapshot # of the multi-task model
     threshold: dict | None # state of the moving threshold
 
@@ -240,7 +240,7 @@ def resume_or_start(state: TrainingState,
     return done
 
 def make_accelerator(precision: str, folder: str, tensorboard: bool):
-    "Accelerate's, for device, precision and event files; this module shares batches and gradients."
+    "Accelerate's accelerator, for device, precision and event files; batches are shared here."
     from accelerate import Accelerator, state
     state.AcceleratorState._reset_state() # an earlier run may have had another precision
     return Accelerator(mixed_precision=precision, project_dir=folder,
@@ -266,7 +266,7 @@ def stop_early(signals: list, # from `deferred_interrupts`
 @contextlib.contextmanager
 def tensorboard_tracker(accelerator, # as of `make_accelerator`
                         wanted: bool):
-    "Gives a function that writes a log row to event files, or does nothing if they are not wanted."
+    "Yields a function that writes a log row to event files, or does nothing if none are wanted."
     if wanted: accelerator.init_trackers("tensorboard")
     def track(row):
         accelerator.log({name: value for name, value in row.items()
@@ -301,7 +301,7 @@ def ids_of_step(config: TrainingConfig, data: TrainingData, step: int) -> dict:
 
 @dataclass
 class Phase:
-    "Data and parameters of every n-th step, of a run with n phases in turn."
+    "Data and parameters of every n-th step, in a run that takes n phases in turn."
     data: TrainingData
     learns: Callable # name of a parameter -> is it updated?
 
@@ -372,7 +372,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
 @torch.no_grad()
 def solve_jigsaws(model, head, images: torch.Tensor, # (B,3,H,W) uint8
                   jigsaw: JigsawConfig, draws: torch.Generator) -> dict:
-    """Shuffle images and restore them by the answer of the head. Returns the shuffled and the
+    """Shuffle images and restore them by the guess of the head. Returns the shuffled and the
     restored images, and tiles by place, (B,n*n): truth and guess."""
     permutations = permutation_set(jigsaw.jigsaw_n, jigsaw.jigsaw_permutations)
     shuffled, indices = cut_and_shuffle(normalise(images), permutations, draws)
@@ -383,7 +383,7 @@ def solve_jigsaws(model, head, images: torch.Tensor, # (B,3,H,W) uint8
             "restored": unshuffle(shuffled, guess)}
 
 def jigsaw_metrics(trained: TrainResult, dataset, jigsaw: JigsawConfig, seed: int) -> dict:
-    """Metrics of a record: shares of jigsaws and of tiles of held-out images that the head solves,
+    """Metrics of a record: shares of jigsaws and tiles of held-out images that the head solves,
     with those of chance; empty without a head."""
     if trained.head is None: return {}
     draws, right = torch.Generator().manual_seed(seed), []

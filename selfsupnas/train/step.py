@@ -39,14 +39,14 @@ from ..tasks.teacher import (ClassThreshold, EMATeacher, RelativeThreshold, diag
 
 # %% ../../nbs/train/03_step.ipynb #c290d7cc
 class MultiTaskOutput(NamedTuple):
-    "Output of `MultiTaskModel`; None: not asked for."
+    "Output of `MultiTaskModel`; None: not requested."
     logits: torch.Tensor | None = None # (segment,K,H,W)
     perturbed: torch.Tensor | None = None # (perturb,K,H,W)
     jigsaw: torch.Tensor | None = None # of the head, see selfsupnas.tasks.jigsaw
     peer: torch.Tensor | None = None # (segment,K,H,W) of the second network
 
 class MultiTaskModel(nn.Module):
-    "The network with, where the run has them, the head of the pretext task and a second network."
+    "The network and, if the run has them, the head of the pretext task and a second network."
     def __init__(self, model: nn.Module, head: nn.Module | None = None,
                  level: int = 1, # index of the fused feature that the head reads
                  peer: nn.Module | None = None): # second network, for cross pseudo supervision
@@ -88,7 +88,7 @@ class MultiTaskModel(nn.Module):
 
     def draw_factors(self, images) -> list:
         """Perturbed features of ones, (n,C,1,1) for each scale. They are drawn for every image and
-        scale, whether the image reaches it or not, so that both executions perturb alike."""
+        scale, whether or not the image reaches it, so that both executions perturb alike."""
         channels = [self.model.space.channels_at(scale) for scale in range(len(STRIDES))]
         return [perturb_features(images.new_ones(len(images), c, 1, 1)) for c in channels]
 
@@ -223,7 +223,7 @@ def draw_mix_masks(images: torch.Tensor, # (B,3,H,W) of this process
                     boxes(views.cutout_p, views.cutout_area) if views.cutout_p else None)
 
 def configured_consistency(consistency: ConsistencyConfig) -> Consistency:
-    "The run's kind of consistency, its loss with the run's parameters."
+    "The run's kind of consistency, with the run's parameters in its loss."
     kind = CONSISTENCY[consistency.consistency]
     if kind.term is not mean_teacher: return kind
     return replace(kind, term=partial(mean_teacher, summed=consistency.squares == "summed",
@@ -325,7 +325,7 @@ def supervised_term(logits: list, # (B,K,H,W) of one network, or of two that are
                     class_weights: torch.Tensor | None = None, # (K,)
                     ohem_threshold: float | None = None # see `pixel_cross_entropy`
                    ) -> torch.Tensor:
-    "Cross-entropy of the labelled pixels (scalar), added over the networks."
+    "Cross-entropy of the labelled pixels (scalar), summed over the networks."
     counted = labels != 255
     if class_weights is not None: counted = counted * class_weights[labels.where(counted, 0)]
     part = local_weight(counted)
@@ -336,7 +336,7 @@ def supervised_term(logits: list, # (B,K,H,W) of one network, or of two that are
 def jigsaw_term(logits: torch.Tensor, # of a head, see selfsupnas.tasks.jigsaw
                 target: torch.Tensor, # (B,) int64, from `cut_and_shuffle`
                 permutations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Jigsaw loss (scalar) and the share of jigsaws that are solved; of a head by place, without
+    """Jigsaw loss (scalar) and the share of jigsaws solved; for a position head without
     the solver, which would wait for the device."""
     share = 1 / world().size
     accuracy = jigsaw_accuracy(logits, target, permutations, solve=False)[0]
@@ -366,7 +366,7 @@ def budget_term(cost: Callable, # (gates by name, share, network) -> Losses, Ste
                 share: float, # of the steps done
                 peer: nn.Module | None = None # the second network
                ) -> tuple[Losses, StepMetrics]:
-    """Losses of the gates of the whole batch, added over two networks, and metrics of the first
+    """Losses of the gates of the whole batch, summed over two networks, and metrics of the first
     network; with several processes, this one's share of the losses."""
     def charge(prefix, **options):
         all_gates = {name.removeprefix(prefix): all_gather(g).flatten(0, 1)
@@ -433,7 +433,7 @@ def update_threshold(threshold, # moving threshold of selfsupnas.tasks.teacher
 # %% ../../nbs/train/03_step.ipynb #fab47e91
 @dataclass
 class Objective:
-    "The losses of a run: what is computed once, and at each call the losses of a step."
+    "The losses of a run: holds what is computed once; each call returns the losses of a step."
     config: TrainingConfig
     multitask: MultiTaskModel
     teacher: EMATeacher | None = None # averaged, where it makes the targets

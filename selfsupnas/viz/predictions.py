@@ -57,7 +57,7 @@ def plot_jigsaw(images, # (B,3,H,W) uint8
 def plot_predictions(images, # (B,3,H,W) uint8, or a list of images
                      labels, # (B,H,W) class numbers or ignore_index
                      predictions, # (B,H,W) class numbers
-                     spec, # SegmentationSpec of the data set
+                     spec, # SegmentationSpec of the dataset
                      ids=None, # titles of the images
                      titles=None): # of the predictions, such as an accuracy
     "A matplotlib Figure with a row for each image: image, label, prediction, errors."
@@ -94,7 +94,7 @@ def plot_views(weak, # (B,3,H,W) uint8, the teacher's view
                strong, # (B,3,H,W) uint8, the student's view, with CutMix
                taught, # (B,K,H,W) the teacher's probabilities, mixed as the strong view
                student, # (B,K,H,W) the student's probabilities on the strong view
-               spec, # SegmentationSpec of the data set
+               spec, # SegmentationSpec of the dataset
                threshold=0.95): # confidence threshold of pseudo-labels
     "A matplotlib Figure with a row for each image: views, teacher, pseudo-labels, student."
     counts = [len(part) for part in (weak, strong, taught, student)]

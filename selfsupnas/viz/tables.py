@@ -264,7 +264,7 @@ def plain(value): # a value of a dataclass
     return json.loads(json.dumps(value))
 
 def changed_parameters(record: dict) -> dict:
-    """Pairs (value, default) of the parameters that are not at the default of their stage; without
+    """Pairs (value, default) of the parameters that differ from the default of their stage; without
     the folder, and without those that the stage does not know."""
     fields = getattr(STAGES.get(record["stage"]), "__dataclass_fields__", {})
     defaults = {name: plain(field.default) for name, field in fields.items() if name != "folder"}
