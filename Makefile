@@ -245,6 +245,8 @@ docs: env ## the notebooks and the API as web pages: _docs/index.html
 	@echo "== docs: into _docs/"
 	python -m pip install -q --editable '.[docs]'
 	sphinx-build -q -W --keep-going -b html nbs _docs
+	rm -rf jupyter_execute
+	echo "== docs: open _docs/index.html"
 
 hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 	@echo "== hooks: including .gitconfig into this checkout's git configuration"
@@ -252,5 +254,5 @@ hooks: ## merge notebooks cell by cell in this checkout (git config, local)
 
 clean: ## remove caches and build files, but not .venv and runs/
 	@echo "== clean: removing caches and build files"
-	rm -rf build dist _docs _proc nbs/api .pytest_cache .hypothesis .ruff_cache
+	rm -rf build dist _docs jupyter_execute _proc nbs/api .pytest_cache .hypothesis .ruff_cache
 	find . -path "./.venv*" -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

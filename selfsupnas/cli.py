@@ -539,7 +539,7 @@ def run_zoo(words: list) -> int:
     if options.name is None:
         print(*zoo.all_cards(), sep="\n")
         return 0
-    print(zoo.card(options.name)._repr_markdown_())
+    print(align_table(zoo.card(options.name)._repr_markdown_()))
     if options.to is None: return 0
     if Path(options.to).exists(): raise ValueError(f"{options.to} exists: take another --to")
     shutil.copytree(zoo.folder(options.name), options.to)

@@ -58,8 +58,9 @@ class Card:
     def _repr_markdown_(self):
         rest = ", ".join(f"{100 * value:.1f}" for value in self.miou[1:])
         recipe = ", ".join(f"`{name}` {json.dumps(value)}" for name, value in self.recipe.items())
-        rows = {"data": f"{self.data}, {self.size[0]}x{self.size[1]}",
-                "images": f"{self.labelled_images:,} labelled, {self.unlabelled_images:,} not",
+        rows = {"data": f"{self.data}, {self.size[0]} high, {self.size[1]} wide",
+                "images": f"{self.labelled_images:,} labelled, "
+                          f"{self.unlabelled_images:,} unlabelled",
                 "recipe": recipe or "all defaults",
                 f"mIoU, {self.split} (%)": f"{100 * self.miou[0]:.1f}" + (
                     f"; other seeds: {rest}" if rest else "; one seed"),

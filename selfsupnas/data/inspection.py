@@ -119,6 +119,9 @@ def survey_text(result:Survey) -> str:
     other_sizes = f" and {len(result.sizes) - 4} other sizes" if len(result.sizes) > 4 else ""
     lines = [f"{spec.name}: {len(dataset):,} images{published}, {labelled:,} with a label",
              f"height x width (images): {', '.join(sizes) or 'none'}{other_sizes}"]
+    if len(result.sizes) > 1:
+        lines.append("images differ in size: search and retrain need --crop HEIGHT WIDTH (views) "
+                     "or --size HEIGHT WIDTH (resize)")
     if result.turned: lines.append(f"turned upright by EXIF: {result.turned:,} images; their "
                                   "masks must be of the upright image")
     if total:

@@ -72,6 +72,7 @@ def derive_budgets(config: ParetoConfig, searched: SearchConfig, data: TrainingD
     architectures, dynamic, candidates = {}, [], {}
     images = choice_images(data.val, searched, searched.seed) if searched.w_sup else None
     for budget in sorted(set(config.budgets)):
+        print(f"front: derives the network for budget {budget:g}", flush=True)
         model = load_supernet(config.search).to(local_device())
         threshold = calibrate_gate_threshold(model, table, budget, plain)
         statistics, state = gate_statistics(model, data.val, table), model.state_dict()
@@ -172,6 +173,7 @@ def pareto(config: ParetoConfig) -> ParetoResult:
     state, plain = model.state_dict(), plain_images(data, searched.crop, searched.seed)
     for name, architecture in (bar := progress_bar(architectures.items(), desc="pareto")):
         bar.set_postfix_str(name)
+        if config.steps: print(f"front: trains {name}, {config.steps:,} steps", flush=True)
         save_architecture(architecture, f"{config.folder}/{name}.json")
         inherited = inherited_network(architecture, state, plain)
         with timer("training"):

@@ -66,7 +66,8 @@ def image_size(dataset: PairDataset, crop: tuple | None) -> tuple:
     size = common_size(dataset) or crop
     if not size:
         raise ValueError(f"the images of {dataset.spec.name} differ in size: set crop=(height, "
-                         "width) for views, or size to resize all images")
+                         "width) for views (--crop 128 160), or size to resize all images "
+                         "(--size 192 256)")
     if min(size) < MIN_SIDE:
         raise ValueError(f"the images of {dataset.spec.name} are {size[0]} pixels high and "
                          f"{size[1]} wide, but at least {MIN_SIDE} are needed: set size to enlarge "

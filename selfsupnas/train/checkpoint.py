@@ -86,7 +86,7 @@ IGNORED_PARAMETERS = ("folder", "resume", "overwrite", "workers", "cache_gb", "c
 # parameters that earlier versions lacked, with the values that their runs had
 ADDED_PARAMETERS = {"gate_lr": 1., "conventions": "own", "stem_channels": None, "initialise": None,
                     "teacher": None}
-REMEDIES = "take another folder, or overwrite=True to replace it"
+REMEDIES = "take another folder, or overwrite=True (--overwrite) to replace it"
 
 def parameter_differences(stored: dict, requested: dict) -> str: # of `run_identity`
     """Parameters in which two runs differ, as text; empty if there are none. Parameters that name

@@ -175,6 +175,15 @@ class RunLog:
         line = log_line(row, self.config.steps, self.seconds_left(row["step"]))
         with bar.external_write_mode(): print(line, flush=True) # the bar stays below the lines
 
+    def announce(self, step: int, bar):
+        "After the tenth step of a slow run: the time that is left; its first row is minutes away."
+        first, start = self.begun
+        until_row = (time.perf_counter() - start) / 10 * (self.config.steps // self.config.logs)
+        if step - first != 9 or until_row < 60: return
+        with bar.external_write_mode():
+            print(f"step {step + 1}/{self.config.steps}  "
+                  f"{time_text(self.seconds_left(step + 1))} left", flush=True)
+
     def is_best(self, row: dict | None) -> bool:
         measured = [r["val_miou"] for r in self.rows if r["val_miou"] is not None]
         return bool(row and measured and row["val_miou"] == max(measured))

@@ -354,6 +354,7 @@ def train(model: nn.Module, # images (B,3,H,W) -> logits (B,K,H,W); changed in p
             row = log.add(step, sum_over_ranks(losses), metrics, weights,
                           time.perf_counter() - start, outcome,
                           partial(ids_of_step, config, phase.data, step))
+            if not (row or watch): log.announce(step, bar)
             if row:
                 row.update(respecialise(state))
                 log.finish(row, state.teacher.model.model, data.val, bar, watch)
