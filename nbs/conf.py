@@ -94,6 +94,8 @@ def prepare_cells(app, docname, source):
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         tags = cell.metadata.setdefault("tags", [])
         if "default_exp" in directives or not cell.source: tags.append("remove-cell")
+        elif docname == "index": # the front page is the README
+            tags.append("remove-input" if cell.outputs else "remove-cell")
         elif "hide" in directives or is_setup(cell.source): tags.append("hide-input")
     source[0] = nbformat.writes(notebook)
 

@@ -30,7 +30,7 @@ def main(address=None):
     notebook = nbformat.read(INDEX, 4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": INDEX.parent}}).execute()
     nbformat.write(notebook, INDEX)
-    process_write("cannot clean", lambda nb: clean_nb(nb), INDEX, INDEX)
+    process_write("cannot clean", clean_nb, INDEX, INDEX)
     (ROOT/"README.md").write_text(readme(json.loads(INDEX.read_text("utf8"))["cells"]), "utf8")
 
 
