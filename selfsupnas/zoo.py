@@ -20,7 +20,7 @@ from torch.hub import download_url_to_file
 
 import selfsupnas
 from .core import (Pair, RunRecord, Several, Share, cache_folder, checked_dataclass,
-                             read_json, suggestion, write_json)
+                             hash_fields, read_json, suggestion, write_json)
 from .export import from_pretrained, network_info, save_pretrained
 from .space import published
 from .stages.retraining import load_network
@@ -49,6 +49,7 @@ class Card:
     licence: str
     commit: str # of the code that trained it
     files: dict # name -> SHA-256
+    __hash__ = hash_fields
 
     def __repr__(self):
         return (f"{self.name}: {self.kind}, {self.data} {self.size[0]}x{self.size[1]}, "

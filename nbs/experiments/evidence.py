@@ -27,8 +27,9 @@ SETS = {"camvid": (dict(data="camvid", size=(192, 256)), (1 / 16, 1 / 8)),
 DRAWS = range(6) # of the labels; also the seed of weights and views
 CROP, STEPS = (128, 160), 3200
 LABELS = dict(w_jig=0., w_semi=0.)
-UNLABELLED = dict(w_jig=0., consistency="mean_teacher", w_semi=10.)
-# the same term and averaged teacher on the labelled images
+# self-training: the network of `labels` of the same draw makes soft targets
+UNLABELLED = dict(w_jig=0., consistency="mean_teacher", w_semi=10., ramp=(0., 0.))
+# the same term and the same teacher on the labelled images
 ARMS = {"labels": LABELS, "control": dict(UNLABELLED, consistency_images="labelled"),
         "unlabelled": UNLABELLED}
 
@@ -43,19 +44,35 @@ def training(parameters: dict, architecture: str, seed: int, arm: dict, steps: i
                             architecture=architecture, checkpoints=1, **arm),
             "evaluate": dict(baselines=())}
 
+def arms_of(group: str, draw: int, parameters: dict, name: str, **training_options) -> dict:
+    "The trainings of all arms, GROUP/ARM/DRAW; the first is the teacher of the others."
+    teacher, plan = f"{group}/labels/{draw}", {}
+    for arm, own in ARMS.items():
+        taught = arm != "labels"
+        if taught: own = dict(own, teacher=f"{RUNS}/{teacher}/retrain")
+        plan[f"{group}/{arm}/{draw}"] = Run(
+            training(parameters, route(name), draw, own, **training_options),
+            (teacher,) * taught)
+    return plan
+
 def share(fraction: float) -> str: return "all" if fraction == 1 else f"1-{round(1 / fraction)}"
 
 def networks() -> dict:
     "Questions 1 and 5: unlabelled images in the training of one fixed route."
     plan = {}
     for draw in DRAWS: # all arms of a draw in a row: on the same machine
+        taught = {}
         for name, (parameters, fractions) in SETS.items():
             for fraction in fractions:
-                arms = ARMS | ({"labels-6400": LABELS} if fraction == fractions[0] else {})
-                for arm, own in arms.items():
-                    steps = 6400 if arm == "labels-6400" else STEPS # about equal seconds
-                    plan[f"{name}/{share(fraction)}/{arm}/{draw}"] = Run(
-                        training(parameters, route(name), draw, own, steps, fraction))
+                arms = arms_of(f"{name}/{share(fraction)}", draw, parameters, name,
+                               fraction=fraction)
+                (teacher,) = (run for run in arms if "/labels/" in run)
+                plan[teacher] = arms.pop(teacher)
+                taught |= arms
+        plan |= taught # after all teachers, which no other process then trains
+        for name, (parameters, fractions) in SETS.items():
+            plan[f"{name}/{share(fractions[0])}/labels-9600/{draw}"] = Run(training(
+                parameters, route(name), draw, LABELS, 9600, fractions[0])) # about equal seconds
             if draw < 3:
                 plan[f"{name}/all/labels/{draw}"] = Run(
                     training(parameters, route(name), draw, LABELS, fraction=1.))
@@ -77,8 +94,10 @@ def searches() -> dict:
         return Run(training(parameters, architecture, seed, LABELS | own, ROUTE_STEPS), needs)
     for seed in SEEDS:
         for signal, own in SIGNALS.items():
+            plan[f"search/{signal}/{seed}"] = Run({"search": parameters | SPACE | dict(seed=seed)
+                                                   | own})
+        for signal in SIGNALS:
             search = f"search/{signal}/{seed}"
-            plan[search] = Run({"search": parameters | SPACE | dict(seed=seed) | own})
             plan[f"route/{signal}/{seed}"] = trained(f"{KEPT}/{search}/architecture.json", seed,
                                                      (search,))
         for i in RANDOM:
@@ -115,12 +134,12 @@ def rivals() -> dict:
             for seed in range(2) for network in ("route", *RIVALS) for lr in RATES}
 
 def lengths() -> dict:
-    "Question 5: accuracy over the number of steps."
-    parameters = SETS["camvid"][0]
-    return {f"steps/{steps}/{arm}/{seed}": Run(training(parameters, route("camvid"), seed, own,
-                                                        steps))
-            for steps in (800, 9600) for seed in range(3) for arm, own in ARMS.items()
-            if arm != "control"}
+    "Question 5: accuracy over the number of steps; 3,200 are in question 1."
+    plan = {}
+    for steps in (800, 9600):
+        for seed in range(3):
+            plan |= arms_of(f"steps/{steps}", seed, SETS["camvid"][0], "camvid", steps=steps)
+    return {name: run for name, run in plan.items() if "/control/" not in name}
 
 def runs() -> dict: return networks() | searches() | rivals() | lengths()
 
