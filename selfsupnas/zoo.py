@@ -176,6 +176,7 @@ def device_of(record: RunRecord) -> str:
     hardware = record.hardware
     return hardware.get("gpu") or f"{hardware.get('threads')} thread of {hardware['processor']}"
 
+# %% ../nbs/07_zoo.ipynb #e45d24ed
 def add_network(retrained, evaluated, # folders of the stages; if several evaluations, its own first
                  to, # folder to write; its last part is the name
                  licence: str, # short name or sentence
@@ -199,6 +200,7 @@ def add_network(retrained, evaluated, # folders of the stages; if several evalua
                       parameters=rows[0]["parameters"], latency_ms=latency["latency_ms"],
                       device=device_of(evaluations[0]))
 
+# %% ../nbs/07_zoo.ipynb #d05d7b60
 def add_supernet(searched, # folder of the search
                   to, # folder to write; its last part is the name
                   licence: str, # short name or sentence
@@ -223,6 +225,7 @@ def add_supernet(searched, # folder of the search
                       parameters=sum(p.numel() for p in supernet.parameters()), latency_ms=None,
                       device="")
 
+# %% ../nbs/07_zoo.ipynb #e45d74c0
 def write_index(place) -> Path:
     "Write index.json, which a web server needs, for the cards in a folder."
     cards = [dataclasses.asdict(card) for card in read_cards(str(place))]
