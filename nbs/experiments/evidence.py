@@ -44,15 +44,14 @@ def training(parameters: dict, architecture: str, seed: int, arm: dict, steps: i
                             architecture=architecture, checkpoints=1, **arm),
             "evaluate": dict(baselines=())}
 
-def arms_of(group: str, draw: int, parameters: dict, name: str, **training_options) -> dict:
+def arms_of(group: str, draw: int, parameters: dict, name: str, fraction: float) -> dict:
     "The trainings of all arms, GROUP/ARM/DRAW; the first is the teacher of the others."
     teacher, plan = f"{group}/labels/{draw}", {}
     for arm, own in ARMS.items():
         taught = arm != "labels"
         if taught: own = dict(own, teacher=f"{RUNS}/{teacher}/retrain")
         plan[f"{group}/{arm}/{draw}"] = Run(
-            training(parameters, route(name), draw, own, **training_options),
-            (teacher,) * taught)
+            training(parameters, route(name), draw, own, fraction=fraction), (teacher,) * taught)
     return plan
 
 def share(fraction: float) -> str: return "all" if fraction == 1 else f"1-{round(1 / fraction)}"
@@ -64,18 +63,16 @@ def networks() -> dict:
         taught = {}
         for name, (parameters, fractions) in SETS.items():
             for fraction in fractions:
-                arms = arms_of(f"{name}/{share(fraction)}", draw, parameters, name,
-                               fraction=fraction)
+                arms = arms_of(f"{name}/{share(fraction)}", draw, parameters, name, fraction)
                 (teacher,) = (run for run in arms if "/labels/" in run)
                 plan[teacher] = arms.pop(teacher)
                 taught |= arms
         plan |= taught # after all teachers, which no other process then trains
-        for name, (parameters, fractions) in SETS.items():
+        for name, (parameters, fractions) in SETS.items() if draw < 3 else ():
             plan[f"{name}/{share(fractions[0])}/labels-9600/{draw}"] = Run(training(
                 parameters, route(name), draw, LABELS, 9600, fractions[0])) # about equal seconds
-            if draw < 3:
-                plan[f"{name}/all/labels/{draw}"] = Run(
-                    training(parameters, route(name), draw, LABELS, fraction=1.))
+            plan[f"{name}/all/labels/{draw}"] = Run(
+                training(parameters, route(name), draw, LABELS, fraction=1.))
     return plan
 
 SEEDS = range(5) # of searches
@@ -134,12 +131,18 @@ def rivals() -> dict:
             for seed in range(2) for network in ("route", *RIVALS) for lr in RATES}
 
 def lengths() -> dict:
-    "Question 5: accuracy over the number of steps; 3,200 are in question 1."
-    plan = {}
-    for steps in (800, 9600):
+    "Question 5: accuracy over the number of steps; what is missing here is in question 1."
+    (parameters, fractions), plan = SETS["camvid"], {}
+    for steps, group in {800: "steps/800/labels", 9600: "camvid/1-16/labels-9600"}.items():
         for seed in range(3):
-            plan |= arms_of(f"steps/{steps}", seed, SETS["camvid"][0], "camvid", steps=steps)
-    return {name: run for name, run in plan.items() if "/control/" not in name}
+            def trained(arm, *needs):
+                return Run(training(parameters, route("camvid"), seed, arm, steps, fractions[0]),
+                           needs)
+            teacher = f"{group}/{seed}"
+            if steps == 800: plan[teacher] = trained(LABELS)
+            plan[f"steps/{steps}/unlabelled/{seed}"] = trained(
+                dict(UNLABELLED, teacher=f"{RUNS}/{teacher}/retrain"), teacher)
+    return plan
 
 def runs() -> dict: return networks() | searches() | rivals() | lengths()
 
