@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'EXAMPLES', 'STAGE_FUNCTIONS', 'DEMO', 'DEMO_STAGES', 'COMMANDS', 'MOVED', 'HELP', 'stage_notebook',
            'option_groups', 'fraction_rule', 'optional_rule', 'plain_rule', 'option_words', 'replace_pairs',
            'split_options', 'given_parameters', 'parse_options', 'check_inputs', 'check_evaluate', 'check_pareto',
-           'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'interrupt_kernels',
+           'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'stop_kernels',
            'run_stage', 'run_in_folder', 'run_without_notebook', 'plan_demo', 'metric_lines', 'align_table', 'demo',
            'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions', 'ZooOptions', 'DemoOptions',
            'read_options', 'run_demo', 'run_data', 'run_report', 'run_export', 'run_zoo', 'run_command',
@@ -255,8 +255,8 @@ def run_notebook(source, # .ipynb file
 
 # %% ../nbs/08_cli.ipynb #cell-36
 def run_interruptible(run: Callable, # called in a thread
-                      interrupt: Callable, # makes `run` end; called every `pause` seconds
-                      pause: float = 5., # in seconds
+                      interrupt: Callable, # makes `run` end; called with 0, 1, 2 ...
+                      pause: float = 5., # between calls of `interrupt`, in seconds
                      ) -> list:
     """Call `run`, and `interrupt` after SIGINT or SIGTERM; raises the exception of `run`. Returns
     the signals that interrupted it."""
@@ -265,18 +265,23 @@ def run_interruptible(run: Callable, # called in a thread
     def body():
         try: run()
         except BaseException as e: raised.append(e)
-    thread, last = threading.Thread(target=body), -pause
+    thread, tries, last = threading.Thread(target=body), 0, -pause
     with deferred_interrupts() as signals:
         thread.start()
         while thread.is_alive():
             thread.join(.1)
-            if signals and time.monotonic() - last > pause: last = interrupt() or time.monotonic()
+            if signals and time.monotonic() - last > pause:
+                interrupt(tries)
+                tries, last = tries + 1, time.monotonic()
     if raised and not signals: raise raised[0]
     return signals if raised else []
 
-def interrupt_kernels(kernels: list): # process ids, as strings
+def stop_kernels(kernels: list, # process ids, as strings
+                 tries: int): # number of earlier tries
+    """Interrupt; terminate from the fourth try on, because an interrupt at the end of a cell can
+    remove the kernel's reply, for which papermill waits."""
     for pid in kernels:
-        try: os.kill(int(pid), signal.SIGINT)
+        try: os.kill(int(pid), signal.SIGINT if tries < 3 else signal.SIGTERM)
         except ProcessLookupError: pass # the process has ended
 
 # %% ../nbs/08_cli.ipynb #d1e89001
@@ -308,7 +313,7 @@ def run_in_folder(stage: str, parameters: dict, folder: Path, source) -> int:
     print(f"selfsupnas {stage}: running; its notebook is {running}", flush=True)
     kernels, values = [], {**parameters, "folder": str(folder)}
     def run(): run_notebook(source, running, values, started=kernels.append)
-    try: signals = run_interruptible(run, lambda: interrupt_kernels(kernels))
+    try: signals = run_interruptible(run, lambda tries: stop_kernels(kernels, tries))
     except Exception as e: # of a cell, the kernel or the disk
         name, text = getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e)).strip()
         problem = f"{name}: {text.splitlines()[-1] if text else 'no message'}"

@@ -128,3 +128,22 @@ def test_a_stopped_run_goes_on(way, moment, stop, whole, start, table, tmp_path)
     assert not (folder/"search-running.ipynb").exists() and not list(folder.glob("*-failed.ipynb"))
     line = next((line for line in reversed(said.splitlines()) if "stopped" in line or "cannot write" in line), "").replace(f"{tmp_path}/", "")
     table.append((way, moment, stop, str(left), str(ended), line[-200:].replace("|", "/"), "yes"))
+
+
+LOSSY = """kernel = get_ipython().kernel
+send = kernel.session.send
+def lossy(stream, kind, *args, **options):
+    if kind != "execute_reply": return send(stream, kind, *args, **options)
+kernel.session.send = lossy
+open(f"{folder}/lossy", "w").close()"""
+
+
+def test_a_kernel_whose_reply_is_lost_is_ended(start, tmp_path):
+    "As after an interrupt at the end of a cell: the kernel waits for a request, papermill for a reply."
+    cells = [nbformat.v4.new_code_cell("folder = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(LOSSY)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"search.ipynb")
+    process = start(as_command, tmp_path/"log", str(tmp_path/"run"))
+    assert wait_until(lambda: (tmp_path/"run"/"lossy").exists(), lambda: not process.is_alive()), (tmp_path/"log").read_text()[-2000:]
+    click(process, tmp_path/"run")
+    process.join(300)
+    assert process.exitcode == 130, (tmp_path/"log").read_text()[-2000:]

@@ -78,8 +78,10 @@ def networks() -> dict:
 SEEDS = range(5) # of searches
 SPACE = dict(layers=8, channels=24, budget=.5, steps=800, crop=CROP, label_fraction=1 / 8,
              candidates=1) # chosen by importance: no label of a validation image
-SIGNALS = {"labels": LABELS, "jigsaw": dict(w_sup=0., w_semi=0.), "everything": {},
-           "everything-8": dict(candidates=8)} # the best of 8 on 32 labelled validation images
+EVERYTHING = dict(w_jig=.5, w_semi=1., consistency="fixmatch")
+SIGNALS = {"labels": LABELS, "jigsaw": dict(w_sup=0., w_jig=.5, w_semi=0.),
+           "everything": EVERYTHING, # the next one: the best of 8 on 32 validation images
+           "everything-8": dict(EVERYTHING, candidates=8)}
 RANDOM = range(20)
 SIMPLE = "thinner", "shallower", "fine", "narrow_unet", "fast_scnn", "batch_norm_route"
 ROUTE_STEPS = 1600 # of the training of a route, with labels alone
