@@ -7,10 +7,10 @@ __all__ = ['RULES', 'EXAMPLES', 'STAGE_FUNCTIONS', 'DEMO', 'DEMO_STAGES', 'COMMA
            'option_groups', 'fraction_rule', 'optional_rule', 'plain_rule', 'option_words', 'replace_pairs',
            'split_options', 'given_parameters', 'parse_options', 'check_inputs', 'check_evaluate', 'check_pareto',
            'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'stop_kernels',
-           'run_stage', 'run_in_folder', 'run_without_notebook', 'plan_demo', 'metric_lines', 'align_table', 'demo',
-           'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions', 'ZooOptions', 'DemoOptions',
-           'read_options', 'run_demo', 'run_data', 'run_report', 'run_export', 'run_zoo', 'run_command',
-           'refuse_command', 'main']
+           'run_stage', 'run_in_folder', 'run_without_notebook', 'demo_runs', 'plan_demo', 'metric_lines',
+           'align_table', 'join_evaluations', 'demo', 'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions',
+           'ExportOptions', 'ZooOptions', 'DemoOptions', 'read_options', 'run_demo', 'run_data', 'run_report',
+           'run_export', 'run_zoo', 'run_command', 'refuse_command', 'main']
 
 # %% ../nbs/08_cli.ipynb #37f9edbf
 import dataclasses, importlib, logging, os, shlex, signal, sys, threading, time, typing
@@ -359,30 +359,42 @@ DEMO |= {name: {"label_fraction": 1 / 16, "size": (128, 160), "split": "val"}
 
 DEMO_STAGES = "search", "retrain", "evaluate"
 
+def demo_runs(folder: Path) -> dict:
+    "Name of each run -> its stage, and the parameters that the demo sets."
+    labels = {"architecture": str(folder/"search"/"architecture.json"), "w_jig": 0., "w_semi": 0.}
+    taught = labels | {"teacher": str(folder/"retrain"), "w_semi": 10.,
+                       "consistency": "mean_teacher"}
+    return {"search": ("search", {}), "retrain": ("retrain", labels),
+            "evaluate": ("evaluate", {"network": str(folder/"retrain")}),
+            "retrain-unlabelled": ("retrain", taught),
+            "evaluate-unlabelled": ("evaluate", {"network": str(folder/"retrain-unlabelled"),
+                                                 "baselines": ()})}
+
 def plan_demo(data: str, folder, words: list) -> dict: # words: options of the stages
-    """Checked parameters by stage; raises ValueError, TypeError or FileNotFoundError, and
-    SystemExit as `parse_options` does."""
-    configs, folder = {stage: STAGES[stage] for stage in DEMO_STAGES}, Path(folder)
-    fields = {stage: [f.name for f in dataclasses.fields(cls)] for stage, cls in configs.items()}
-    names = sorted(set().union(*fields.values()) - {"architecture", "network", "folder", "data"})
+    """Name of each run -> its stage and its checked parameters; raises ValueError, TypeError or
+    FileNotFoundError, and SystemExit as `parse_options` does."""
+    folder = Path(folder)
+    fields = {stage: [f.name for f in dataclasses.fields(STAGES[stage])] for stage in DEMO_STAGES}
+    names = sorted(set().union(*fields.values())
+                   - {"architecture", "network", "teacher", "folder", "data"})
     options = split_options(words)
     for name in options:
         if name not in names and name.removeprefix("no_") not in names:
             raise ValueError(f"the demo has no parameter {name or words[0]}"
-                             f"{suggestion(name, names)} (it sets folders, architecture and "
-                             "network itself; `selfsupnas search --help` lists parameters)")
+                             f"{suggestion(name, names)} (it sets folders, architecture, network "
+                             "and teacher itself; `selfsupnas search --help` lists parameters)")
     from selfsupnas.train.checkpoint import finished_run
-    inputs = {"retrain": {"architecture": str(folder/"search"/"architecture.json")},
-              "evaluate": {"network": str(folder/"retrain")}}
-    plan, finished = {}, True # all stages so far: a later one needs their files
-    for stage, cls in configs.items():
+    plan, finished = {}, True # all runs so far: a later one needs their files
+    for run, (stage, own) in demo_runs(folder).items():
         defaults = {name: value for name, value in DEMO.get(data, {}).items()
                     if name in fields[stage]}
         stage_words = [word for name, option in options.items() for word in option
                        if name in fields[stage] or name.removeprefix("no_") in fields[stage]]
-        values = defaults | parse_options(stage, stage_words)
-        plan[stage] = {**values, **inputs.get(stage, {}), "data": data, "folder": str(folder/stage)}
-        config = cls(**plan[stage])
+        given = parse_options(stage, stage_words)
+        if run == "retrain-unlabelled" and not given.get("w_semi", 10.): break
+        values = {**defaults, **given, **own, "data": data, "folder": str(folder/run)}
+        plan[run] = stage, values
+        config = STAGES[stage](**values)
         finished = finished and finished_run(config, stage) is not None
         if not finished: check_inputs(stage, config, later=True)
     return plan
@@ -404,23 +416,37 @@ def align_table(table:str) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 # %% ../nbs/08_cli.ipynb #ea46457c
+def join_evaluations(records: dict) -> RunRecord: # name of its network -> record
+    "One record for a table: the network of each evaluation, then the other rows of the first."
+    first, *_ = records.values()
+    rows, latencies = dict(first.metrics["rows"]), dict(first.timings["latency"])
+    own = next(iter(rows))
+    del rows[own], latencies[own]
+    def of_each(part): return {name: next(iter(part(r).values())) for name, r in records.items()}
+    return dataclasses.replace(
+        first, metrics=first.metrics | {"rows": of_each(lambda r: r.metrics["rows"]) | rows},
+        timings=first.timings | {"latency": of_each(lambda r: r.timings["latency"]) | latencies})
+
 def demo(data: str, folder, words: list) -> int:
-    "Search, retrain and evaluate in folders of these names; returns the exit status."
+    "Carry out the runs of the demo in folders of their names; returns the exit status."
     from selfsupnas.stages.evaluation import evaluation_table
     plan, folder = plan_demo(data, folder, words), Path(folder)
-    for number, (stage, parameters) in enumerate(plan.items(), 1):
-        print(f"\n[{number}/{len(plan)}] {stage} on {data}", flush=True)
+    for number, (run, (stage, parameters)) in enumerate(plan.items(), 1):
+        print(f"\n[{number}/{len(plan)}] {run} on {data}", flush=True)
         status = run_stage(stage, parameters, parameters["folder"])
         if status: return status
-    records = {stage: RunRecord.load(folder/stage/f"{stage}-record.json") for stage in plan}
-    print(f"\nResults in {folder}: notebook, record and artifacts of each stage")
-    for path in sorted(p for stage in plan for p in (folder/stage).iterdir()
+    records = {run: RunRecord.load(folder/run/f"{stage}-record.json")
+               for run, (stage, _) in plan.items()}
+    print(f"\nResults in {folder}: notebook, record and artifacts of each run")
+    for path in sorted(p for run in plan for p in (folder/run).iterdir()
                        if p.is_file() and not p.name.startswith(".")): # without locks
         print(f"  {path}")
     print("\nMetrics of search and retraining on validation images:",
           *metric_lines([records["search"], records["retrain"]]), sep="\n")
+    tested = {name: records[run] for name, run in (
+        ("labels alone", "evaluate"), ("and unlabelled", "evaluate-unlabelled")) if run in records}
     print(f"\nOn the {records['evaluate'].metrics['split']} images, with baselines:",
-          align_table(evaluation_table(records["evaluate"])), sep="\n")
+          align_table(evaluation_table(join_evaluations(tested))), sep="\n")
     return 0
 
 # %% ../nbs/08_cli.ipynb #e5b08398

@@ -84,7 +84,7 @@ def test_what_the_stage_before_makes_must_be_there(refused):
 
 
 def test_the_demo_keeps_its_wiring(refused):
-    for name in ("architecture", "network"): assert name in refused("demo", f"--{name}", "elsewhere")
+    for name in ("architecture", "network", "teacher"): assert name in refused("demo", f"--{name}", "elsewhere")
 
 
 def test_the_demo_takes_a_split_in_place_of_a_fraction(tmp_path):
@@ -95,7 +95,7 @@ def test_the_demo_takes_a_split_in_place_of_a_fraction(tmp_path):
     words = ["--root", str(tree), "--label-fraction", "1/100"]
     with pytest.raises(ValueError, match="less than one image"): plan_demo("cityscapes", tmp_path/"run", words)
     given = [*words, "--split-folder", str(tmp_path/"split")]
-    assert plan_demo("cityscapes", tmp_path/"run", given)["retrain"]["split_folder"] == str(tmp_path/"split")
+    assert plan_demo("cityscapes", tmp_path/"run", given)["retrain"][1]["split_folder"] == str(tmp_path/"split")
     (tmp_path/"split"/"unlabeled.txt").write_text("nowhere_000000_000019")
     with pytest.raises(ValueError, match="unlabeled.txt, line 1"): plan_demo("cityscapes", tmp_path/"run", given)
 

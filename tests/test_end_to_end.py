@@ -1,5 +1,6 @@
 "The demo from end to end, through the installed command, in miniature: 4 steps, 64 x 80 pixels."
 import json, re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,7 +15,7 @@ from selfsupnas.stages.retraining import load_network
 SMALL = {"steps": 4, "logs": 2, "size": (64, 80), "layers": 3, "channels": 8, "budget": 0.8, "batch_labelled": 2, "batch_unlabelled": 2,
          "batch_jigsaw": 2, "baselines": ("lraspp_mobilenet_v3_large",), "latency_repeats": 2, "seed": 3}
 WORDS = [word for name, value in SMALL.items() for word in ("-p", name, value)]
-STAGES = ("search", "retrain", "evaluate")
+RUNS = {"search": "search", "retrain": "retrain", "evaluate": "evaluate", "retrain-unlabelled": "retrain", "evaluate-unlabelled": "evaluate"} # run -> its stage
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +31,27 @@ def test_every_stage_leaves_its_files(run):
     folder, _, place = run
     wanted = {"search": {"architecture.json", "supernet.safetensors", "history.json"},
               "retrain": {"architecture.json", "network.safetensors", "history.json"}, "evaluate": set()}
-    for stage in STAGES:
-        names = {p.name for p in (folder/stage).iterdir()}
+    for name, stage in RUNS.items():
+        names = {p.name for p in (folder/name).iterdir()}
         assert wanted[stage] | {f"{stage}-record.json", f"{stage}.ipynb"} <= names
     assert [p.name for p in place.iterdir()] == ["tiny"], "something was written outside of the folder"
 
 
 def test_the_records_hold_what_was_asked_for(run):
     folder, _, _ = run
-    records = {r["stage"]: r for r in read_records(folder)}
-    assert set(records) == set(STAGES)
-    for stage, record in records.items():
+    records = {Path(r["file"]).parent.name: r for r in read_records(folder)}
+    assert {name: record["stage"] for name, record in records.items()} == RUNS
+    for run_name, record in records.items():
         for name in SMALL.keys() & record["parameters"].keys():
             value = record["parameters"][name]
-            assert (tuple(value) if isinstance(value, list) else value) == SMALL[name]
-        assert record["seed"] == SMALL["seed"] and record["parameters"]["folder"] == f"tiny/{stage}"
+            wanted = () if name == "baselines" and run_name == "evaluate-unlabelled" else SMALL[name]
+            assert (tuple(value) if isinstance(value, list) else value) == wanted
+        assert record["seed"] == SMALL["seed"] and record["parameters"]["folder"] == f"tiny/{run_name}"
         assert record["versions"]["torch"] and record["timings"]
     assert records["retrain"]["parameters"]["architecture"] == "tiny/search/architecture.json"
     assert records["evaluate"]["parameters"]["network"] == "tiny/retrain"
+    assert records["retrain"]["parameters"]["w_semi"] == records["retrain"]["parameters"]["w_jig"] == 0
+    assert records["retrain-unlabelled"]["parameters"]["teacher"] == "tiny/retrain"
     rows = records["evaluate"]["metrics"]["rows"]
     network = load_network(folder/"retrain")
     by_hand = evaluate_segmenter(network, load_dataset("streetscenes", "test", size=SMALL["size"]), progress=False)
@@ -57,11 +61,11 @@ def test_the_records_hold_what_was_asked_for(run):
 
 def test_a_log_says_first_what_runs_and_then_how_far_it_is(run):
     _, done, _ = run
-    for stage in done.stdout.split("] ")[1:3]: # after [1/3] and [2/3]
+    for stage in done.stdout.split("] ")[1:3]: # after [1/5] and [2/5]
         lines = stage.splitlines()
         first = next(k for k, line in enumerate(lines) if line.startswith("step "))
         assert [line.split()[0] for line in lines[first - 4:first]] == ["data", "images", "network", "steps"], lines
-        assert re.fullmatch(r"step 2/4  [\d.]+ (s|min|h) left  loss sup [\d.]+ .*", lines[first])
+        assert re.fullmatch(r"step 2/4  [\d.]+ (s|min|h) left  loss sup [\d.]+( .*)?", lines[first])
 
 
 def test_retraining_built_what_the_search_found(run):
@@ -73,9 +77,9 @@ def test_retraining_built_what_the_search_found(run):
     assert split[0] == split[1]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_executed_notebook_can_be_read(run, stage):
-    notebook = nbformat.read(run[0]/stage/f"{stage}.ipynb", 4)
+@pytest.mark.parametrize("name, stage", RUNS.items())
+def test_the_executed_notebook_can_be_read(run, name, stage):
+    notebook = nbformat.read(run[0]/name/f"{stage}.ipynb", 4)
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
     assert [o for o in outputs if "image/png" in o.get("data", {})], "not one picture"
@@ -85,12 +89,15 @@ def test_the_executed_notebook_can_be_read(run, stage):
 
 def test_the_demo_says_what_it_does_and_where_things_are(run):
     folder, done, _ = run
-    for number, stage in enumerate(STAGES, 1): assert f"[{number}/3] {stage}" in done.stdout
+    for number, name in enumerate(RUNS, 1): assert f"[{number}/5] {name} on" in done.stdout
     assert len(re.findall(r"^step\b|\bstep +\d", done.stdout, re.M)) >= 2 * SMALL["logs"], "no line a log step"
-    for stage in STAGES: assert f"tiny/{stage}/{stage}-record.json" in done.stdout
+    for name, stage in RUNS.items(): assert f"tiny/{name}/{stage}-record.json" in done.stdout
     metrics = json.loads((folder/"retrain"/"retrain-record.json").read_text())["metrics"]
     assert re.search(rf"retrain +val_miou +{metrics['val_miou']:.4g}$", done.stdout, re.M)
-    assert "searched" in done.stdout.split("On the test images")[1]
+    table = done.stdout.split("On the test images")[1]
+    for name, label in (("evaluate", "labels alone"), ("evaluate-unlabelled", "and unlabelled")):
+        rows = json.loads((folder/name/"evaluate-record.json").read_text())["metrics"]["rows"]
+        assert re.search(rf"^  {label} +{100 * rows['searched']['miou']:.1f} ", table, re.M)
     assert "Traceback" not in done.stderr
 
 

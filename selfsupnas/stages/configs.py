@@ -138,7 +138,9 @@ class RetrainConfig(NetworkConfig, TrainingConfig):
     "Parameters of retraining: those of a training, and the network."
     folder: PathText = "runs/retrain"
     steps: PositiveInt = 1000 # optimiser steps
-    w_jig: NonNegativeFloat = 0.1 # smaller than in the search: a small network has less capacity
+    w_jig: NonNegativeFloat = 0.0 # over 0 it has reduced accuracy: nbs/experiments/camvid
+    w_semi: NonNegativeFloat = 0.0 # weight of the consistency loss; 10 suits mean_teacher
+    consistency: Literal["fixmatch", "mean_teacher", "unimatch", "cps"] = "mean_teacher" # its kind
 
     def __post_init__(self):
         super().__post_init__()
