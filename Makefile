@@ -52,7 +52,7 @@ $(VENV)/.installed: settings.ini setup.py
 	  "     source $(BIN)/activate          then: jupyter lab nbs/00_tour.ipynb, or: selfsupnas --help" \
 	  "     make test                          run the quick tests: at most 10 minutes"
 
-demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble or camvid; ARGS='--steps 100'
+demo: env ## search, retrain with and without unlabelled images, evaluate, in minutes; DATA=streetscenes, bluemarble or camvid; ARGS='--steps 100'
 	@echo "== demo: selfsupnas demo --data $(DATA) $(ARGS)"
 	selfsupnas demo --data $(DATA) $(ARGS)
 
@@ -60,11 +60,11 @@ demo: env ## search, retrain, evaluate in minutes; DATA=streetscenes, bluemarble
 compare: env ## only labels against the full objective, 3 seeds, on the committed architecture: nbs/experiments/records
 	@echo "== compare: $(ARMS) with seeds $(SEEDS), $(WORKERS) at a time, into $(COMPARE)"
 	run_arm() {
-	  case $$1 in labels) off="--w-jig 0 --w-semi 0";; jigsaw) off="--w-semi 0";; consistency) off="--w-jig 0";; both) off="";; esac
+	  case $$1 in labels) losses="";; jigsaw) losses="--w-jig 0.1";; consistency) losses="--w-semi 1";; both) losses="--w-jig 0.1 --w-semi 1";; esac
 	  to=$(COMPARE)/$$1-$$2
 	  test -e $$to/evaluate/evaluate-record.json && return
 	  echo "== compare: $$to"
-	  { selfsupnas retrain --folder $$to/retrain --architecture $(FOUND)/search/architecture.json --split-folder $(FOUND)/search/split --seed $$2 $$off
+	  { selfsupnas retrain --folder $$to/retrain --architecture $(FOUND)/search/architecture.json --split-folder $(FOUND)/search/split --seed $$2 --consistency fixmatch $$losses
 	    selfsupnas evaluate --folder $$to/evaluate --network $$to/retrain --baselines; } >$$to.log 2>&1 || { tail -5 $$to.log; exit 255; }
 	}
 	export -f run_arm

@@ -8,9 +8,9 @@ __all__ = ['RULES', 'EXAMPLES', 'STAGE_FUNCTIONS', 'DEMO', 'DEMO_STAGES', 'COMMA
            'split_options', 'given_parameters', 'parse_options', 'check_inputs', 'check_evaluate', 'check_pareto',
            'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'stop_kernels',
            'run_stage', 'run_in_folder', 'run_without_notebook', 'demo_runs', 'plan_demo', 'metric_lines',
-           'align_table', 'join_evaluations', 'demo', 'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions',
-           'ExportOptions', 'ZooOptions', 'DemoOptions', 'read_options', 'run_demo', 'run_data', 'run_report',
-           'run_export', 'run_zoo', 'run_command', 'refuse_command', 'main']
+           'align_table', 'demo', 'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions',
+           'ZooOptions', 'DemoOptions', 'read_options', 'run_demo', 'run_data', 'run_report', 'run_export', 'run_zoo',
+           'run_command', 'refuse_command', 'main']
 
 # %% ../nbs/08_cli.ipynb #37f9edbf
 import dataclasses, importlib, logging, os, shlex, signal, sys, threading, time, typing
@@ -416,20 +416,9 @@ def align_table(table:str) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 # %% ../nbs/08_cli.ipynb #ea46457c
-def join_evaluations(records: dict) -> RunRecord: # name of its network -> record
-    "One record for a table: the network of each evaluation, then the other rows of the first."
-    first, *_ = records.values()
-    rows, latencies = dict(first.metrics["rows"]), dict(first.timings["latency"])
-    own = next(iter(rows))
-    del rows[own], latencies[own]
-    def of_each(part): return {name: next(iter(part(r).values())) for name, r in records.items()}
-    return dataclasses.replace(
-        first, metrics=first.metrics | {"rows": of_each(lambda r: r.metrics["rows"]) | rows},
-        timings=first.timings | {"latency": of_each(lambda r: r.timings["latency"]) | latencies})
-
 def demo(data: str, folder, words: list) -> int:
     "Carry out the runs of the demo in folders of their names; returns the exit status."
-    from selfsupnas.stages.evaluation import evaluation_table
+    from selfsupnas.stages.evaluation import evaluation_table, join_evaluations
     plan, folder = plan_demo(data, folder, words), Path(folder)
     for number, (run, (stage, parameters)) in enumerate(plan.items(), 1):
         print(f"\n[{number}/{len(plan)}] {run} on {data}", flush=True)

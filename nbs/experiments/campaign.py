@@ -34,9 +34,9 @@ from selfsupnas.viz.tables import summarise, to_markdown
 
 # ---- A comparison as parameters
 
-# parameters of each arm that differ from the defaults
-ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_semi=0.), "semi": dict(w_jig=0.),
-        "both": {},
+# parameters of each arm; consistency is fixmatch if nothing else is said
+ARMS = {"labels": dict(w_jig=0., w_semi=0.), "jigsaw": dict(w_jig=.1, w_semi=0.),
+        "semi": dict(w_jig=0., w_semi=1.), "both": dict(w_jig=.1, w_semi=1.),
         "light": dict(w_jig=0., w_semi=.3),
         # soft targets instead of pseudo-labels, which suppress rare classes
         "teacher": dict(w_jig=0., consistency="mean_teacher", w_semi=10.),
@@ -141,7 +141,7 @@ def training(config: CampaignConfig, fraction: float, network: str, arm: str, se
         search = f"{config.folder}/{search_name(fraction, network)}/search"
         model["supernet"] = f"{search}/supernet.safetensors"
     return {**shared_parameters(config, fraction), "seed": seed, "steps": steps, "lr": lr,
-            **ARMS[arm], **model}
+            "consistency": "fixmatch", **ARMS[arm], **model}
 
 def search_run(config: CampaignConfig, fraction: float, network: str = "searched") -> Run:
     search = dict(seed=0, steps=config.search_steps, layers=config.layers,
@@ -174,8 +174,8 @@ def grid_networks(config: CampaignConfig) -> list:
 
 def semi_arms(config: CampaignConfig) -> list:
     "The arms with consistency and without jigsaw, which also apply to hand-crafted networks."
-    return [arm for arm in config.arms if ARMS[arm].get("w_jig") == 0
-            and ARMS[arm].get("w_semi", 1) > 0] or ["semi"]
+    return [arm for arm in config.arms
+            if ARMS[arm]["w_jig"] == 0 < ARMS[arm]["w_semi"]] or ["semi"]
 
 def arms_of(config: CampaignConfig, network: str) -> list:
     "The arms of one network of the grid."

@@ -16,7 +16,8 @@ NETWORK = os.path.relpath(HERE/"records/camvid-long/0.125/found/search/architect
 THIN = os.path.relpath(HERE/"records/recipes/thin.json") # the same with 24 instead of 48 channels
 # 46 labelled images; they and the initial weights depend on the seed
 COMMON = dict(data="camvid", size=(192, 256), crop=(128, 160), label_fraction=1/8,
-              architecture=NETWORK, w_jig=0., recalibrate=128, checkpoints=1)
+              architecture=NETWORK, w_jig=0., w_semi=1., consistency="fixmatch", recalibrate=128,
+              checkpoints=1)
 STRONG = dict(cutmix_p=1., cutmix_area=(.5, .5), jitter=(.4, .4, .4, .1), blur=None)
 LABELS = dict(w_semi=0., **STRONG)
 TEACHER = dict(consistency="mean_teacher", squares="summed", **STRONG)

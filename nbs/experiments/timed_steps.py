@@ -238,8 +238,8 @@ def drawn_batch(config: TrainingConfig, # with the numbers of images
                      views(config.batch_jigsaw))
 
 # losses of a retraining
-RETRAININGS = {"labels": dict(w_jig=0., w_semi=0.), "three terms": {},
-               "four terms": dict(w_strong=1.)} # also on strong views of labelled images
+RETRAININGS = {"labels": dict(w_jig=0., w_semi=0.), "three terms": dict(w_jig=.1, w_semi=1.),
+               "four terms": dict(w_jig=.1, w_semi=1., w_strong=1.)} # also on strong views of labelled images
 
 def retraining_step(terms: str, config: SpeedConfig, size: tuple, # (H,W) of a view
                     images: int, # of each kind
@@ -248,7 +248,7 @@ def retraining_step(terms: str, config: SpeedConfig, size: tuple, # (H,W) of a v
     network = StaticNetwork(load(config.network).architecture.unweighted())
     c = RetrainConfig(batch_labelled=images, batch_unlabelled=images, batch_jigsaw=images,
                       ramp=(0., 0.), threshold=0., precision=config.precision,
-                      **RETRAININGS[terms])
+                      consistency="fixmatch", **RETRAININGS[terms])
     return TrainingStep(prepare(network.to(config.device)), c, config.device,
                         drawn_batch(c, size, network.space.num_classes, config.device))
 

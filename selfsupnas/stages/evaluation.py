@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cost_row', 'dynamic_costs', 'train_baseline', 'check_labels', 'class_order', 'Reordered', 'recorded_root',
            'training_class_counts', 'EvaluateResult', 'load_evaluation', 'open_published', 'open_evaluation',
-           'evaluate', 'evaluation_table']
+           'evaluate', 'evaluation_table', 'join_evaluations']
 
 # %% ../../nbs/stages/05_evaluation.ipynb #987b2240
 import contextlib, dataclasses, shutil
@@ -269,3 +269,16 @@ def evaluation_table(record: RunRecord) -> str:
                  show(ms and ms / latency[first]["latency_ms"], ".1f")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+# %% ../../nbs/stages/05_evaluation.ipynb #21626d25
+def join_evaluations(records: dict # name for the network of each evaluation -> its record
+                    ) -> RunRecord:
+    "One record for a table: the network of each evaluation, then the other rows of the first."
+    first, *_ = records.values()
+    rows, latencies = dict(first.metrics["rows"]), dict(first.timings["latency"])
+    own = next(iter(rows))
+    del rows[own], latencies[own]
+    def of_each(part): return {name: next(iter(part(r).values())) for name, r in records.items()}
+    return dataclasses.replace(
+        first, metrics=first.metrics | {"rows": of_each(lambda r: r.metrics["rows"]) | rows},
+        timings=first.timings | {"latency": of_each(lambda r: r.timings["latency"]) | latencies})
