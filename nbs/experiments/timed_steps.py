@@ -239,7 +239,8 @@ def drawn_batch(config: TrainingConfig, # with the numbers of images
 
 # losses of a retraining
 RETRAININGS = {"labels": dict(w_jig=0., w_semi=0.), "three terms": dict(w_jig=.1, w_semi=1.),
-               "four terms": dict(w_jig=.1, w_semi=1., w_strong=1.)} # also on strong views of labelled images
+               # also on strong views of labelled images
+               "four terms": dict(w_jig=.1, w_semi=1., w_strong=1.)}
 
 def retraining_step(terms: str, config: SpeedConfig, size: tuple, # (H,W) of a view
                     images: int, # of each kind
