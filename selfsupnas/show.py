@@ -286,7 +286,7 @@ def show_samples(dataset, # [i] -> (image, label), with .spec and .ids
     indices, spec = [int(i) for i in indices], dataset.spec
     invalid = [i for i in indices if not 0 <= i < len(dataset)]
     if invalid or not indices:
-        raise ValueError(f"the data set has {len(dataset)} samples, numbered from 0; "
+        raise ValueError(f"the dataset has {len(dataset)} samples, numbered from 0; "
                          f"invalid indices: {invalid or 'none given'}")
     pictures, titles = [], []
     for i in indices:

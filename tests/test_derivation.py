@@ -209,7 +209,7 @@ def tiny(place, **more):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "A finished search on nine validation images, and every data set on which a network was measured after its training."
+    "A finished search on nine validation images, and every dataset on which a network was measured after its training."
     place, measured = tmp_path_factory.mktemp("choice"), []
     draw_folder(place/"data", {"train": 6, "val": 9, "test": 2})
     for i in range(9): # masks that differ: what is measured on other images is another figure

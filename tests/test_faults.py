@@ -265,7 +265,7 @@ FAULTS = {
         "no data": (given("search", data="camvid"), "SELFSUPNAS_DATA"),
         "a root that is not there": (given("search", data="folder", root="nowhere"), "no folder .*nowhere/images"),
         "a root that is a file": (given("search", data="folder", root="data/classes.txt"), "no folder .*classes.txt/images"),
-        "an unknown data set": (given("search", data="street"), "no dataset 'street'; there are streetscenes"),
+        "an unknown dataset": (given("search", data="street"), "no dataset 'street'; there are streetscenes"),
         "a report of nothing": (command("report", "nowhere"), "no run record or folder at nowhere"),
         "a report of half a record": (after(lambda: cut(R), command("report", "retrain")), "retrain-record.json is not a run record"),
         "a report into a folder": (command("report", "retrain", "--to", "data"), "cannot write data: Is a directory"),

@@ -33,7 +33,7 @@ UNLABELLED = dict(w_jig=0., consistency="mean_teacher", w_semi=10., ramp=(0., 0.
 ARMS = {"labels": LABELS, "control": dict(UNLABELLED, consistency_images="labelled"),
         "unlabelled": UNLABELLED}
 
-def route(name: str) -> str: # of a data set
+def route(name: str) -> str: # of a dataset
     "The fixed route: that of records/camvid-long with half its channels."
     return f"{KEPT}/route-{name}.json"
 
