@@ -313,7 +313,10 @@ def run_in_folder(stage: str, parameters: dict, folder: Path, source) -> int:
     print(f"selfsupnas {stage}: running; its notebook is {running}", flush=True)
     kernels, values = [], {**parameters, "folder": str(folder)}
     def run(): run_notebook(source, running, values, started=kernels.append)
-    try: signals = run_interruptible(run, lambda tries: stop_kernels(kernels, tries))
+    def stop(tries):
+        if not tries: print(f"selfsupnas {stage}: stopping", file=sys.stderr, flush=True)
+        stop_kernels(kernels, tries)
+    try: signals = run_interruptible(run, stop)
     except Exception as e: # of a cell, the kernel or the disk
         name, text = getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e)).strip()
         problem = f"{name}: {text.splitlines()[-1] if text else 'no message'}"

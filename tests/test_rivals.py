@@ -303,7 +303,7 @@ def test_another_architecture_in_the_same_file_is_another_run(place, tmp_path):
 @pytest.mark.parametrize("name, more, told", [
     ("thinner", dict(equal_cost=None), "equal_cost"), ("fine", dict(equal_cost=None, gflops=.1), "equal_cost"), ("shallower", dict(gflops=.1), "gflops"),
     ("narrow_unet", dict(equal_cost=None), "gflops"), ("fast_scnn", dict(gflops=.1), "gflops"), ("narrow_unet", dict(equal_cost=None, gflops=0.), "gflops"),
-    ("narrow_unet", dict(w_jig=.1), "w_jig"), ("fast_scnn", dict(initialise="inherit"), "initialise"), ("fast_scnn", dict(consistency="unimatch"), "consistency"),
+    ("narrow_unet", dict(w_jig=.1), "w_jig"), ("fast_scnn", dict(initialise="inherit"), "initialise"), ("fast_scnn", dict(w_semi=1., consistency="unimatch"), "consistency"),
     ("thinner", dict(initialise="inherit"), "initialise"), ("lraspp_mobilenet_v3_large", dict(w_jig=0.), "equal_cost"), ("runs/search", dict(equal_cost=None, gflops=.1), "gflops")])
 def test_what_a_rival_cannot_have_is_told_at_once(place, name, more, told):
     with pytest.raises(ValueError, match=told): config(place, name, **more)

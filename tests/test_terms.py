@@ -331,7 +331,8 @@ def test_a_retraining_records_its_diagnostics_and_recalibrates(tmp_path):
     small = dict(size=(64, 80), batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, logs=1, steps=2, ramp=(0., 0.), threshold=0.)
     search(SearchConfig(folder=str(tmp_path/"search"), layers=3, channels=8, budget=.8, **small))
     found = json.loads((tmp_path/"search/search-record.json").read_text())["metrics"]
-    done = retrain(RetrainConfig(folder=str(tmp_path/"retrain"), architecture=str(tmp_path/"search"), recalibrate=4, statistics="clean", **small))
+    done = retrain(RetrainConfig(folder=str(tmp_path/"retrain"), architecture=str(tmp_path/"search"), recalibrate=4, statistics="clean",
+                                  w_jig=.1, w_semi=1., consistency="fixmatch", **small))
     metrics = done.record.metrics
     for name in ("train_miou", "train_val_gap", "student_val_miou"): assert 0 <= abs(metrics[name]) <= 1 and name in found, name
     assert metrics["train_val_gap"] == pytest.approx(metrics["train_miou"] - metrics["val_miou"])

@@ -22,7 +22,7 @@ from selfsupnas.viz.tables import read_records
 OLD = Path(__file__).parent/"version-0.1"
 TINY = dict(size=(64, 64), steps=4, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, optimiser="sgd", jigsaw_n=2)
 SEARCH = SearchConfig(folder="search", layers=2, channels=2, budget=.95, candidates=2, choice_images=2, w_binary=.1, recompute=True, **TINY)
-RETRAIN = RetrainConfig(folder="retrain", architecture="search/architecture.json", **TINY)
+RETRAIN = RetrainConfig(folder="retrain", architecture="search/architecture.json", w_jig=.1, w_semi=1., consistency="fixmatch", **TINY) # defaults of 0.1
 # command of each stage as it was made, and how its folder is read
 STAGES = {"search": (search, SEARCH, load_search), "retrain": (retrain, RETRAIN, load_retrain),
           "evaluate": (evaluate, EvaluateConfig(folder="evaluate", network="retrain", baselines=()), load_evaluation),

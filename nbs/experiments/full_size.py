@@ -280,7 +280,9 @@ STAGES = {
                "cost_ramp": ((0.4, 0.42), "published")},
     "retrain": {"steps": (560_000, "published, the long schedule"),
                 "warmup": (1000 / 560_000, "published: 1000 steps"),
-                "drop_path": (0.3, "published, for the long schedule")}}
+                "drop_path": (0.3, "published, for the long schedule"),
+                "w_semi": (1., "as in the search, and in UniMatch"),
+                "w_jig": (0.1, "its effect at full size is unknown")}}
 
 def recipes() -> dict:
     "All recipes at the smallest label fraction: name -> stage -> parameter -> (value, reason)."
