@@ -24,7 +24,7 @@ from selfsupnas.stages.searching import budget_note, load_search, search
 
 SMALL = dict(data="folder", root="data", label_fraction=.5, steps=2, logs=1, batch_labelled=2, batch_unlabelled=2, batch_jigsaw=2, threshold=.3, ramp=(0., .2))
 SEARCH = SearchConfig(folder="search", layers=2, channels=4, budget=1., **SMALL)
-RETRAIN = RetrainConfig(folder="retrain", architecture="search", **SMALL)
+RETRAIN = RetrainConfig(folder="retrain", architecture="search", w_jig=.1, w_semi=1., **SMALL)
 EVALUATE = EvaluateConfig(folder="evaluate", network="retrain", baselines=(), latency_repeats=1)
 PARETO = ParetoConfig(folder="pareto", search="search", budgets=(.9,), steps=1, random=1)
 STAGES = {"search": (search, SEARCH), "retrain": (retrain, RETRAIN), "evaluate": (evaluate, EVALUATE), "pareto": (pareto, PARETO)}

@@ -123,7 +123,7 @@ def test_what_was_stopped_goes_on(config, precision):
 def test_a_retrained_network_is_measured_alike_on_both(config, tmp_path):
     found = search(config)
     folder = str(tmp_path/"retrain")
-    retrain(RetrainConfig(folder=folder, architecture=f"{config.folder}/architecture.json", split_folder=f"{config.folder}/split",
+    retrain(RetrainConfig(folder=folder, architecture=f"{config.folder}/architecture.json", split_folder=f"{config.folder}/split", w_jig=.1, w_semi=1.,
                           **{k: SMALL[k] for k in ("size", "batch_labelled", "batch_unlabelled", "batch_jigsaw", "logs", "steps")}))
     network = load_network(folder)
     assert not next(network.parameters()).is_cuda

@@ -25,7 +25,7 @@ def run_search(folder, architecture=None):
 def run_retrain(folder, architecture):
     from selfsupnas.stages.retraining import RetrainConfig, retrain
     fields = {name: value for name, value in SMALL.items() if name in RetrainConfig.__dataclass_fields__}
-    retrain(RetrainConfig(folder=folder, architecture=architecture, **fields))
+    retrain(RetrainConfig(folder=folder, architecture=architecture, w_jig=.1, w_semi=1., **fields))
 
 
 STAGES = {"search": (run_search, "supernet.safetensors"), "retrain": (run_retrain, "network.safetensors")}
