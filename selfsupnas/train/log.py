@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mean_of_finite', 'window_means', 'time_text', 'log_line', 'last_checkpoint', 'LoggedStep', 'read_steps',
-           'write_bad_step', 'RunLog', 'describe_run', 'ratio_or_none', 'consistency_metrics']
+           'write_bad_step', 'busy_note', 'RunLog', 'describe_run', 'ratio_or_none', 'consistency_metrics']
 
 # %% ../../nbs/train/06_log.ipynb #c0f49003
-import math, time
+import math, os, time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -103,6 +103,13 @@ def write_bad_step(config: TrainingConfig, what: str, # is not finite: the loss 
             f"{last_checkpoint(config.folder, step)}")
 
 # %% ../../nbs/train/06_log.ipynb #b477e8bd
+def busy_note(threads: int, load: float, # processes that compute, averaged over a minute
+              cores: int) -> str:
+    "Advice where other processes compete for the cores; empty where there are none."
+    if threads == 1 or load < cores + .5: return ""
+    return (f"; {load:.1f} processes compete for {cores} cores, on which threads wait for each "
+            "other: OMP_NUM_THREADS=1 in the environment may be several times faster")
+
 class RunLog:
     "Means of losses and metrics over windows of steps; plots and records read its `rows`."
     def __init__(self, config: TrainingConfig):
@@ -182,7 +189,9 @@ class RunLog:
         if step - first != 9 or until_row < 60: return
         with bar.external_write_mode():
             print(f"step {step + 1}/{self.config.steps}  "
-                  f"{time_text(self.seconds_left(step + 1))} left", flush=True)
+                  f"{time_text(self.seconds_left(step + 1))} left"
+                  + busy_note(torch.get_num_threads(), os.getloadavg()[0], os.cpu_count()),
+                  flush=True)
 
     def is_best(self, row: dict | None) -> bool:
         measured = [r["val_miou"] for r in self.rows if r["val_miou"] is not None]
