@@ -102,7 +102,7 @@ def write_bad_step(config: TrainingConfig, what: str, # is not finite: the loss 
             f"({config.lr}) or the weight of that loss, or set bad_loss='skip'; "
             f"{last_checkpoint(config.folder, step)}")
 
-# %% ../../nbs/train/06_log.ipynb #b477e8bd
+# %% ../../nbs/train/06_log.ipynb #0372b374
 def busy_note(threads: int, load: float, # processes that compute, averaged over a minute
               cores: int) -> str:
     "Advice where other processes compete for the cores; empty where there are none."
@@ -110,6 +110,7 @@ def busy_note(threads: int, load: float, # processes that compute, averaged over
     return (f"; {load:.1f} processes compete for {cores} cores, on which threads wait for each "
             "other: OMP_NUM_THREADS=1 in the environment may be several times faster")
 
+# %% ../../nbs/train/06_log.ipynb #b477e8bd
 class RunLog:
     "Means of losses and metrics over windows of steps; plots and records read its `rows`."
     def __init__(self, config: TrainingConfig):
