@@ -7,7 +7,7 @@ __all__ = ['RULES', 'EXAMPLES', 'STAGE_FUNCTIONS', 'DEMO', 'DEMO_STAGES', 'COMMA
            'option_groups', 'fraction_rule', 'optional_rule', 'plain_rule', 'option_words', 'replace_pairs',
            'split_options', 'given_parameters', 'parse_options', 'check_inputs', 'check_evaluate', 'check_pareto',
            'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'stop_kernels',
-           'run_stage', 'run_in_folder', 'run_without_notebook', 'demo_runs', 'plan_demo', 'metric_lines',
+           'run_stage', 'run_in_folder', 'run_without_notebook', 'demo_runs', 'plan_demo', 'results_table',
            'align_table', 'demo', 'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions',
            'ZooOptions', 'DemoOptions', 'read_options', 'run_demo', 'run_data', 'run_report', 'run_export', 'run_zoo',
            'run_command', 'refuse_command', 'main']
@@ -403,13 +403,14 @@ def plan_demo(data: str, folder, words: list) -> dict: # words: options of the s
     return plan
 
 # %% ../nbs/08_cli.ipynb #cell-44
-def metric_lines(records:list) -> list: # records: of RunRecord
-    "Stage, metric and value in columns, one line for each single number in the records."
-    rows = [(r.stage, name, f"{value:.4g}" if isinstance(value, float) else str(value))
-            for r in records for name, value in r.metrics.items()
-            if isinstance(value, (int, float, str)) or value is None]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+def results_table(records:dict) -> str: # records: name of a search or retraining -> RunRecord
+    "A Markdown table with a row for each result, a column for each run."
+    from selfsupnas.viz.tables import ABSENT, headlines, to_markdown
+    results = {run: headlines(dataclasses.asdict(record))[0] for run, record in records.items()}
+    names = dict.fromkeys(name for cells in results.values() for name in cells)
+    return to_markdown([{"result": name} | {run: cells.get(name, ABSENT).text
+                                            for run, cells in results.items()}
+                        for name in names], ["result", *results])
 
 def align_table(table:str) -> str:
     "A Markdown table as plain text for the terminal."
@@ -433,8 +434,9 @@ def demo(data: str, folder, words: list) -> int:
     for path in sorted(p for run in plan for p in (folder/run).iterdir()
                        if p.is_file() and not p.name.startswith(".")): # without locks
         print(f"  {path}")
-    print("\nMetrics of search and retraining on validation images:",
-          *metric_lines([records["search"], records["retrain"]]), sep="\n")
+    trained = {run: records[run] for run, (stage, _) in plan.items() if stage != "evaluate"}
+    print("\nSearch and retraining, on validation images:", align_table(results_table(trained)),
+          sep="\n")
     tested = {name: records[run] for name, run in (
         ("labels alone", "evaluate"), ("and unlabelled", "evaluate-unlabelled")) if run in records}
     print(f"\nOn the {records['evaluate'].metrics['split']} images, with baselines:",

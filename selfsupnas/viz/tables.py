@@ -310,7 +310,8 @@ def page_runs(folders) -> list:
     runs = []
     for record, place in zip(records, places):
         name = record["stage"] if place == shared else place.relative_to(shared).as_posix()
-        if places.count(place) > 1: name += f" {record['stage']}" # several records in a folder
+        if places.count(place) > 1: # several records in a folder
+            name += f" {Path(record['file']).stem.removesuffix('-record')}"
         log = place/"history.json"
         trained = record["stage"] in ("search", "retrain") and log.is_file()
         pictures = {p.name: p for p in sorted(place.iterdir()) if p.suffix in PICTURES}
