@@ -179,7 +179,8 @@ drift: env ## export and clean the notebooks; fails if a file changes
 	changed=$$({ diff <(echo "$$before") <(state) || true; } | sed -n 's/^[<>] [0-9]* [0-9]* //p' | sort -u)
 	if [ -n "$$changed" ]; then
 	  printf '%s\n' "These files did not match and have now been exported and cleaned:" "$$changed" \
-	    "Check the changes with git diff, commit them, and run again." >&2
+	    "Check the changes with git diff, commit them, and run again. If you only ran a notebook," \
+	    "git checkout restores its committed outputs: git checkout nbs/00_tour.ipynb" >&2
 	  exit 1
 	fi
 

@@ -7,8 +7,8 @@ __all__ = ['RULES', 'EXAMPLES', 'STAGE_FUNCTIONS', 'DEMO', 'DEMO_STAGES', 'COMMA
            'option_groups', 'fraction_rule', 'optional_rule', 'plain_rule', 'option_words', 'replace_pairs',
            'split_options', 'given_parameters', 'parse_options', 'check_inputs', 'check_evaluate', 'check_pareto',
            'check_training_inputs', 'kernel_manager_class', 'run_notebook', 'run_interruptible', 'stop_kernels',
-           'run_stage', 'run_in_folder', 'run_without_notebook', 'demo_runs', 'plan_demo', 'results_table',
-           'align_table', 'demo', 'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions',
+           'align_table', 'print_results', 'run_stage', 'run_in_folder', 'run_without_notebook', 'demo_runs',
+           'plan_demo', 'demo', 'open_splits', 'inspect_data', 'DataOptions', 'ReportOptions', 'ExportOptions',
            'ZooOptions', 'DemoOptions', 'read_options', 'run_demo', 'run_data', 'run_report', 'run_export', 'run_zoo',
            'run_command', 'refuse_command', 'main']
 
@@ -284,6 +284,21 @@ def stop_kernels(kernels: list, # process ids, as strings
         try: os.kill(int(pid), signal.SIGINT if tries < 3 else signal.SIGTERM)
         except ProcessLookupError: pass # the process has ended
 
+# %% ../nbs/08_cli.ipynb #cell-44
+def align_table(table:str) -> str:
+    "A Markdown table as plain text for the terminal."
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    widths = [max(map(len, column)) for column in zip(*rows[:1], *rows[2:])]
+    rows[1] = ["-" * width for width in widths]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+def print_results(stage: str, folder: Path):
+    "Print the result of the finished run in a folder."
+    from selfsupnas.viz.tables import run_summary
+    path = folder/f"{stage}-record.json"
+    if path.is_file():
+        print(align_table(run_summary(RunRecord.load(path)).partition("\n\n")[0]), flush=True)
+
 # %% ../nbs/08_cli.ipynb #d1e89001
 def run_stage(stage:str,
               parameters:dict, # checked
@@ -299,12 +314,15 @@ def run_stage(stage:str,
     if (record := finished_run(config, stage)) and (folder/f"{stage}.ipynb").is_file():
         print(f"selfsupnas {stage}: {finished_message(folder, record)}; its notebook is "
               f"{folder}/{stage}.ipynb")
+        print_results(stage, folder)
         return 0
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OSError(f"cannot write to {folder}: {e.strerror}; take another --folder") from e
     with lock_folder(folder, wait=.1, lock=".command.lock"):
-        return run_in_folder(stage, parameters, folder, source or stage_notebook(stage))
+        status = run_in_folder(stage, parameters, folder, source or stage_notebook(stage))
+    if status == 0: print_results(stage, folder)
+    return status
 
 def run_in_folder(stage: str, parameters: dict, folder: Path, source) -> int:
     "Run a stage's notebook in its locked folder and return the exit status."
@@ -402,23 +420,6 @@ def plan_demo(data: str, folder, words: list) -> dict: # words: options of the s
         if not finished: check_inputs(stage, config, later=True)
     return plan
 
-# %% ../nbs/08_cli.ipynb #cell-44
-def results_table(records:dict) -> str: # records: name of a search or retraining -> RunRecord
-    "A Markdown table with a row for each result, a column for each run."
-    from selfsupnas.viz.tables import ABSENT, headlines, to_markdown
-    results = {run: headlines(dataclasses.asdict(record))[0] for run, record in records.items()}
-    names = dict.fromkeys(name for cells in results.values() for name in cells)
-    return to_markdown([{"result": name} | {run: cells.get(name, ABSENT).text
-                                            for run, cells in results.items()}
-                        for name in names], ["result", *results])
-
-def align_table(table:str) -> str:
-    "A Markdown table as plain text for the terminal."
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
-    widths = [max(map(len, column)) for column in zip(*rows[:1], *rows[2:])]
-    rows[1] = ["-" * width for width in widths]
-    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
 # %% ../nbs/08_cli.ipynb #ea46457c
 def demo(data: str, folder, words: list) -> int:
     "Carry out the runs of the demo in folders of their names; returns the exit status."
@@ -434,11 +435,9 @@ def demo(data: str, folder, words: list) -> int:
     for path in sorted(p for run in plan for p in (folder/run).iterdir()
                        if p.is_file() and not p.name.startswith(".")): # without locks
         print(f"  {path}")
-    trained = {run: records[run] for run, (stage, _) in plan.items() if stage != "evaluate"}
-    print("\nSearch and retraining, on validation images:", align_table(results_table(trained)),
-          sep="\n")
     tested = {name: records[run] for name, run in (
-        ("labels alone", "evaluate"), ("and unlabelled", "evaluate-unlabelled")) if run in records}
+        ("labels alone", "evaluate"), ("labels + unlabelled", "evaluate-unlabelled"))
+        if run in records}
     print(f"\nOn the {records['evaluate'].metrics['split']} images, with baselines:",
           align_table(evaluation_table(join_evaluations(tested))), sep="\n")
     return 0
@@ -583,7 +582,11 @@ def run_command(command: str, words: list) -> int:
     parameters = parse_options(command, words)
     config = STAGES[command](**parameters)
     from selfsupnas.train.checkpoint import finished_run
-    if not finished_run(config, command): check_inputs(command, config)
+    try: finished = finished_run(config, command)
+    except ValueError: # the folder has another run; name a missing input first
+        check_inputs(command, config)
+        raise
+    if not finished: check_inputs(command, config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: return run_without_notebook(command, config)
     return run_stage(command, parameters, config.folder)
 

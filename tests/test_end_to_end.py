@@ -95,7 +95,7 @@ def test_the_demo_says_what_it_does_and_where_things_are(run):
     metrics = json.loads((folder/"retrain"/"retrain-record.json").read_text())["metrics"]
     assert re.search(rf"retrain +val_miou +{metrics['val_miou']:.4g}$", done.stdout, re.M)
     table = done.stdout.split("On the test images")[1]
-    for name, label in (("evaluate", "labels alone"), ("evaluate-unlabelled", "and unlabelled")):
+    for name, label in (("evaluate", "labels alone"), ("evaluate-unlabelled", "labels + unlabelled")):
         rows = json.loads((folder/name/"evaluate-record.json").read_text())["metrics"]["rows"]
         assert re.search(rf"^  {label} +{100 * rows['searched']['miou']:.1f} ", table, re.M)
     assert "Traceback" not in done.stderr

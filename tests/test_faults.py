@@ -376,7 +376,7 @@ FAULTS = {
         "an architecture with a layer in words": (after(spoilt(put(edges=[["first", 0, "keep", 1.]])), given("retrain", architecture=A)), "edges.0.0 must be a valid integer, not 'first'"),
         "an architecture of odd channels": (after(spoilt(within("space", put(channels=5))), given("retrain", architecture=A)), "space: channels must be a multiple of 2, not 5"),
         "an architecture with an unknown operation": (after(spoilt(within("space", put(operations=["conv_9x9"]))), raises(ValueError, lambda: run_retrain("new"))), "search/architecture.json: unknown operation 'conv_9x9'; known: "),
-        "an architecture for other classes": (after(spoilt(within("space", put(num_classes=19))), raises(ValueError, lambda: run_retrain("new"))), "architecture.json has 19 classes, data 3: search on this data"),
+        "an architecture for other classes": (after(spoilt(within("space", put(num_classes=19))), raises(ValueError, lambda: run_retrain("new"))), "architecture.json has 19 classes, data 3: set --data and --root"),
         "half a record": (after(lambda: cut(R), given("evaluate", network="retrain")), "retrain-record.json is not a run record: no JSON, or cut short"),
         "a record that is a list": (after(lambda: Path(R).write_text("[1]"), given("evaluate", network="retrain")), "retrain-record.json is not a run record: it holds a list"),
         "a record nested without end": (after(lambda: Path(R).write_text("[" * 100_000), given("evaluate", network="retrain")), "nested too deeply"),

@@ -101,8 +101,8 @@ def initial_network(config: RetrainConfig,
         return build_baseline(name, spec.num_classes, channels)
     if architecture.space.num_classes != spec.num_classes:
         raise ValueError(f"{config.file} has {architecture.space.num_classes} classes, "
-                         f"{spec.name} {spec.num_classes}: search on this data, or change "
-                         "num_classes in a copy of the file")
+                         f"{spec.name} {spec.num_classes}: set --data and --root as in that "
+                         "search, search on this data, or change num_classes in a copy of the file")
     if name in GRID_RIVALS:
         architecture = grid_rival(name, architecture, size, target, config.weights)
     torch.manual_seed(config.seed) # only now: counting costs draws random numbers
@@ -248,6 +248,9 @@ def load_network(folder,
                                  record.metrics.get("channels"))
     else:
         file = folder/"architecture.json"
+        if not (record or file.exists()):
+            raise FileNotFoundError(f"no trained network in {folder}; `selfsupnas retrain` writes "
+                                    "one")
         network = static_network(load_architecture(file), file)
     if not weights.exists():
         raise FileNotFoundError(f"no weights at {weights}; `selfsupnas retrain` writes them")
@@ -259,6 +262,9 @@ def load_teacher(folder, data: TrainingData) -> torch.nn.Module:
     """The network of the retraining in `folder`, as a teacher on this data. Raises ValueError for
     other classes, and for a teacher that learned the labels of unlabelled images."""
     folder = Path(folder)
+    if not (folder/"retrain-record.json").is_file():
+        raise FileNotFoundError(f"teacher {folder} is not the folder of a retraining: it has no "
+                                "retrain-record.json")
     network, spec = load_network(folder), data.train.spec
     record = RunRecord.load(folder/"retrain-record.json", needs=("architecture",))
     if record.metrics["classes"] != list(spec.classes):

@@ -220,7 +220,8 @@ def search(config: SearchConfig,
 BUDGET_TOLERANCE = 1.05 # times the budget
 
 def budget_note(record: RunRecord) -> str | None:
-    "For a search that missed its budget, or left much of it unused: by how much, and a remedy."
+    """For a search that missed its budget, left much of it unused, or met it by the gate threshold
+    alone: by how much, and a remedy."""
     metrics, parameters = record.metrics, record.parameters
     realised, budget = metrics["realised_share"], parameters["budget"]
     derived = metrics["derived_cost"] / metrics["full_cost"]
@@ -235,6 +236,11 @@ def budget_note(record: RunRecord) -> str | None:
     elif max(realised, derived) < .75 * budget:
         change = "take more steps, a smaller w_cost or a larger w_binary"
         summary = f"budget not used: the gates realise {realised:.2f} of the full cost"
+    elif metrics["expected_share"] > 1.5 * budget:
+        change = "take more steps; gates that hardly differ say little about the edges"
+        summary = ("search too short: the gates have not adapted to the budget (expected cost "
+                   f"{metrics['expected_share']:.2f} of the full cost), only the gate threshold, "
+                   f"raised to {metrics['gate_threshold']:.2f}, meets it")
     else: return None
     return (f"{summary}, the budget is {budget:g}; the derived network has "
             f"{metrics['edges_kept']} of {metrics['edges']} edges and costs {derived:.2f}. "

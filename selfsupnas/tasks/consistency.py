@@ -41,7 +41,7 @@ def check_consistency(student_logits: torch.Tensor, # (B, K, H, W)
 
 # %% ../../nbs/tasks/04_consistency.ipynb #cell-33
 def mean_teacher(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
-                 teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
+                 teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, same mix
                  valid: torch.Tensor, # (B, H, W) bool, False on padding
                  threshold=0.95, # tau, for the diagnostics only
                  diagnosis_label: torch.Tensor = None, # (B, H, W) int64, for the diagnostics only
@@ -65,7 +65,7 @@ def mean_teacher(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
 
 # %% ../../nbs/tasks/04_consistency.ipynb #cell-35
 def fixmatch(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
-             teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, mixed alike
+             teacher_logits: torch.Tensor, # (B, K, H, W) on the weak view, same mix
              valid: torch.Tensor, # (B, H, W) bool, False on padding
              threshold=0.95, # confidence threshold tau, or one per class, (K,)
              diagnosis_label: torch.Tensor = None, # (B, H, W) int64, for the diagnostics only
@@ -91,7 +91,7 @@ def pseudo_label_loss(student_logits, teacher_logits, valid, # see `fixmatch`
 
 # %% ../../nbs/tasks/04_consistency.ipynb #2ce6af1f
 def hard_labels(student_logits: torch.Tensor, # (B, K, H, W) on the strong view
-                teacher_logits: torch.Tensor, # (B, K, H, W) of the other network, mixed alike
+                teacher_logits: torch.Tensor, # (B, K, H, W) of the other network, same mix
                 valid: torch.Tensor, # (B, H, W) bool, False on padding
                 threshold=0.95, # tau, for the diagnostics only
                 diagnosis_label: torch.Tensor = None, # (B, H, W) int64, for the diagnostics only
@@ -164,10 +164,10 @@ CONSISTENCY = { # kinds by name
 # %% ../../nbs/tasks/04_consistency.ipynb #b9c5296c
 def consistency_loss(kind: Consistency,
                      student: dict, # view -> logits (B, K, H, W) that are trained
-                     target: dict, # view -> the teacher's logits (B, K, H, W), mixed alike
-                     valid: dict, # view -> (B, H, W) bool, False on padding, mixed alike
+                     target: dict, # view -> the teacher's logits (B, K, H, W), same mix
+                     valid: dict, # view -> (B, H, W) bool, False on padding, same mix
                      threshold, # confidence threshold tau, or one per class, (K,)
-                     diagnosis: dict = None, # view -> (B, H, W) int64 hidden truth, mixed alike
+                     diagnosis: dict = None, # view -> (B, H, W) int64 hidden truth, same mix
                      parts: dict = None, # view -> `local_weight` of a shared batch's valid pixels
                      ) -> tuple:
     """Loss (scalar), the weighted sum of a kind's terms, and diagnostics (dict) of the strong view;

@@ -176,8 +176,8 @@ class StepSources:
 
 # %% ../../nbs/train/02_batches.ipynb #ed79a330
 def make_streams(config: TrainingConfig, data: TrainingData, on_device: bool = False) -> dict:
-    """A pair (Stream, images a step) by name: labelled or plain, unlabelled, jigsaw; without those
-    of losses that are not computed. `on_device`: the device renders the views."""
+    """A pair (Stream, images per step) by name: labelled or plain, unlabelled, jigsaw; without
+    those of losses that are not computed. `on_device`: the device renders the views."""
     strong = StrongView(config.jitter, config.jitter_p, config.grey_p, config.blur_p, config.blur)
     def stream(ids, zoom, flip=0.5, category_ratio=1.0, fill=False, **kind):
         return Stream(data.train, ids, WeakView(config.crop, zoom, flip, category_ratio, fill),

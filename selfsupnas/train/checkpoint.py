@@ -337,5 +337,5 @@ def run_once(stage: str,
     return decorate
 
 def finished_message(folder, record: RunRecord) -> str:
-    return (f"{folder} holds this run, finished {record.created}: its results are read, "
-            "nothing is computed (overwrite=True repeats it)")
+    return (f"{folder} holds this run, finished {record.created}: its results are loaded, "
+            "nothing is computed (to run it again: overwrite=True, --overwrite)")

@@ -130,7 +130,7 @@ class DataConfig:
     size: Size | None = None # (height, width) to resize images to; None: as they are
     crop: Size | None = None # (height, width) of a training view; None: size of the image
     label_fraction: PositiveShare = 1 / 40 # share of the training images whose labels are used
-    split_folder: PathText | None = None # has (un)labeled.txt; None: by label_fraction and seed
+    split_folder: PathText | None = None # folder of a split; None: by label_fraction and seed
     skip_unreadable: bool = False # skip damaged files and name them; False: they stop the run
     cache_gb: NonNegativeFloat = 4.0 # cache for decoded images, 1e9 bytes; others are decoded again
     workers: NonNegativeInt = 0 # processes that prepare views
@@ -140,9 +140,9 @@ class DataConfig:
 class OptimiserConfig:
     "Steps, batches, optimiser, and the teacher's average."
     steps: PositiveInt = 500 # optimiser steps (published: 190,000 of batch 8)
-    batch_labelled: PositiveInt = 8 # labelled images a step
-    batch_unlabelled: PositiveInt = 8 # unlabelled images a step
-    batch_jigsaw: PositiveInt = 12 # jigsaws a step, from both kinds of images; labels are not used
+    batch_labelled: PositiveInt = 8 # labelled images per step
+    batch_unlabelled: PositiveInt = 8 # unlabelled images per step
+    batch_jigsaw: PositiveInt = 12 # jigsaws per step, from both kinds of images; without labels
     optimiser: Literal["adamw", "sgd"] = "adamw" # published: sgd with lr 0.05
     lr: NonNegativeFloat = 3e-3 # peak learning rate
     gate_lr: PositiveFloat = 1.0 # factor of lr for gates (published, with pretrained weights: 2.5)

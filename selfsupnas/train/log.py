@@ -49,7 +49,7 @@ def time_text(seconds: float) -> str:
 def log_line(row: dict, steps: int, # of the run
              seconds_left: float | None = None) -> str:
     "A log row as one printed line: losses without their weights, metrics in per cent."
-    shares = {"jig_accuracy": "jigsaws", "pseudo_share": "pseudo-labels",
+    shares = {"jig_accuracy": "jigsaws", "pseudo_share": "confident",
               "expected": "expected", "realised": "realised", "val_miou": "val mIoU"}
     losses = [f"{name} {row[name]:.3f}" for name in ("sup", "jig", "semi", "cost")
               if row.get(name) is not None]

@@ -277,7 +277,7 @@ def tensorboard_tracker(accelerator, # as of `make_accelerator`
 
 # %% ../../nbs/train/07_loop.ipynb #c0fe5020
 @contextlib.contextmanager
-def explain_failures(images: tuple, # labelled, unlabelled and jigsaw images a step
+def explain_failures(images: tuple, # labelled, unlabelled and jigsaw images per step
                      size: tuple | None, # of them, if it is set
                      workers: int):
     "Raise MemoryError or RuntimeError that names the parameters to lower."

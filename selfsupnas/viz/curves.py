@@ -36,7 +36,7 @@ HISTORY_PANELS = (
     ("weights", {f"w_{key}": name for key, name in _TERMS.items()}, 1, False),
     ("learning rate", {"lr": "learning rate"}, 1, False),
     ("jigsaw accuracy, train batches (%)", {"jig_accuracy": "accuracy"}, 100, False),
-    ("unlabelled pixels (%)", {"pseudo_share": "share above the threshold",
+    ("pixels of unlabelled images (%)", {"pseudo_share": "share above the threshold",
                                "pseudo_accuracy": "correct pseudo-labels"}, 100, False),
     ("gate threshold", {"gate_threshold": "threshold"}, 1, False),
     ("cost (% of the full grid)", {"expected": "expected", "realised": "realised"}, 100, False),

@@ -26,12 +26,12 @@ def mark_verdict(ax, # matplotlib Axes of a jigsaw
 
 def plot_jigsaw(images, # (B,3,H,W) uint8
                 shuffled, # (B,3,H,W) float, from `cut_and_shuffle`
-                restored=None, # (B,3,H,W) float, put back by `guess`
+                restored=None, # (B,3,H,W) float, reassembled by `guess`
                 truth=None, guess=None, # (B,) or (B,n*n) int, permutations
                 n:int=2): # tiles in a row
     "A matplotlib Figure of images, their jigsaws and the restored images, one column each."
     rows = [("image", as_array(images)), ("what the\nnetwork sees", viewable_tiles(shuffled))]
-    if restored is not None: rows.append(("put back\nby its guess", viewable_tiles(restored)))
+    if restored is not None: rows.append(("reassembled\nfrom its guess", viewable_tiles(restored)))
     for name, batch in rows[1:]:
         if batch.shape != rows[0][1].shape:
             raise ValueError(f"images are {rows[0][1].shape}, but {name!r} is {batch.shape}")
@@ -50,7 +50,7 @@ def plot_jigsaw(images, # (B,3,H,W) uint8
     if truth is not None and guess is not None:
         verdict = (as_array(truth) == as_array(guess)).reshape(count, -1).all(1)
         for ax, right in zip(axes[-1], verdict): mark_verdict(ax, bool(right))
-        fig.suptitle(f"{int(verdict.sum())} of {count} pictures put back rightly", fontsize=9)
+        fig.suptitle(f"{int(verdict.sum())} of {count} pictures correctly reassembled", fontsize=9)
     return fig
 
 # %% ../../nbs/viz/03_predictions.ipynb #cell-17
@@ -109,8 +109,8 @@ def plot_views(weak, # (B,3,H,W) uint8, the teacher's view
         equal = (prediction == answer)[sure]
         alike = f", {100 * equal.mean():.0f} % alike there" if sure.any() else ""
         shown = {"weak view": as_picture(weak[i]), "strong view": as_picture(strong[i]),
-                 "teacher, mixed alike": colourise(answer, *colours),
-                 f"at least {threshold:g} sure: {100 * sure.mean():.0f} %":
+                 "teacher, same mix": colourise(answer, *colours),
+                 f"confidence ≥ {threshold:g}: {100 * sure.mean():.0f} %":
                      colourise(np.where(sure, answer, spec.ignore_index), *colours),
                  "student" + alike: colourise(prediction, *colours)}
         for ax, (head, picture) in zip(line, shown.items()):
