@@ -170,7 +170,13 @@ test-oldest: ## the quick tests with the oldest versions (tests/oldest.txt), on 
 
 # The state is compared before and after, so that uncommitted changes are allowed.
 drift: env ## export and clean the notebooks; fails if a file changes
-	@echo "== drift: exporting and cleaning the notebooks; no file may change"
+	@live=$$(grep -rl --include='*.ipynb' --exclude-dir=.ipynb_checkpoints 'vnd.jupyter.widget-view' nbs || true)
+	if [ -n "$$live" ]; then
+	  printf '%s\n' "These notebooks were run in JupyterLab and hold widgets that work only there:" "$$live" \
+	    "git checkout FILE restores the committed outputs; make notebooks NB=FILE makes new ones." >&2
+	  exit 1
+	fi
+	echo "== drift: exporting and cleaning the notebooks; no file may change"
 	state() { find nbs selfsupnas -name .ipynb_checkpoints -prune -o -type f \( -name '*.ipynb' -o -name '*.py' \) \
 	  -exec cksum {} + | sort -k 3; }
 	before=$$(state)
@@ -180,7 +186,7 @@ drift: env ## export and clean the notebooks; fails if a file changes
 	if [ -n "$$changed" ]; then
 	  printf '%s\n' "These files did not match and have now been exported and cleaned:" "$$changed" \
 	    "Check the changes with git diff, commit them, and run again. If you only ran a notebook," \
-	    "git checkout restores its committed outputs: git checkout nbs/00_tour.ipynb" >&2
+	    "git checkout FILE restores its committed outputs." >&2
 	  exit 1
 	fi
 
