@@ -107,8 +107,9 @@ def find_card(name: str) -> tuple: # -> place, card
         for card in read_cards(place):
             if card.name == name: return place, card
             known.append(card.name)
-    raise ValueError(f"the zoo has no {name!r}; known: {', '.join(sorted(known))}"
-                     f"{suggestion(name, known)}")
+    hint = ("; selfsupnas.stages.retraining.load_network reads the folder of a retraining"
+            if Path(name).is_dir() else suggestion(name, known))
+    raise ValueError(f"the zoo has no {name!r}; known: {', '.join(sorted(known))}{hint}")
 
 def card(name: str) -> Card:
     "The card of a network or supernet; raises ValueError for an unknown name."

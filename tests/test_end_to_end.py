@@ -93,11 +93,11 @@ def test_the_demo_says_what_it_does_and_where_things_are(run):
     assert len(re.findall(r"^step\b|\bstep +\d", done.stdout, re.M)) >= 2 * SMALL["logs"], "no line a log step"
     for name, stage in RUNS.items(): assert f"tiny/{name}/{stage}-record.json" in done.stdout
     metrics = json.loads((folder/"retrain"/"retrain-record.json").read_text())["metrics"]
-    assert re.search(rf"retrain +val_miou +{metrics['val_miou']:.4g}$", done.stdout, re.M)
+    assert re.search(rf"^  val mIoU \(%\) +{100 * metrics['val_miou']:.1f}$", done.stdout, re.M)
     table = done.stdout.split("On the test images")[1]
     for name, label in (("evaluate", "labels alone"), ("evaluate-unlabelled", "labels + unlabelled")):
         rows = json.loads((folder/name/"evaluate-record.json").read_text())["metrics"]["rows"]
-        assert re.search(rf"^  {label} +{100 * rows['searched']['miou']:.1f} ", table, re.M)
+        assert re.search(rf"^  {re.escape(label)} +{100 * rows['searched']['miou']:.1f} ", table, re.M)
     assert "Traceback" not in done.stderr
 
 

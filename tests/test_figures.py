@@ -629,7 +629,7 @@ def test_plot_views():
         assert (teacher == in_colours(taught)).all() and (student == in_colours(own)).all()
         assert (counted == in_colours(np.where(left, taught, 255))).all()
     for heads in np.reshape([ax.get_title() for ax in figure.axes], (2, 5)):
-        for head, word in zip(heads, ("weak", "strong", "teacher", "sure", "student")): assert word in head
+        for head, word in zip(heads, ("weak", "strong", "teacher", "confidence", "student")): assert word in head
         assert numbers(heads[3]) == [.9, 50] and numbers(heads[4]) == [75] # per cent of pixels; alike where sure
     check_palette(figure)
     return figure

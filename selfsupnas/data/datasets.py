@@ -158,7 +158,8 @@ def folder_pairs(root, split:str, fractions:tuple, seed:int,
     images, masks = Path(root)/"images", Path(root)/"masks"
     if not images.is_dir():
         raise FileNotFoundError(f"there is no folder {images}: put your dataset into "
-                                "ROOT/images/{train,val,test} and ROOT/masks/{train,val,test}")
+                                "ROOT/images/{train,val,test} and ROOT/masks/{train,val,test}, and "
+                                "give ROOT as root (--root)")
     folder, unlabelled = find_spelling(images, *UNLABELLED) if split == "train" else None, {}
     if folder and folder.is_dir():
         unlabelled = {f"{folder.name}/{stem}": (p, None)
@@ -188,7 +189,7 @@ def class_lines(path) -> tuple:
     """Returns the names and the colours (None unless each line ends with r, g, b) of a classes.txt,
     whose lines may start with class numbers; raises FileNotFoundError or ValueError."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no class names: write {path}, one per line, or pass classes=")
+        raise FileNotFoundError(f"no class names: write {path}, one per line")
     lines = read_text(path, "a list of class names").splitlines()
     lines = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
     spaced = [re.sub(r"\s*[,;\t]\s*", " ", line) for line in lines] # one separator

@@ -68,7 +68,8 @@ def open_image(path, what:str="image"): # what: the content, for the message
         with open(path, "rb") as file, Image.open(file) as f: yield f
     except DECODE_ERRORS as e:
         is_unknown = isinstance(e, UnidentifiedImageError) # Pillow does not name an open file
-        reason = f"cannot identify image file {str(path)!r}" if is_unknown else e
+        reason = (f"cannot identify image file {str(path)!r}" if is_unknown else
+                  "there is no such file" if isinstance(e, FileNotFoundError) else e)
         raise UnreadableFile(f"cannot read the {what} {path}: {reason}") from None
 
 def turn_upright(f) -> Image.Image:
@@ -136,7 +137,8 @@ def check_numbers(mask:np.ndarray, path, spec:SegmentationSpec) -> None:
     if not invalid: return
     hint = ("; do they start at 1? Then subtract 1" if invalid == [count] and 0 not in numbers else
             f"; are they grey values? Write class numbers, such as 1 instead of {invalid[0]}"
-            if len(numbers) <= max(count, 2) and invalid[0] > count else "")
+            if len(numbers) <= max(count, 2) and invalid[0] > count else
+            "; does the list of classes (classes.txt of a folder) lack them?")
     raise ValueError(f"the mask {path} holds the numbers {invalid}, but {spec.name} has the "
                      f"classes 0 to {count - 1} ({spec.ignore_index} is ignored){hint}")
 

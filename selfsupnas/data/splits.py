@@ -124,7 +124,8 @@ def read_ids(path,  # labeled.txt or unlabeled.txt
     def plain(text): return unicodedata.normalize("NFC", text) # systems encode accents differently
     path, names = Path(path), {plain(name): i for name, i in dataset.ids_by_name().items()}
     if not path.is_file():
-        raise FileNotFoundError(f"there is no split file {path}; write one with save_split")
+        raise FileNotFoundError(f"there is no split file {path}; `selfsupnas search` "
+                                "writes split/, save_split any other")
     lines = [line.strip() for line in read_text(path, "a split file").splitlines()]
     ids = [(number, line, find_id(plain(line), names)) for number, line in enumerate(lines, 1)
            if line]

@@ -196,7 +196,7 @@ class EvaluateConfig:
     root: PathText | None = None # of the data; None: that of the retraining, else SELFSUPNAS_DATA
     classes: Several[str] | None = None # class of the data for each class of the network
     split: Literal["train", "val", "test"] = "test" # val: without the images that chose the route
-    baselines: Several[str] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # or ()
+    baselines: Several[str] = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50") # () for none
     train_baselines: bool = False # train them as well: minutes to hours
     latency_repeats: PositiveInt = 15 # timed calls; the latency is their median
     batch_size: PositiveInt = 8 # images or windows at once
@@ -204,7 +204,7 @@ class EvaluateConfig:
     scales: Several[float] = (1.,) # scales of the image; probabilities are added up
     flip: bool = False # also predict the mirror image
     skip_unreadable: bool = False # leave damaged files out and count them; False: they stop the run
-    seed: Seed = 0 # of the weights of the baselines
+    seed: Seed = 0 # of baseline weights
     overwrite: bool = False # replace the evaluation in the folder
 
     def __post_init__(self):

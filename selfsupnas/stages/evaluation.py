@@ -216,6 +216,9 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     with timer("evaluation"):
         measured = evaluate_segmenter(network, report, config.batch_size, **views)
     trivial = trivial_predictor_metrics(counts, report)
+    if measured.miou <= 1.05 * trivial.miou:
+        print(f"evaluation: mIoU {measured.miou:.1%}, no better than predicting the most frequent "
+              "class everywhere: train longer (--steps)", flush=True)
     name = retrained["architecture"]
     own_name = config.conventions != "own" or is_hand_crafted(name) or name in GRID_RIVALS
     first = name if own_name else "searched"

@@ -215,7 +215,8 @@ def describe_run(config: TrainingConfig, data: TrainingData, size: tuple, # (H,W
         f"network  {parameters:,} parameters, {cost}",
         f"steps    {config.steps:,} of "
         + ", ".join(f"{count} {name}" for name, count in batches.items() if count)
-        + f"; {local_device().type}, precision {config.precision}"])
+        + f"; {local_device().type}, "
+        + ("float32" if config.precision == "no" else config.precision)])
 
 # %% ../../nbs/train/06_log.ipynb #be017785
 def ratio_or_none(part: float, whole: float): return part / whole if whole else None

@@ -377,7 +377,7 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
 </tbody></table></div>
 {% endmacro %}
 <h1>{{ count }} run{{ "s" if count > 1 }}</h1>
-<p>A click on a header sorts. A dash: the run has no such entry.</p>
+<p>Click a header to sort. A dash: the run has no such entry.</p>
 {% for part in parts %}
 <h2>{{ part.stage }}</h2>
 {{ table(*part.results) if part.results[1] }}
