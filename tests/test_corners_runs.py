@@ -203,6 +203,8 @@ def test_a_missed_budget_is_said(place, capsys):
     assert not found.record.metrics["budget_met"] and "budget_gain" in budget_note(found.record)
     said = capsys.readouterr().out
     assert "budget missed" in said and "the budget is 0.8" in said and f"of {found.record.metrics['edges']} edges" in said
+    short = search(dataclasses.replace(SEARCH, folder="short", budget=.63)).record
+    assert short.metrics["budget_met"] and short.metrics["last_step_realised_share"] > .95 and "too short" in budget_note(short)
     assert budget_note(load_search("search").record) is None and found.record.metrics["realised_share"] > .8
 
 

@@ -236,11 +236,11 @@ def budget_note(record: RunRecord) -> str | None:
     elif max(realised, derived) < .75 * budget:
         change = "take more steps, a smaller w_cost or a larger w_binary"
         summary = f"budget not used: the gates realise {realised:.2f} of the full cost"
-    elif metrics["expected_share"] > 1.5 * budget:
+    elif (last := metrics.get("last_step_realised_share") or 0) > 1.5 * budget:
         change = "take more steps; gates that hardly differ say little about the edges"
-        summary = ("search too short: the gates have not adapted to the budget (expected cost "
-                   f"{metrics['expected_share']:.2f} of the full cost), only the gate threshold, "
-                   f"raised to {metrics['gate_threshold']:.2f}, meets it")
+        summary = (f"search too short: at its last step the gates realised {last:.2f} of the full "
+                   f"cost; a gate threshold of {metrics['gate_threshold']:.2f}, set afterwards, "
+                   "meets the budget")
     else: return None
     return (f"{summary}, the budget is {budget:g}; the derived network has "
             f"{metrics['edges_kept']} of {metrics['edges']} edges and costs {derived:.2f}. "
@@ -258,6 +258,7 @@ def search_metrics(config: SearchConfig, data, trained: TrainResult, table, deri
                "derived_gflops": counted.gflops, "derived_parameters": counted.parameters,
                "expected_share": statistics.expected.mean().item() / table.full,
                "realised_share": realised,
+               "last_step_realised_share": trained.history[-1].get("realised"), # in training
                "budget_met": realised <= BUDGET_TOLERANCE * config.budget,
                "gate_threshold": gate_threshold_of(trained.model),
                "edges": len(table.space.edges()),
