@@ -571,6 +571,7 @@ def run_zoo(words: list) -> int:
           f"{options.to}")
     return 0
 
+# %% ../nbs/08_cli.ipynb #runcomm1
 COMMANDS = {"demo": run_demo, "data": run_data, "report": run_report, "export": run_export,
             "zoo": run_zoo}
 
