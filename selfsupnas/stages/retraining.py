@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['require_weights', 'check_files', 'grid_rival', 'supernet_weights', 'static_network', 'configured_architecture',
-           'initial_network', 'RetrainResult', 'load_retrain', 'recalibrated_metrics', 'retrain', 'retrain_or_load',
-           'load_network', 'load_teacher']
+           'initial_network', 'RetrainResult', 'load_retrain', 'recalibrated_metrics', 'retrain_metrics', 'retrain',
+           'retrain_or_load', 'load_network', 'load_teacher']
 
 # %% ../../nbs/stages/04_retraining.ipynb #4fc969c7
 import copy, dataclasses
@@ -158,6 +158,39 @@ def recalibrated_metrics(trained: TrainResult, plain: torch.Tensor, # (n,3,H,W) 
     return {"val_miou_before_recalibration": before,
             "student_recalibrated_val_miou": miou_of(student, report)}
 
+# %% ../../nbs/stages/04_retraining.ipynb #retrmet1
+def retrain_metrics(config: RetrainConfig, data, trained: TrainResult, cost, # of `count_cost`
+                    target: float | None, # multiply-adds that a rival was asked for
+                    report, # validation images that selected nothing
+                   ) -> dict:
+    """Metrics of the record, on the validation images of `report`. Recalibrates batch norm of the
+    trained network first if `config.recalibrate` is set."""
+    recalibrated = {}
+    if config.recalibrate:
+        plain = plain_images(data, config.crop, config.seed, config.recalibrate)
+        recalibrated = recalibrated_metrics(trained, plain, report)
+    measured = metrics_or_none(trained.model, report)
+    metrics = {"num_classes": data.train.spec.num_classes,
+               "classes": list(data.train.spec.classes),
+               "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
+               "gflops": cost.gflops, "parameters": cost.parameters,
+               "val_miou": measured and none_if_nan(measured.miou),
+               "val_pixel_accuracy": measured and measured.pixel_accuracy,
+               "val_images": len(report),
+               "labelled_images": len(data.split.labelled),
+               "unlabelled_images": len(data.split.unlabelled),
+               "labels_consumed": {"training": len(data.split.labelled), "choice": 0,
+                                   "report": len(report)},
+               "unreadable_files": data.unreadable}
+    if target: metrics["asked_gflops"] = target / 1e9
+    if config.architecture in SCALABLE: metrics["channels"] = list(trained.model.network.channels)
+    metrics.update(jigsaw_metrics(trained, data.val, config, config.seed))
+    metrics.update(fit_metrics(trained, data, metrics["val_miou"], report, config.seed),
+                   **recalibrated)
+    if config.w_semi:
+        metrics.update(consistency_metrics(trained.history, data.train.spec.classes))
+    return metrics
+
 # %% ../../nbs/stages/04_retraining.ipynb #c5043e0f
 @run_once("retrain", load_retrain)
 def retrain(config: RetrainConfig,
@@ -191,30 +224,7 @@ def retrain(config: RetrainConfig,
     with timer("training"):
         trained = train(network, config, data, watch=watch, teacher=teacher)
     with timer("validation"):
-        recalibrated = {}
-        if config.recalibrate:
-            plain = plain_images(data, config.crop, config.seed, config.recalibrate)
-            recalibrated = recalibrated_metrics(trained, plain, report)
-        measured = metrics_or_none(trained.model, report)
-        metrics = {"num_classes": data.train.spec.num_classes,
-                   "classes": list(data.train.spec.classes),
-                   "class_pixels": class_counts(data.train, data.split.labelled).tolist(),
-                   "gflops": cost.gflops, "parameters": cost.parameters,
-                   "val_miou": measured and none_if_nan(measured.miou),
-                   "val_pixel_accuracy": measured and measured.pixel_accuracy,
-                   "val_images": len(report),
-                   "labelled_images": len(data.split.labelled),
-                   "unlabelled_images": len(data.split.unlabelled),
-                   "labels_consumed": {"training": len(data.split.labelled), "choice": 0,
-                                       "report": len(report)},
-                   "unreadable_files": data.unreadable}
-        if target: metrics["asked_gflops"] = target / 1e9
-        if name in SCALABLE: metrics["channels"] = list(trained.model.network.channels)
-        metrics.update(jigsaw_metrics(trained, data.val, config, config.seed))
-        metrics.update(fit_metrics(trained, data, metrics["val_miou"], report, config.seed),
-                       **recalibrated)
-        if config.w_semi:
-            metrics.update(consistency_metrics(trained.history, data.train.spec.classes))
+        metrics = retrain_metrics(config, data, trained, cost, target, report)
     if not is_hand_crafted(name):
         save_architecture(trained.model.architecture, folder/"architecture.json")
     save_weights(trained.model, folder/"network.safetensors")
