@@ -23,7 +23,7 @@ def test_a_planned_run_is_valid(name):
     for stage, parameters in run.stages.items():
         config = STAGES[stage](**parameters)
         kept = getattr(config, "architecture", "").partition(evidence.KEPT + "/")[2]
-        if kept and not run.needs: assert load_architecture(evidence.RECORDS/kept).space.channels == 24
+        if kept and not run.needs: assert load_architecture(evidence.RECORDS/kept).space.channels == (48 if kept.endswith("-48.json") else 24)
         if stage == "retrain": assert config.checkpoints == 1 and not config.w_jig and config.crop == evidence.CROP
     assert all(names.index(needed) < names.index(name) for needed in run.needs)
 

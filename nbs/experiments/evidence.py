@@ -56,24 +56,74 @@ def arms_of(group: str, draw: int, parameters: dict, name: str, fraction: float)
 
 def share(fraction: float) -> str: return "all" if fraction == 1 else f"1-{round(1 / fraction)}"
 
+def draw_of(cells: list, draw: int) -> dict: # pairs of set and fraction
+    "All arms of a draw in a row: on the same machine."
+    teachers, taught = {}, {}
+    for name, fraction in cells:
+        arms = arms_of(f"{name}/{share(fraction)}", draw, SETS[name][0], name, fraction)
+        (teacher,) = (run for run in arms if "/labels/" in run)
+        teachers[teacher] = arms.pop(teacher)
+        taught |= arms
+    return teachers | taught # after all teachers, which no other process then trains
+
+def references(name: str, fraction: float, draw: int) -> dict:
+    "Labels alone for about as many seconds as the other arms, and with all labels."
+    parameters, plan = SETS[name][0], {}
+    for arm, own in (f"{share(fraction)}/labels-9600", dict(steps=9600, fraction=fraction)), (
+            "all/labels", dict(fraction=1.)):
+        plan[f"{name}/{arm}/{draw}"] = Run(training(parameters, route(name), draw, LABELS, **own))
+    return plan
+
 def networks() -> dict:
     "Questions 1 and 5: unlabelled images in the training of one fixed route."
     plan = {}
-    for draw in DRAWS: # all arms of a draw in a row: on the same machine
-        taught = {}
-        for name, (parameters, fractions) in SETS.items():
-            for fraction in fractions:
-                arms = arms_of(f"{name}/{share(fraction)}", draw, parameters, name, fraction)
-                (teacher,) = (run for run in arms if "/labels/" in run)
-                plan[teacher] = arms.pop(teacher)
-                taught |= arms
-        plan |= taught # after all teachers, which no other process then trains
-        for name, (parameters, fractions) in SETS.items() if draw < 3 else ():
-            plan[f"{name}/{share(fractions[0])}/labels-9600/{draw}"] = Run(training(
-                parameters, route(name), draw, LABELS, 9600, fractions[0])) # about equal seconds
-            plan[f"{name}/all/labels/{draw}"] = Run(
-                training(parameters, route(name), draw, LABELS, fraction=1.))
+    for draw in DRAWS:
+        plan |= draw_of([(name, fraction) for name, (_, fractions) in SETS.items()
+                         for fraction in fractions], draw)
+        for name, (_, fractions) in SETS.items() if draw < 3 else ():
+            plan |= references(name, fractions[0], draw)
     return plan
+
+# ---- The second plan: question 1 with fewer labels
+
+FEW = {"camvid": 1 / 64, "voc-animals": 1 / 128}
+
+def few_labels() -> dict:
+    "The arms of question 1 with fewer labels."
+    plan = {}
+    for draw in DRAWS: plan |= draw_of([*FEW.items()], draw)
+    for draw in range(3):
+        for name, fraction in FEW.items(): plan |= references(name, fraction, draw)
+    return plan
+
+EXPLORED = 100 # a draw that no plan uses
+HARD = dict(w_jig=0., consistency="fixmatch", w_semi=1., ramp=(0., 0.), threshold=0.)
+# other recipes -> their arm of FEW that is the teacher, their parameters
+RECIPES = {"hard": ("labels", HARD),
+           "hard-control": ("labels", dict(HARD, consistency_images="labelled")),
+           "second": ("control", ARMS["unlabelled"]),
+           "second-control": ("control", ARMS["control"])}
+
+def exploration() -> dict:
+    "What the second plan rests on: one draw, validation images alone."
+    def trained(data, arm, fraction, own, architecture=None, teacher=None):
+        group = f"exploration/{data}/{share(fraction)}"
+        needs = (f"{group}/{teacher}/{EXPLORED}",) if teacher else ()
+        if teacher: own = dict(own, teacher=f"{RUNS}/{needs[0]}/retrain")
+        stages = training(SETS[data][0], route(architecture or data), EXPLORED, own,
+                          fraction=fraction)
+        return {f"{group}/{arm}/{EXPLORED}": Run({"retrain": stages["retrain"]}, needs)}
+    plan = {}
+    for data, fraction in FEW.items():
+        for arm, own in ARMS.items():
+            plan |= trained(data, arm, fraction, own, teacher=None if arm == "labels" else "labels")
+    for arm, (teacher, own) in RECIPES.items():
+        plan |= trained("camvid", arm, FEW["camvid"], own, teacher=teacher)
+    fast = dict(LABELS, lr=1e-2)
+    plan |= trained("voc-animals", "48-channels", 1., LABELS, "voc-animals-48")
+    plan |= trained("voc-animals", "rate-0.01", 1., fast)
+    return plan | trained("voc-animals", "rate-0.01-weighted", 1.,
+                          dict(fast, class_weights="median_frequency"))
 
 SEEDS = range(5) # of searches
 SPACE = dict(layers=8, channels=24, budget=.5, steps=800, crop=CROP, label_fraction=1 / 8,
@@ -146,7 +196,9 @@ def lengths() -> dict:
                 dict(UNLABELLED, teacher=f"{RUNS}/{teacher}/retrain"), teacher)
     return plan
 
-def runs() -> dict: return networks() | searches() | rivals() | lengths()
+def runs() -> dict:
+    "All runs by name, the second plan first."
+    return few_labels() | searches() | rivals() | networks() | lengths() | exploration()
 
 # ---- Carrying it out
 
