@@ -31,7 +31,7 @@ def test_a_planned_run_is_valid(name):
 def test_the_arms_differ_in_one_thing():
     "The control has the same term on labelled images; no other parameter differs."
     for name, (_, fractions) in evidence.SETS.items():
-        for fraction in fractions:
+        for fraction in (*fractions, evidence.FEW[name]):
             for draw in evidence.DRAWS:
                 labels, control, unlabelled = (PLAN[f"{name}/{evidence.share(fraction)}/{arm}/{draw}"].stages["retrain"] for arm in evidence.ARMS)
                 assert {k for k in control if control[k] != unlabelled.get(k)} == {"consistency_images"}
